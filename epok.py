@@ -1,0 +1,2024 @@
+#!/usr/bin/env python3
+"""Make annotated Services of a self-hosted Kubernetes cluster reachable on ports of a host.
+
+One run lists the Services, computes the host's whole set of iptables rules, swaps in what differs, and
+exits. Running it again changes nothing.
+
+Usage:
+  epok.py [options] local
+  epok.py [options] ssh [--host=<user@host>]... [--port=<port>] [--key=<file>]
+                        [--known-hosts=<file>] [--host-key=<key>]
+  epok.py (-h | --help)
+  epok.py (-V | --version)
+
+Where the rules go:
+  local    this machine (with sudo when not root and without CAP_NET_ADMIN)
+  ssh      one or more hosts over SSH (with sudo when the user is not root)
+
+Options (the command line wins, then the environment, then the default):
+  -i, --interfaces=<names>     Interfaces of the host to forward packets from, separated by commas. eth+
+                               stands for all whose names begin with eth; lo for connections that the
+                               host makes to its own addresses, 127.0.0.0/8 excepted. Required, but
+                               for --clean. [EPOK_INTERFACES]
+  --external-interface=<name>  The one of them through which Services with the annotation "internal" are
+                               not reachable. [EPOK_EXTERNAL_INTERFACE]
+  --addresses=<cidrs>          Forward connections to these addresses of the host only, separated by
+                               commas; otherwise to all of them. [EPOK_ADDRESSES]
+  --masquerade=<when>          Whether nodes see the host's address instead of the client's: always, never
+                               or auto, which is all but Services with externalTrafficPolicy Local; auto
+                               unless given. [EPOK_MASQUERADE]
+  --mark=<bits>                Two bits of the connection mark for epok alone, 0x30000000 unless given.
+                               [EPOK_MARK]
+  --kubeconfig=<file>          Which cluster. Without it the account of the pod that epok runs in, else
+                               ~/.kube/config. [KUBECONFIG]
+  --context=<name>             Context of the kubeconfig. [EPOK_CONTEXT]
+  --snapshot=<file>            Read a file instead of a cluster ("-" is standard input): what "kubectl get
+                               services,nodes,endpointslices -A -o json" (or yaml) prints.
+                               [EPOK_SNAPSHOT]
+  --timeout=<seconds>          For the whole run, retries and all; 50 unless given. [EPOK_TIMEOUT]
+  --dry-run                    Print what would change and the exact iptables-restore input; change
+                               nothing.
+  --clean                      Remove every rule that epok, or the older epok in Rust, put on the host.
+                               Needs no cluster.
+  -q                           Log warnings and errors only.
+  -v                           Log more. [EPOK_LOG_LEVEL: debug, info, warning or error]
+  -h, --help                   Print this.
+  -V, --version                Print the version.
+
+Options for ssh:
+  -H, --host=<user@host>       user@host or user@host:port. Repeat it, or separate with commas, for several
+                               hosts, which all get the same rules. [EPOK_SSH_HOST]
+  -p, --port=<port>            Port of the SSH server, 22 unless given. [EPOK_SSH_PORT]
+  -k, --key=<file>             Private key. Without it the agent's and those in ~/.ssh. [EPOK_SSH_KEY]
+  --known-hosts=<file>         Keys of known hosts, ~/.ssh/known_hosts unless given.
+                               [EPOK_SSH_KNOWN_HOSTS]
+  --host-key=<key>             Accept this host key alone: an "ssh-ed25519 AAAA..." line or a "SHA256:..."
+                               fingerprint, several with commas between; "any" turns the check off.
+                               [EPOK_SSH_HOST_KEY]
+
+Annotations of a Service of type NodePort or LoadBalancer:
+  getbetter.ro/externalport: "25:2025, 53:dns/udp, 8000-8010:30000-30010"
+      EXTERNAL [":" TARGET] [":" PROTOCOL | "/" PROTOCOL], separated by commas. EXTERNAL is a port of the
+      host or a range; TARGET a NodePort of this Service, a range as long, or the name of a Service port;
+      without it EXTERNAL is a Service port. epok.getbetter.ro/externalport and .../externalports mean
+      the same.
+  epok.getbetter.ro/internal: ""
+      Not through --external-interface.
+  epok.getbetter.ro/allow-range: "192.0.2.0/24, 2001:db8::/32"
+      For these clients only; without it spec.loadBalancerSourceRanges counts.
+A node with the annotation epok.getbetter.ro/exclude or the label epok_exclude gets no traffic.
+
+Exit status: 0 the host is right; 1 it failed and the rules are as they were, or the message says what was
+done; 2 the command line is wrong; 3 --dry-run and the host differs.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime
+import email.utils
+import functools
+import hashlib
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import docopt
+import tenacity
+
+VERSION = "1.0.0"
+PORT_ANNOTATIONS = (
+    "getbetter.ro/externalport",
+    "epok.getbetter.ro/externalport",
+    "epok.getbetter.ro/externalports",
+)
+INTERNAL_ANNOTATION = "epok.getbetter.ro/internal"
+ALLOW_ANNOTATION = "epok.getbetter.ro/allow-range"
+EXCLUDE_ANNOTATION = "epok.getbetter.ro/exclude"
+EXCLUDE_LABEL = "epok_exclude"
+STANDARD_EXCLUDE_LABEL = "node.kubernetes.io/exclude-from-external-load-balancers"
+AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
+PROTOCOLS = ("tcp", "udp", "sctp")
+
+log = logging.getLogger("epok")
+T = TypeVar("T")
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Fatal(Exception):
+    """What stops a run, in one line for a person; `status` is the exit status."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Transient(Exception):
+    """What may be gone when tried again; `after` is the least number of seconds to wait first."""
+
+    def __init__(self, message: str, after: float = 0, attempts: int = 1000) -> None:
+        super().__init__(message)
+        self.after = after
+        self.attempts = attempts
+
+
+def quoted(value: object) -> str:
+    """The value for a message: in double quotes, ASCII, control characters escaped, cut at 100 characters."""
+    text = str(value)
+    return json.dumps(text if len(text) <= 100 else text[:100] + "...")
+
+
+def one_line(error: object) -> str:
+    """What an error or a command says, without line breaks, cut at 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+# ------------------------------------------------ time: deadline, retries, threads
+
+
+class Deadline:
+    """The end of the time that the whole run has."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.end = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Seconds left, never less than a millisecond: zero means no limit to many functions."""
+        return max(self.end - time.monotonic(), 0.001)
+
+    def missed(self, doing: str) -> Fatal:
+        return Fatal(f"{doing}: no answer within --timeout {self.seconds:g} seconds")
+
+    @contextmanager
+    def enforced(self, doing: str) -> Iterator[None]:
+        """Raises Fatal at the deadline whatever blocks: time limits of sockets count from byte to byte."""
+
+        def stop(*_: object) -> NoReturn:
+            raise self.missed(doing)
+
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, self.remaining())
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
+    """Calls `action` again while it raises Transient and time is left; then the last cause is Fatal."""
+
+    def cause(state: tenacity.RetryCallState) -> Any:
+        return state.outcome.exception() if state.outcome else None
+
+    backoff = tenacity.wait_exponential_jitter(multiplier=0.2, max=5, jitter=0.2)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(Transient),
+        wait=lambda state: cause(state).after + backoff(state),
+        stop=lambda state: (
+            state.attempt_number >= cause(state).attempts or state.upcoming_sleep >= deadline.remaining()
+        ),
+        before_sleep=lambda state: log.info("%s; trying again in %.1f s", cause(state), state.upcoming_sleep),
+        reraise=True,
+    )
+    try:
+        return retrying(action, *args)
+    except Transient as error:
+        tries = retrying.statistics["attempt_number"]
+        raise Fatal(f"{error} (gave up after {tries} {plural(tries, 'try', 'tries')})") from error
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    return one if count == 1 else many or one + "s"
+
+
+class Background(threading.Thread):
+    """Runs `work(*args)` in a thread that cannot keep the process alive."""
+
+    def __init__(self, work: Callable[..., Any], *args: object) -> None:
+        super().__init__(daemon=True)
+        self.work, self.args = work, args
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.value = self.work(*self.args)
+        except BaseException as error:  # raised again by result()
+            self.error = error
+
+    def result(self, deadline: Deadline, doing: str) -> Any:
+        """What `work` returned; raises what it raised, or Fatal when it is not done at the deadline."""
+        self.join(deadline.remaining() + 0.2)  # its own message of the deadline is the better one
+        if self.is_alive():
+            raise deadline.missed(doing)
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+# ------------------------------------------------ options: argv, environment -> Options
+
+
+class Mark(NamedTuple):
+    """Bits of the connection mark: epok forwarded the connection; and masquerade it."""
+
+    forwarded: int
+    masquerade: int
+
+
+class Login(NamedTuple):
+    """Where and as whom to log in over SSH."""
+
+    user: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.user}@{host}" + (f":{self.port}" if self.port != 22 else "")
+
+
+@dataclass(frozen=True)
+class Options:
+    """A command line and environment that were checked."""
+
+    executor: str
+    dry_run: bool
+    clean: bool
+    log_level: str
+    interfaces: tuple[str, ...]
+    external_interface: str
+    addresses: tuple[Network, ...]
+    masquerade: str
+    mark: Mark
+    kubeconfig: str
+    context: str
+    snapshot: str
+    timeout: float
+    host: tuple[Login, ...]
+    port: int
+    key: str
+    known_hosts: str
+    host_key: tuple[str, ...]
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError("accepted are " + ", ".join(words))
+        return text.lower()
+
+    return convert
+
+
+def items(text: str) -> list[str]:
+    """What stands between the commas, without white space and empty ones."""
+    return [item for item in (part.strip(" \t\r\n") for part in text.split(",")) if item]
+
+
+def to_interfaces(text: str) -> tuple[str, ...]:
+    for name in items(text):
+        if not re.fullmatch(r"[A-Za-z0-9_.@-]+\+?", name) or len(name) > 15:
+            raise ValueError(f"{quoted(name)} is no interface; accepted are names like eth0, and eth+ for all of eth")
+    return tuple(dict.fromkeys(items(text)))
+
+
+def to_networks(text: str) -> tuple[Network, ...]:
+    """Addresses and CIDRs, separated by commas; bits behind the prefix length do not count, as in Kubernetes."""
+    networks = []
+    for item in items(text):
+        try:
+            if not re.fullmatch(r"[0-9A-Fa-f.:]+(/[0-9]{1,3})?", item):
+                raise ValueError
+            networks.append(ipaddress.ip_network(item, strict=False))
+        except ValueError:
+            raise ValueError(f"{quoted(item)} is no CIDR; accepted are ones like 192.0.2.0/24, 2001:db8::/32") from None
+    return tuple(dict.fromkeys(networks))
+
+
+def to_mark(text: str) -> Mark:
+    value = int(text, 0) if re.fullmatch(r"0[xX][0-9A-Fa-f]+|[0-9]{1,10}", text) else 0
+    bits = [1 << n for n in range(32) if value >> n & 1]
+    if len(bits) != 2 or value >> 32:
+        raise ValueError("accepted is a number of 32 bits, two of them set, like 0x30000000")
+    return Mark(*bits)
+
+
+def to_seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) == 0:
+        raise ValueError("accepted is a number of seconds above zero")
+    return float(text)
+
+
+def to_port(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
+        raise ValueError("accepted is a port, 1 to 65535")
+    return int(text)
+
+
+def to_logins(text: str) -> tuple[Login, ...]:
+    logins = []
+    for item in items(text):
+        match = re.fullmatch(r"([\w.-]+)@(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?", item, re.ASCII)
+        if not match:
+            raise ValueError(f"{quoted(item)}: accepted are user@host, user@host:port and user@[IPv6]:port")
+        logins.append(Login(match[1], match[2] or match[3], to_port(match[4]) if match[4] else 0))
+    return tuple(logins)
+
+
+def to_host_keys(text: str) -> tuple[str, ...]:
+    for key in items(text):
+        if not re.fullmatch(r"any|SHA256:[A-Za-z0-9+/]{43}=?|[a-z0-9@.-]+ +[A-Za-z0-9+/]+={0,2}( .*)?", key):
+            raise ValueError(f'{quoted(key)}: accepted are an "ssh-ed25519 AAAA..." line, "SHA256:..." and "any"')
+    return tuple(items(text))
+
+
+class Setting(NamedTuple):
+    """An option with a value: where its text may come from and what makes the value of it."""
+
+    option: str
+    variable: str
+    default: str
+    convert: Callable[[str], Any]
+
+
+SETTINGS = (
+    Setting("--interfaces", "EPOK_INTERFACES", "", to_interfaces),
+    Setting("--external-interface", "EPOK_EXTERNAL_INTERFACE", "", str),
+    Setting("--addresses", "EPOK_ADDRESSES", "", to_networks),
+    Setting("--masquerade", "EPOK_MASQUERADE", "auto", one_of("auto", "always", "never")),
+    Setting("--mark", "EPOK_MARK", "0x30000000", to_mark),
+    Setting("--kubeconfig", "KUBECONFIG", "", str),
+    Setting("--context", "EPOK_CONTEXT", "", str),
+    Setting("--snapshot", "EPOK_SNAPSHOT", "", str),
+    Setting("--timeout", "EPOK_TIMEOUT", "50", to_seconds),
+    Setting("--log-level", "EPOK_LOG_LEVEL", "info", one_of("debug", "info", "warning", "error")),
+    Setting("--host", "EPOK_SSH_HOST", "", to_logins),
+    Setting("--port", "EPOK_SSH_PORT", "22", to_port),
+    Setting("--key", "EPOK_SSH_KEY", "", os.path.expanduser),
+    Setting("--known-hosts", "EPOK_SSH_KNOWN_HOSTS", "~/.ssh/known_hosts", os.path.expanduser),
+    Setting("--host-key", "EPOK_SSH_HOST_KEY", "", to_host_keys),
+)
+
+
+def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
+    """Checks a command line and environment. Raises Fatal with status 2 when they make no sense."""
+    words = read_words(argv)
+    if words["-v"] or words["-q"]:
+        words["--log-level"] = "debug" if words["-v"] else "warning"
+    values: dict[str, Any] = {}
+    for setting in SETTINGS:
+        typed = words.get(setting.option)
+        typed = ",".join(typed) if isinstance(typed, list) else typed
+        source = setting.option if typed else f"{setting.variable} in the environment"
+        text = typed or environ.get(setting.variable) or setting.default
+        try:
+            values[setting.option.strip("-").replace("-", "_")] = setting.convert(text)
+        except ValueError as error:
+            raise Fatal(f"{source}: {quoted(text)}: {error}", 2) from None
+    values["host"] = tuple(login._replace(port=login.port or values["port"]) for login in values["host"])
+    executor = "ssh" if words["ssh"] else "local"
+    options = Options(executor=executor, dry_run=words["--dry-run"], clean=words["--clean"], **values)
+    check_combination(options)
+    return options
+
+
+def read_words(argv: Sequence[str]) -> dict[str, Any]:
+    """docopt's dictionary; prints help or version and exits when asked for."""
+    known = set(re.findall(r"--[a-z-]+", __doc__ or ""))
+    for word in argv:
+        # docopt takes any unique beginning of an option for it: --cle must not clean
+        if word.startswith("--") and word.split("=")[0] not in known:
+            raise Fatal(f"unknown option {quoted(word.split('=')[0])}; epok.py --help lists them all", 2)
+    try:
+        words = docopt.docopt(__doc__ or "", list(argv), default_help=False)
+    except docopt.DocoptExit as error:
+        raise Fatal(explain_usage(str(error), argv), 2) from None
+    if words["--help"] or words["--version"]:
+        print((__doc__ or "").rstrip() if words["--help"] else f"epok {VERSION}")
+        raise SystemExit(0)
+    return dict(words)
+
+
+def explain_usage(problem: str, argv: Sequence[str]) -> str:
+    """One line for what docopt says over several, in the terms of its own classes."""
+    first = problem.splitlines()[0]
+    if "requires argument" in first or "must not have" in first:
+        return f"{first.replace('requires argument', 'needs a value')}; see epok.py --help"
+    if not {"local", "ssh"} & set(argv):
+        return "say where the rules go: epok.py [options] local, or epok.py [options] ssh --host=<user@host>"
+    names = re.findall(r"Option\((?:'-\w', )?(?:None, )?'?(--?[\w-]+)|Argument\(None, '(.*?)'\)", first)
+    unexpected = ", ".join(quoted(option or word) for option, word in names)
+    return f"unexpected or repeated: {unexpected or quoted(' '.join(argv))}; see epok.py --help"
+
+
+def check_combination(options: Options) -> None:
+    if not options.interfaces and not options.clean:
+        raise Fatal("which interfaces of the host? give --interfaces (or EPOK_INTERFACES), like -i eth0", 2)
+    if options.external_interface and options.external_interface not in options.interfaces and not options.clean:
+        listed = ",".join(options.interfaces)
+        raise Fatal(f"--external-interface {quoted(options.external_interface)} is not one of -i {listed}", 2)
+    if options.executor == "ssh" and not options.host:
+        raise Fatal("which host? give --host (or EPOK_SSH_HOST), like --host epok@192.0.2.1", 2)
+    if options.executor == "ssh" and len(set(options.host)) < len(options.host):
+        raise Fatal("--host names one host twice", 2)
+
+
+# ------------------------------------------------ cluster: Kubernetes API or file -> Snapshot
+
+
+class Port(NamedTuple):
+    """A port of a Service; `node_port` 0 is none."""
+
+    name: str
+    protocol: str
+    port: int
+    node_port: int
+
+
+@dataclass(frozen=True)
+class Service:
+    """What matters of a Service that carries an annotation of epok's."""
+
+    key: str
+    created: str
+    type: str
+    annotations: Mapping[str, str]
+    ports: tuple[Port, ...]
+    local: bool
+    sticky: bool
+    versions: tuple[int, ...]
+    source_ranges: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """What matters of a Node; at most one address of each IP version."""
+
+    name: str
+    addresses: tuple[Address, ...]
+    ready: bool
+    excluded: bool
+    labelled: bool
+
+
+class Endpoint(NamedTuple):
+    """An endpoint of a Service, and the node that it is on."""
+
+    service: str
+    node: str
+    ready: bool
+    serving: bool
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The cluster at one time; `endpoints` are those of the Services with externalTrafficPolicy Local."""
+
+    services: tuple[Service, ...]
+    nodes: tuple[Node, ...]
+    endpoints: tuple[Endpoint, ...]
+
+
+class Fields:
+    """Typed access to the fields of one API object. A null is an absent field; a wrong type is Fatal."""
+
+    def __init__(self, value: Any, path: str) -> None:
+        self.value, self.path = value, path
+        if not isinstance(value, dict):
+            self.wrong("an object")
+
+    def wrong(self, expected: str, key: str = "") -> NoReturn:
+        value = self.value.get(key) if key else self.value
+        raise Fatal(f"{self.path}{key and '.' + key}: {quoted(value)} is not {expected}; nothing was changed")
+
+    def get(self, key: str, default: T) -> T:
+        value = self.value.get(key)
+        if value is None:
+            return default
+        if type(value) is not type(default):
+            self.wrong(f"a {type(default).__name__}", key)
+        return value
+
+    def inner(self, key: str) -> Fields:
+        return Fields(self.get(key, {}), f"{self.path}.{key}")
+
+    def each(self, key: str) -> list[Fields]:
+        return [Fields(item, f"{self.path}.{key}[{n}]") for n, item in enumerate(self.objects(key))]
+
+    def objects(self, key: str) -> list[Any]:
+        return self.get(key, [])
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        texts = self.objects(key)
+        if not all(isinstance(text, str) for text in texts):
+            self.wrong("a list of strings", key)
+        return tuple(texts)
+
+
+def object_name(kind: str, item: Any) -> tuple[Fields, str]:
+    """Its metadata, and "namespace/name" ("name" without a namespace)."""
+    meta = Fields(item, kind).inner("metadata")
+    name = "/".join(filter(None, (meta.get("namespace", ""), meta.get("name", ""))))
+    # names go into comments of rules; the API server lets no other characters through
+    if not re.fullmatch(r"[A-Za-z0-9.-]{1,253}(/[A-Za-z0-9.-]{1,63})?", name):
+        raise Fatal(f"{kind} with the name {quoted(name)}: not a name that Kubernetes allows; nothing was changed")
+    meta.path = f"{kind} {name} metadata"
+    return meta, name
+
+
+def to_service_port(fields: Fields) -> Port:
+    name, protocol = fields.get("name", ""), fields.get("protocol", "TCP").lower()
+    port, node_port = fields.get("port", 0), fields.get("nodePort", 0)
+    if not re.fullmatch(r"[A-Za-z0-9-]{0,63}", name):
+        fields.wrong("the name of a port", "name")
+    if not (0 <= port <= 65535 and 0 <= node_port <= 65535):
+        fields.wrong("a port with a nodePort, 1 to 65535")
+    return Port(name, protocol, port, node_port)
+
+
+def to_service(item: Any) -> Service | None:
+    """Reads a Service; None when it carries no mapping."""
+    meta, key = object_name("Service", item)
+    annotations = meta.inner("annotations")
+    wanted = {name: annotations.get(name, "") for name in (*PORT_ANNOTATIONS, ALLOW_ANNOTATION, INTERNAL_ANNOTATION)
+              if annotations.value.get(name) is not None}  # fmt: skip
+    if not wanted.keys() & set(PORT_ANNOTATIONS):
+        return None
+    spec = Fields(Fields(item, f"Service {key}").get("spec", {}), f"Service {key} spec")
+    ports = [to_service_port(port) for port in spec.each("ports")]
+    families = spec.texts("ipFamilies") or tuple("IPv6" if ":" in ip else "IPv4" for ip in spec.texts("clusterIPs"))
+    return Service(
+        key=key,
+        created=meta.get("creationTimestamp", ""),
+        type=spec.get("type", "ClusterIP"),
+        annotations=wanted,
+        ports=tuple(port for port in ports if port.protocol in PROTOCOLS),
+        local=spec.get("externalTrafficPolicy", "Cluster") == "Local",
+        sticky=spec.get("sessionAffinity", "None") == "ClientIP",
+        versions=tuple(6 if family == "IPv6" else 4 for family in families or ("IPv4",)),
+        source_ranges=spec.texts("loadBalancerSourceRanges"),
+    )
+
+
+def usable(text: str) -> Address | None:
+    """The address of a node, or None when nothing can be sent there."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    mapped = address.version == 6 and (address.ipv4_mapped or address.scope_id)
+    bad = address.is_unspecified or address.is_loopback or address.is_multicast or address.is_reserved
+    return None if bad or mapped or (address.version == 6 and address.is_link_local) else address
+
+
+def to_node(item: Any) -> Node:
+    meta, name = object_name("Node", item)
+    spec, status = Fields(item, f"Node {name}").inner("spec"), Fields(item, f"Node {name}").inner("status")
+    listed = [(entry.get("type", ""), usable(entry.get("address", ""))) for entry in status.each("addresses")]
+    addresses = []
+    for version in (4, 6):
+        candidates = [a for kind in ("InternalIP", "ExternalIP") for k, a in listed
+                      if k == kind and a and a.version == version]  # fmt: skip
+        addresses += candidates[:1]
+    labels, annotations = meta.inner("labels").value, meta.inner("annotations").value
+    tainted = any(taint.get("key", "") == AUTOSCALER_TAINT for taint in spec.each("taints"))
+    conditions = {entry.get("type", ""): entry.get("status", "") for entry in status.each("conditions")}
+    return Node(
+        name=name,
+        addresses=tuple(addresses),
+        ready=conditions.get("Ready") == "True",
+        excluded=EXCLUDE_ANNOTATION in annotations or EXCLUDE_LABEL in labels or tainted,
+        labelled=STANDARD_EXCLUDE_LABEL in labels,
+    )
+
+
+def to_endpoints(item: Any) -> list[Endpoint]:
+    meta, key = object_name("EndpointSlice", item)
+    service = f"{key.split('/')[0]}/{meta.inner('labels').get('kubernetes.io/service-name', '')}"
+    endpoints = []
+    for entry in Fields(item, f"EndpointSlice {key}").each("endpoints"):
+        conditions = entry.inner("conditions")
+        ready = conditions.get("ready", True)  # "a nil value should be interpreted as true": its API reference
+        serving = conditions.get("serving", ready)
+        endpoints.append(Endpoint(service, entry.get("nodeName", ""), ready, serving))
+    return endpoints
+
+
+class Kind(NamedTuple):
+    """A kind of API object; `convert` makes ours of one, or None when it does not matter."""
+
+    name: str
+    path: str
+    group: str
+    convert: Callable[[Any], Any]
+
+
+SERVICES = Kind("Service", "/api/v1/services", "", to_service)
+NODES = Kind("Node", "/api/v1/nodes", "", to_node)
+ENDPOINT_SLICES = Kind("EndpointSlice", "/apis/discovery.k8s.io/v1/endpointslices", "discovery.k8s.io", to_endpoints)
+
+
+class SnapshotFile:
+    """A cluster that was written to a file by kubectl, as JSON or YAML."""
+
+    def __init__(self, name: str) -> None:
+        self.name = "standard input" if name == "-" else name
+        try:
+            if name == "-":
+                text = sys.stdin.read()
+            else:
+                with open(name, encoding="utf-8") as file:
+                    text = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise Fatal(f"--snapshot {quoted(name)}: {error}; give a file that kubectl get -o json wrote") from None
+        self.objects = list(flatten(self.documents(text)))
+
+    def documents(self, text: str) -> list[Any]:
+        try:
+            return [json.loads(text)]
+        except ValueError:
+            pass
+        except RecursionError:
+            raise Fatal(f"--snapshot {self.name}: nested too deeply") from None
+        import yaml
+
+        class Loader(yaml.SafeLoader):
+            """SafeLoader that leaves times the texts that they are in JSON."""
+
+            yaml_implicit_resolvers = {
+                first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+                for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+            }
+
+        try:
+            return list(yaml.load_all(text, Loader))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise Fatal(f"--snapshot {self.name} is neither JSON nor YAML: {one_line(error)}") from None
+
+    def read(self, kind: Kind, selector: str = "") -> list[Any]:
+        """All that the file has of a kind; the selector only saves the API work."""
+        found = [item for item in self.objects if item.get("kind") == kind.name]
+        if kind is ENDPOINT_SLICES and not found:
+            raise Fatal(
+                f"--snapshot {self.name} has no EndpointSlices, which externalTrafficPolicy Local needs; "
+                "write it with kubectl get services,nodes,endpointslices -A -o json"
+            )
+        return [keep for item in found if (keep := kind.convert(item))]
+
+
+def flatten(documents: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """The objects in documents and in lists of any kind; those of a ServiceList get the kind Service."""
+    for document in documents:
+        if document is None:
+            continue
+        kind = Fields(document, "snapshot").get("kind", "")
+        if not kind.endswith("List"):
+            yield document
+            continue
+        for item in Fields(document, "snapshot").objects("items"):
+            yield from flatten([{"kind": kind.removesuffix("List"), **Fields(item, "snapshot item").value}])
+
+
+class Cluster:
+    """The Kubernetes API, read with plain JSON: typed models cost a second of start-up."""
+
+    def __init__(self, options: Options, deadline: Deadline) -> None:
+        self.deadline = deadline
+        try:
+            from kubernetes import client, config
+            from kubernetes.client.api_client import ApiClient
+
+            configuration = client.Configuration()
+            given = options.kubeconfig or options.context
+            if not given and os.environ.get("KUBERNETES_SERVICE_HOST"):
+                config.load_incluster_config(client_configuration=configuration)
+            else:
+                config.load_kube_config(
+                    config_file=options.kubeconfig or None,
+                    context=options.context or None,
+                    client_configuration=configuration,
+                )
+            configuration.retries = False  # or urllib3 tries again by itself, unseen
+            self.client = ApiClient(configuration)
+        except Fatal:
+            raise
+        except Exception as error:  # its loaders raise what their parsers raise
+            raise Fatal(
+                f"no Kubernetes cluster: {one_line(error)}; give --kubeconfig, or --snapshot to do without"
+            ) from None
+        self.server = configuration.host
+
+    def read(self, kind: Kind, selector: str = "") -> list[Any]:
+        """All objects of a kind, complete or Fatal."""
+        return persist(self.deadline, self.all_pages, kind, selector)
+
+    def all_pages(self, kind: Kind, selector: str) -> list[Any]:
+        found: list[Any] = []
+        token = ""
+        while True:
+            query = [("limit", "500"), ("labelSelector", selector), ("continue", token)]
+            page = persist(self.deadline, self.page, kind, [(name, value) for name, value in query if value])
+            if page is None:
+                raise Transient(f"{self.server}: the list of {kind.path} expired between two pages")
+            found += [keep for item in page.objects("items") if (keep := kind.convert(item))]
+            token = page.inner("metadata").get("continue", "")
+            if not token:
+                return found
+
+    def page(self, kind: Kind, query: list[tuple[str, str]]) -> Fields | None:
+        """One page; None when its continue token has expired."""
+        import urllib3
+
+        request = self.client.param_serialize(
+            "GET",
+            kind.path,
+            query_params=query,
+            header_params={"Accept": "application/json"},
+            auth_settings=["BearerToken"],
+        )
+        try:
+            response = self.client.call_api(*request, _request_timeout=self.deadline.remaining())
+            body = response.read()
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise Transient(f"{self.server}: {one_line(error)}") from None
+        except Fatal:
+            raise
+        except Exception as error:  # ApiException of a TLS failure among others
+            raise Fatal(f"{self.server}: {one_line(error)}; check the cluster's address and CA") from None
+        if response.status == 410:
+            return None
+        self.check_status(response.status, response.headers, body, kind)
+        return self.parse(body, kind)
+
+    def check_status(self, status: int, headers: Mapping[str, str], body: bytes, kind: Kind) -> None:
+        resource = kind.path.rsplit("/", 1)[1]
+        told = f"{self.server} answers {status} to the list of {resource}"
+        if status == 200:
+            return
+        if status == 429 or status >= 500:
+            raise Transient(told, retry_after(headers.get("Retry-After", "")))
+        if status == 401:
+            raise Fatal(f"{told}: the credentials are not accepted; renew the token or certificate of the account")
+        if status == 403:
+            group = quoted(kind.group)
+            raise Fatal(
+                f"{told}: let the account {quoted(who(body))} list {resource} of apiGroup {group} (ClusterRole)"
+            )
+        raise Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
+
+    def parse(self, body: bytes, kind: Kind) -> Fields:
+        try:
+            answer = json.loads(body)
+        except (ValueError, RecursionError):
+            raise Fatal(f"{self.server} answers no JSON, but {quoted(body[:60].decode('ascii', 'replace'))}") from None
+        if not isinstance(answer, dict) or answer.get("kind") != f"{kind.name}List" or answer.get("items") is None:
+            raise Fatal(f"{self.server} answers no {kind.name}List, but {quoted(body[:60].decode('ascii', 'replace'))}")
+        return Fields(answer, f"{kind.name}List")
+
+
+def who(body: bytes) -> str:
+    """The account that a 403 names, or what else it says."""
+    text = body.decode("utf-8", "replace")
+    match = re.search(r'User \\?"(.*?)\\?"', text)
+    return match[1] if match else text
+
+
+def retry_after(text: str) -> float:
+    """Seconds that a Retry-After header asks for, as a number or a date (RFC 9110, 10.2.3)."""
+    if re.fullmatch(r"[0-9]{1,6}", text):
+        return int(text)
+    try:
+        then = email.utils.parsedate_to_datetime(text)
+        return max((then - datetime.datetime.now(then.tzinfo)).total_seconds(), 0)
+    except (ValueError, TypeError):
+        return 0
+
+
+def read_snapshot(options: Options, deadline: Deadline) -> Snapshot:
+    """Reads what matters of the cluster, completely, or raises Fatal."""
+    source = SnapshotFile(options.snapshot) if options.snapshot else Cluster(options, deadline)
+    services = {service.key: service for service in source.read(SERVICES)}
+    nodes = {node.name: node for node in source.read(NODES)}
+    if not nodes:
+        raise Fatal("the cluster reports no node at all, which cannot be; nothing was changed")
+    local = sorted({service.key.split("/")[-1] for service in services.values() if service.local})
+    # a long selector would not fit into a URL; then all are listed
+    selector = f"kubernetes.io/service-name in ({','.join(local)})" if len(local) <= 50 else ""
+    slices = source.read(ENDPOINT_SLICES, selector) if local else []
+    return Snapshot(tuple(services.values()), tuple(nodes.values()), tuple(itertools.chain.from_iterable(slices)))
+
+
+# ------------------------------------------------ plan: Snapshot -> Forwards and Rejections
+
+
+class Target(NamedTuple):
+    """Where a forward sends connections."""
+
+    address: Address
+    port: int
+
+
+@dataclass(frozen=True)
+class Forward:
+    """External ports `first` to `last` go to the targets; the n-th port to the n-th after the target's port.
+
+    `sources` are the networks that may use it, None for everybody.
+    """
+
+    protocol: str
+    first: int
+    last: int
+    service: str
+    port: str
+    targets: tuple[Target, ...]
+    sticky: bool
+    masquerade: bool
+    internal: bool
+    sources: tuple[Network, ...] | None
+
+
+class Rejection(NamedTuple):
+    """A mapping, or with an empty `mapping` a whole Service, that cannot stand, and why."""
+
+    service: str
+    mapping: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.service}: {self.mapping and quoted(self.mapping) + ': '}{self.reason}"
+
+
+@dataclass
+class Plan:
+    """What shall be forwarded, what cannot be, and what a person should know."""
+
+    forwards: list[Forward] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Range(NamedTuple):
+    """Ports, both ends included."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
+
+
+@dataclass(frozen=True)
+class PortMapping:
+    """A mapping as written; `target` is a NodePort range, the name of a port, or None."""
+
+    external: Range
+    target: Range | str | None
+    protocol: str
+
+
+def to_range(text: str) -> Range | None:
+    """Reads "25" or "8000-8010"; None when it is neither. Raises ValueError when no port can be meant."""
+    match = re.fullmatch(r"([0-9]+)(?:[ \t]*-[ \t]*([0-9]+))?", text)
+    if not match:
+        return None
+    ends = [match[1], match[2] or match[1]]
+    if any(len(end) > 5 or not 1 <= int(end) <= 65535 for end in ends):
+        raise ValueError(f"{quoted(text)} is out of range; ports are 1 to 65535")
+    if int(ends[0]) > int(ends[1]):
+        raise ValueError(f"{quoted(text)} runs backwards; write the lower port first")
+    return Range(int(ends[0]), int(ends[1]))
+
+
+def to_mapping(text: str) -> PortMapping:
+    """Reads EXTERNAL [":" TARGET] [":" PROTOCOL | "/" PROTOCOL]. Raises ValueError with the reason."""
+    head, slash, protocol = (part.strip(" \t\r\n") for part in text.partition("/"))
+    words = [word.strip(" \t\r\n") for word in head.split(":")]
+    if not slash and len(words) > 1 and words[-1].lower() in PROTOCOLS:
+        protocol = words.pop()
+    if (slash or protocol) and protocol.lower() not in PROTOCOLS:
+        raise ValueError(f"no protocol {quoted(protocol)}; there are tcp, udp and sctp")
+    external = to_range(words[0])
+    if external is None or len(words) > 2:
+        raise ValueError('not understood; write it like "25:2025", "53:dns/udp" or "8000-8010:30000-30010"')
+    target = None
+    if len(words) == 2:
+        target = to_range(words[1]) or words[1]
+        if isinstance(target, str) and not re.fullmatch(r"[A-Za-z0-9-]{1,63}", target):
+            raise ValueError(f"{quoted(target)} is neither a NodePort nor the name of a port")
+    size = external.last - external.first
+    if isinstance(target, Range) and target.last - target.first != size:
+        raise ValueError(f"{external} and {target} are not equally long")
+    if isinstance(target, str) and size:
+        raise ValueError(f"the one port {quoted(target)} cannot be the target of a range")
+    return PortMapping(external, target, protocol.lower())
+
+
+def listed(ports: Iterable[Port]) -> str:
+    """The NodePorts of a Service for a message."""
+    return ", ".join(f"{p.node_port} ({p.name or p.port}/{p.protocol})" for p in ports if p.node_port) or "none"
+
+
+def ports_for(service: Service, mapping: PortMapping, offset: int) -> list[Port]:
+    """The Service ports that external port number `offset` of a mapping goes to. Raises ValueError if none."""
+    external, target = mapping.external.first + offset, mapping.target
+    if isinstance(target, Range):
+        what, found = f"NodePort {target.first + offset}", [
+            port for port in service.ports if port.node_port == target.first + offset
+        ]  # fmt: skip
+    elif isinstance(target, str):
+        what, found = f"port named {target}", [port for port in service.ports if port.name == target]
+    else:
+        what, found = f"port {external}", [port for port in service.ports if port.port == external]
+    wanted = [port for port in found if mapping.protocol in ("", port.protocol)]
+    if not found:
+        raise ValueError(f"no {what}; the NodePorts of this Service are {listed(service.ports)}")
+    if not wanted:
+        raise ValueError(f"{what} has no {mapping.protocol}; the NodePorts of this Service are {listed(service.ports)}")
+    if not all(port.node_port for port in wanted):
+        raise ValueError(f"{what} has no NodePort; let the Service allocate NodePorts")
+    return wanted
+
+
+class Claim(NamedTuple):
+    """One external port and protocol, and the Service port that it goes to."""
+
+    mapping: str
+    external: int
+    port: Port
+
+
+def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
+    """What a Service asks for, rejecting the mappings that cannot stand."""
+    texts = [text for name in PORT_ANNOTATIONS for text in items(service.annotations.get(name, ""))]
+    for text in dict.fromkeys(texts):
+        try:
+            if service.type not in ("NodePort", "LoadBalancer"):
+                raise ValueError(f"a Service of type {service.type} has no NodePorts; make it NodePort or LoadBalancer")
+            mapping = to_mapping(text)
+            size = mapping.external.last - mapping.external.first + 1
+            # the list first: a mapping stands as a whole or not at all
+            found = [(offset, port) for offset in range(size) for port in ports_for(service, mapping, offset)]
+        except ValueError as error:
+            plan.rejections.append(Rejection(service.key, text, str(error)))
+            continue
+        yield from (Claim(text, mapping.external.first + offset, port) for offset, port in found)
+
+
+def allowed_sources(service: Service) -> tuple[Network, ...] | None:
+    """The networks that may use a Service, None for everybody. Raises ValueError: in doubt nobody may."""
+    text = service.annotations.get(ALLOW_ANNOTATION)
+    if text is None and not service.source_ranges:
+        return None
+    name = "spec.loadBalancerSourceRanges" if text is None else ALLOW_ANNOTATION
+    try:
+        networks = to_networks(",".join(service.source_ranges) if text is None else text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; until then nobody may") from None
+    if not networks:
+        raise ValueError(f"{name} is empty; name the clients, or remove it to let everybody in")
+    return networks
+
+
+def choose_nodes(nodes: Iterable[Node], plan: Plan) -> list[Node]:
+    """The nodes that forwards go to, in the order of preference that people expect of a load balancer."""
+    rest = sorted((node for node in nodes if not node.excluded), key=lambda node: node.name)
+    choices: tuple[tuple[str, list[Node]], ...] = (
+        ("", [n for n in rest if n.ready and not n.labelled]),
+        (f"every Ready node has the label {STANDARD_EXCLUDE_LABEL}; forwarding to them all the same",
+         [n for n in rest if n.ready]),
+        ("no node is Ready; forwarding to all of them", [n for n in rest if not n.labelled] or rest),
+    )  # fmt: skip
+    for warning, chosen in choices:
+        if chosen:
+            plan.warnings += [warning] if warning else []
+            return chosen
+    plan.warnings.append("every node is excluded by an annotation, label or taint; nothing can be forwarded")
+    return []
+
+
+def nodes_for(service: Service, nodes: list[Node], snapshot: Snapshot) -> list[Node]:
+    """With externalTrafficPolicy Local, those with a ready endpoint, else with a serving one that terminates."""
+    if not service.local:
+        return nodes
+    own = [endpoint for endpoint in snapshot.endpoints if endpoint.service == service.key]
+    ready = {e.node for e in own if e.ready} or {e.node for e in own if e.serving}
+    return [node for node in nodes if node.name in ready]
+
+
+def make_plan(snapshot: Snapshot, options: Options) -> Plan:
+    """Decides what is forwarded: the older Service wins a port that two ask for."""
+    plan = Plan()
+    nodes = choose_nodes(snapshot.nodes, plan)
+    taken: dict[tuple[str, int], tuple[str, int]] = {}
+    if options.executor == "ssh":
+        taken = {("tcp", login.port): ("", 0) for login in options.host}
+    for service in sorted(snapshot.services, key=lambda service: (service.created or "~", service.key)):
+        claims = list(granted(service, taken, plan))
+        addresses = {a for node in nodes_for(service, nodes, snapshot) for a in node.addresses
+                     if a.version in service.versions}  # fmt: skip
+        if claims and not addresses and nodes:
+            why = "no ready endpoint on any node (externalTrafficPolicy Local)" if service.local else "no node"
+            plan.warnings.append(f"{service.key}: not forwarded, {why} of its IP families")
+        plan.forwards += merge(forward_of(service, claim, addresses, options) for claim in claims if addresses)
+    plan.forwards.sort(key=lambda forward: (forward.first, forward.protocol))
+    return plan
+
+
+def granted(service: Service, taken: dict[tuple[str, int], tuple[str, int]], plan: Plan) -> Iterator[Claim]:
+    """The claims of a Service that nobody made before; `taken` learns them."""
+    try:
+        allowed_sources(service)
+    except ValueError as error:
+        plan.rejections.append(Rejection(service.key, "", str(error)))
+        return
+    refused: dict[tuple[str, str], list[int]] = {}
+    for claim in claims_of(service, plan):
+        key, wish = (claim.port.protocol, claim.external), (service.key, claim.port.node_port)
+        if key not in taken:
+            taken[key] = wish
+            yield claim
+        if (owner := taken[key]) == wish:  # a mapping given twice counts once
+            continue
+        reason = f"taken by {owner[0]} (NodePort {owner[1]})" if owner[0] else "the host's own SSH port, kept for epok"
+        refused.setdefault((claim.mapping, reason), []).append(claim.external)
+    for (mapping, reason), ports in refused.items():
+        plan.rejections.append(Rejection(service.key, mapping, f"external port {spans(ports)} is {reason}"))
+
+
+def spans(ports: Iterable[int]) -> str:
+    """Ports for a message, neighbours as a range: "25, 8000-8010"."""
+    runs = itertools.groupby(enumerate(sorted(ports)), lambda pair: pair[1] - pair[0])
+    blocks = [[port for _, port in run] for _, run in runs]
+    return ", ".join(str(Range(block[0], block[-1])) for block in blocks)
+
+
+def forward_of(service: Service, claim: Claim, addresses: Iterable[Address], options: Options) -> Forward:
+    return Forward(
+        protocol=claim.port.protocol,
+        first=claim.external,
+        last=claim.external,
+        service=service.key,
+        port=claim.port.name or str(claim.port.port),
+        targets=tuple(Target(a, claim.port.node_port) for a in sorted(addresses, key=lambda a: (a.version, a))),
+        sticky=service.sticky,
+        masquerade=options.masquerade == "always" or (options.masquerade == "auto" and not service.local),
+        internal=INTERNAL_ANNOTATION in service.annotations,
+        sources=allowed_sources(service),
+    )
+
+
+def merge(forwards: Iterable[Forward]) -> list[Forward]:
+    """Those of a Service's forwards to neighbouring ports of the same targets become one range."""
+    runs: list[list[Forward]] = []
+    for forward in sorted(forwards, key=lambda forward: (forward.protocol, forward.first)):
+        if runs and follows(runs[-1][-1], forward):
+            runs[-1].append(forward)
+        else:
+            runs.append([forward])
+    return [
+        dataclasses.replace(
+            run[0], last=run[-1].last, port=run[0].port if len(run) == 1 else f"{run[0].port}-{run[-1].port}"
+        )
+        for run in runs
+    ]
+
+
+def follows(before: Forward, after: Forward) -> bool:
+    next_targets = tuple(Target(target.address, target.port + 1) for target in before.targets)
+    return (before.protocol, before.last + 1, next_targets) == (after.protocol, after.first, after.targets)
+
+
+# ------------------------------------------------ ruleset: Forwards -> chains, in iptables-save's words
+
+# Each rule below was printed back by iptables-save as it stands here, by nft and legacy, IPv4 and IPv6.
+
+ROOT, FORWARD, POSTROUTING = "EPOK", "EPOK-FORWARD", "EPOK-POSTROUTING"
+BUILT_IN = {"filter": ("FORWARD",), "nat": ("PREROUTING", "OUTPUT", "POSTROUTING")}
+# The trie over the 16 bits of a port is cut at these bits: fewer bits a level send less when a port changes,
+# more bits a level make fewer chains.
+CUTS = (13, 10, 8, 6, 4, 2, 0)
+
+
+class Family(NamedTuple):
+    """An IP version and the words for it."""
+
+    version: int
+    tool: str
+    loopback: Network
+
+
+FAMILIES = (
+    Family(4, "iptables", ipaddress.ip_network("127.0.0.0/8")),
+    Family(6, "ip6tables", ipaddress.ip_network("::1/128")),
+)
+
+
+@dataclass
+class Table:
+    """What is, or shall be, epok's in a table: its chains, and the rules of built-in chains that jump to them.
+
+    `held` are chains of epok's that foreign rules refer to, `older` the (chain, rule) pairs of the older epok.
+    """
+
+    chains: dict[str, list[str]] = field(default_factory=dict)
+    hooks: dict[str, list[str]] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
+    older: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, prefix: str, rules: list[str]) -> str:
+        """Adds an immutable chain, named by prefix and digest; returns its name."""
+        for salt in itertools.count():
+            text = "\n".join(rules) + "\n" * salt
+            name = f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+            if self.chains.setdefault(name, rules) == rules:
+                return name
+        raise AssertionError  # count() does not end
+
+
+Tables = dict[str, Table]
+Wanted = Mapping[int, Tables]  # by IP version
+NOTHING: Tables = {"filter": Table(), "nat": Table()}
+
+
+def render(forwards: Sequence[Forward], family: Family, options: Options) -> Tables:
+    """The tables of one IP version that make the forwards work."""
+    forwarded, masquerade = options.mark
+    nat = Table()
+    external = options.external_interface
+    ways = {name: entries(name, family, options.addresses) for name in options.interfaces}
+    inner = any(ways[name] for name in ways if name != external)
+    reachable = [forward for forward in forwards if inner or (ways.get(external) and not forward.internal)]
+    leaves = [leaf for forward in reachable for leaf in add_leaf(forward, family, options, nat)]
+    inside = add_trees(leaves, nat) if inner else {}
+    outside = add_trees([leaf for leaf in leaves if not leaf.internal], nat) if ways.get(external) else {}
+    nat.chains[ROOT] = root_rules(ways, inside, outside, external)
+    nat.chains[POSTROUTING] = [f"-m connmark --mark {masquerade:#x}/{masquerade:#x} -j MASQUERADE --random-fully"]
+    nat.hooks = {
+        "PREROUTING": [f"-m addrtype --dst-type LOCAL -j {ROOT}"],
+        "OUTPUT": [f"-m addrtype --dst-type LOCAL -j {ROOT}"] if "lo" in options.interfaces else [],
+        "POSTROUTING": [f"-j {POSTROUTING}"],
+    }
+    accept = {FORWARD: [f"-m connmark --mark {forwarded:#x}/{forwarded:#x} -j ACCEPT"]}
+    return {"filter": Table(accept, {"FORWARD": [f"-j {FORWARD}"]}), "nat": nat}
+
+
+def root_rules(
+    ways: Mapping[str, list[str]], inside: Mapping[str, str], outside: Mapping[str, str], external: str
+) -> list[str]:
+    """The rules of EPOK: from each way in to the first chain of a protocol, the external interface first."""
+    rules = []
+    for interface, matches in sorted(ways.items(), key=lambda way: way[0] != external):
+        trees = outside if interface == external else inside
+        rules += [f"{match} -p {protocol} -g {chain}" for match in matches for protocol, chain in trees.items()]
+        if interface == external and inside:
+            # so that another interface that covers this one, like eth+, does not let its packets in
+            rules.append(f"{'-o' if interface == 'lo' else '-i'} {interface} -j RETURN")
+    return rules
+
+
+def entries(interface: str, family: Family, addresses: Sequence[Network]) -> list[str]:
+    """What packets match that come in through an interface to the host's addresses, one rule each."""
+    given = [network for network in addresses if network.version == family.version]
+    if interface != "lo":
+        matches = [f"-d {text_of(network)} " if network.prefixlen else "" for network in given]
+        return [f"{match}-i {interface}" for match in matches or ([""] if not addresses else [])]
+    # packets of the host to itself pass OUTPUT, where -i cannot match
+    if not addresses or any(not network.prefixlen for network in given):
+        return [f"! -d {family.loopback} -o lo"]
+    return [f"-d {text_of(part)} -o lo" for network in given for part in without(network, family.loopback)]
+
+
+def without(network: Any, hole: Any) -> list[Network]:
+    """The networks that are left of one when another is taken out."""
+    if not network.overlaps(hole):
+        return [network]
+    return sorted(network.address_exclude(hole)) if hole.subnet_of(network) else []
+
+
+def text_of(network: Network) -> str:
+    """As iptables prints it: with the C library's form of IPv6 addresses."""
+    address = network.network_address
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    return f"{socket.inet_ntop(family, address.packed)}/{network.prefixlen}"
+
+
+class Leaf(NamedTuple):
+    """External ports and the chain that sends them to their nodes."""
+
+    first: int
+    last: int
+    protocol: str
+    chain: str
+    comment: str
+    internal: bool
+
+
+def add_trees(leaves: Iterable[Leaf], nat: Table) -> dict[str, str]:
+    """Adds the chains that lead packets to their leaves; returns the chain to begin with for each protocol."""
+    roots = {}
+    for protocol in PROTOCOLS:
+        chosen = sorted(leaf for leaf in leaves if leaf.protocol == protocol)
+        if chosen:
+            roots[protocol] = add_branch(protocol, chosen, 0, nat)
+    return roots
+
+
+def add_branch(protocol: str, leaves: Sequence[Leaf], level: int, nat: Table) -> str:
+    """Adds the chain that tells the leaves apart by port, and the smaller ones below it."""
+    while len(leaves) > 1 and leaves[0].first >> CUTS[level] == leaves[-1].last >> CUTS[level]:
+        level += 1
+    rules = []
+    # a range that crosses a border between blocks stands alone in this chain
+    for _, group in itertools.groupby(leaves, lambda leaf: (leaf.first >> CUTS[level], leaf.last >> CUTS[level])):
+        block = list(group)
+        ports = f"-p {protocol} -m {protocol} --dport {block[0].first}"
+        if len(block) > 1:
+            rules.append(f"{ports}:{block[-1].last} -g {add_branch(protocol, block, level + 1, nat)}")
+            continue
+        leaf = block[0]
+        if leaf.last > leaf.first:
+            ports += f":{leaf.last}"
+        rules.append(f'{ports} -m comment --comment "{leaf.comment}" -g {leaf.chain}')
+    return nat.add(f"EPOK-{protocol}-{leaves[0].first}-{leaves[-1].last}", rules)
+
+
+def add_leaf(forward: Forward, family: Family, options: Options, nat: Table) -> list[Leaf]:
+    """Adds the chain that marks a connection and picks a node; none when no target or client is of the family."""
+    targets = [target for target in forward.targets if target.address.version == family.version]
+    sources = [network for network in forward.sources or () if network.version == family.version]
+    if not targets or (forward.sources is not None and not sources):
+        return []
+    forwarded, masquerade = options.mark
+    bits = forwarded | masquerade if forward.masquerade else forwarded
+    rules = [f"-j CONNMARK --set-xmark {bits:#x}/{forwarded | masquerade:#x}"]
+    for target, before, after in shares(targets, forward.sticky):
+        rules.append(f"{before}-p {forward.protocol}{after} -j DNAT --to-destination {destination(forward, target)}")
+    prefix = f"EPOK-{forward.protocol}-{Range(forward.first, forward.last)}"
+    chain = nat.add(prefix, rules)
+    comment = f"{forward.service} {forward.port}"
+    if not re.fullmatch(r"[A-Za-z0-9_.:/ -]{1,255}", comment):  # anything else could end the rule or begin another
+        raise Fatal(f"{quoted(comment)} cannot stand in a comment of iptables; nothing was changed")
+    if sources and all(network.prefixlen for network in sources):
+        chain = nat.add(prefix, [f'-s {text_of(n)} -m comment --comment "{comment}" -g {chain}' for n in sources])
+    return [Leaf(forward.first, forward.last, forward.protocol, chain, comment, forward.internal)]
+
+
+def shares(targets: Sequence[Target], sticky: bool) -> Iterator[tuple[Target, str, str]]:
+    """The targets with what a packet must match to get there, the words before and after the protocol."""
+    if sticky and len(targets) > 1:
+        make = type(targets[0].address)
+        owners = buckets_of(tuple(str(target.address) for target in targets))
+        for bucket, owner in enumerate(owners):
+            yield targets[owner], f"-s {make(bucket)}/{make(len(owners) - 1)} ", ""
+        return
+    for left, target in zip(range(len(targets), 0, -1), targets, strict=True):
+        # 1/left as iptables-save prints it: the kernel keeps 31 bits of a probability
+        chance = f"{int(2**31 / left + 0.5) / 2**31:.11f}"
+        yield target, "", f" -m statistic --mode random --probability {chance}" if left > 1 else ""
+
+
+@functools.lru_cache
+def buckets_of(names: tuple[str, ...]) -> list[int]:
+    """Shares the low bits of client addresses out evenly: the index of a name for each bucket.
+
+    The names take in turn what they like best, as in Maglev (Eisenbud et al., NSDI 2016): when one comes or goes,
+    few buckets of the others move.
+    """
+    count = 64
+    while count < 4 * len(names):
+        count *= 2
+    likes = [
+        sorted(range(count), key=lambda bucket: hashlib.sha256(f"{name} {bucket}".encode()).digest()) for name in names
+    ]
+    wishes = [iter(liked) for liked in likes]
+    owners: dict[int, int] = {}
+    for turn in range(count):
+        index = turn % len(names)
+        owners[next(bucket for bucket in wishes[index] if bucket not in owners)] = index
+    return [owners[bucket] for bucket in range(count)]
+
+
+def destination(forward: Forward, target: Target) -> str:
+    host = f"[{target.address}]" if target.address.version == 6 else str(target.address)
+    if forward.first == forward.last:
+        return f"{host}:{target.port}"
+    return f"{host}:{target.port}-{target.port + forward.last - forward.first}/{forward.first}"
+
+
+# ------------------------------------------------ transaction: iptables-save, Tables -> iptables-restore
+
+
+def owned(chain: str) -> bool:
+    return chain == ROOT or chain.startswith(ROOT + "-")
+
+
+def parse_table(text: str, name: str) -> Table | None:
+    """Reads what iptables-save -t prints of one table; None unless it is whole."""
+    table = Table()
+    state = "before"
+    for line in text.splitlines():
+        if line.startswith("-A "):
+            chain, _, rule = line[3:].partition(" ")
+            read_rule(table, name, chain, rule)
+        elif line.startswith(":"):
+            chain = line[1:].split(" ", 1)[0]
+            if owned(chain):
+                table.chains[chain] = []
+        elif line == f"*{name}":
+            state = "inside"
+        elif line == "COMMIT" and state == "inside":
+            state = "whole"
+        elif "incompatible" in line:  # nft cannot print native rules: what it prints is not what is there
+            return None
+    return table if state == "whole" else None
+
+
+def read_rule(table: Table, name: str, chain: str, rule: str) -> None:
+    if owned(chain):
+        table.chains.setdefault(chain, []).append(rule)
+        return
+    if ROOT in rule:
+        words = split(rule)
+        target = next((b for a, b in itertools.pairwise(words) if a in ("-j", "-g") and owned(b)), "")
+        if target and chain in BUILT_IN[name]:
+            table.hooks.setdefault(chain, []).append(rule)
+        elif target:
+            table.held.add(target)
+    elif "epok_rule_id" in rule and any(
+        a == "--comment" and "epok_rule_id" in b for a, b in itertools.pairwise(split(rule))
+    ):
+        table.older.append((chain, rule))
+
+
+def split(rule: str) -> list[str]:
+    """The words of a rule, without quotes."""
+    try:
+        return shlex.split(rule)
+    except ValueError:  # an open quote in somebody's comment
+        return rule.split()
+
+
+def restore_input(wanted: Tables, found: Tables) -> str:
+    """The smallest iptables-restore --noflush input that makes `found` what is `wanted`; empty when it is."""
+    if wanted["nat"].chains.get(ROOT) == [] and not any(table.chains for table in found.values()):
+        return ""  # no forwards, and never any: leave the host as it is
+    parts = []
+    for name in BUILT_IN:
+        lines = table_changes(name, wanted[name], found[name])
+        if lines:
+            parts.append("\n".join([f"*{name}", *lines, "COMMIT", ""]))
+    return "".join(parts)
+
+
+def table_changes(name: str, wanted: Table, found: Table) -> list[str]:
+    new = {chain: rules for chain, rules in wanted.chains.items() if found.chains.get(chain) != rules}
+    stale = [chain for chain in found.chains if chain not in wanted.chains]
+    flushed = [chain for chain in stale if chain not in found.held or found.chains[chain]]
+    lines = [f":{chain} - [0:0]" for chain in (*new, *flushed)]  # declaring a chain flushes it
+    lines += [f"-A {chain} {rule}" for chain, rules in new.items() for rule in rules]
+    for chain in dict.fromkeys((*BUILT_IN[name], *found.hooks)):
+        lines += hook_changes(chain, wanted.hooks.get(chain, []), found.hooks.get(chain, []))
+    if not wanted.chains:
+        lines += [f"-D {chain} {rule}" for chain, rule in found.older]
+    # -X last: a chain that is still referred to cannot be deleted
+    lines += [f"-X {chain}" for chain in stale if chain not in found.held]
+    return lines
+
+
+def hook_changes(chain: str, wanted: list[str], found: list[str]) -> list[str]:
+    """Deletes wrong and double hooks, inserts a missing one, and leaves one where it is."""
+    lines = []
+    kept: list[str] = []
+    for rule in reversed(found):  # -D deletes the first that is equal, so the last one stays
+        if rule in wanted and rule not in kept:
+            kept.append(rule)
+        else:
+            lines.append(f"-D {chain} {rule}")
+    return lines + [f"-I {chain} {rule}" for rule in wanted if rule not in kept]
+
+
+# ------------------------------------------------ hosts: the only part that runs anything
+
+
+class Result(NamedTuple):
+    """What a command left: its exit status (127: not found) and both outputs."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        return one_line(self.err or self.out or f"exit status {self.status}")
+
+
+class LocalHost:
+    """The machine that epok runs on."""
+
+    name = "this host"
+    sudo: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        if os.geteuid() != 0 and not self.may_pass_on_net_admin():
+            self.sudo = ("sudo", "-n")
+
+    @staticmethod
+    def may_pass_on_net_admin() -> bool:
+        """Whether the commands that epok starts will have CAP_NET_ADMIN (bit 12): only ambient ones are passed on."""
+        try:
+            with open("/proc/self/status", encoding="ascii") as file:
+                ambient = re.search(r"^CapAmb:\s*([0-9a-f]+)", file.read(), re.MULTILINE)
+        except OSError:
+            return False
+        return bool(ambient and int(ambient[1], 16) >> 12 & 1)
+
+    def run(self, argv: Sequence[str], text: str, deadline: Deadline) -> Result:
+        path = os.pathsep.join(filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin", "/usr/bin", "/bin")))
+        try:
+            done = subprocess.run(
+                argv,
+                input=text.encode(),
+                capture_output=True,
+                timeout=deadline.remaining(),
+                env={**os.environ, "LC_ALL": "C", "PATH": path},
+                check=False,
+            )
+        except FileNotFoundError:
+            return Result(127, "", f"{argv[0]}: command not found")
+        except subprocess.TimeoutExpired:
+            raise deadline.missed(f"{self.name}: {shlex.join(argv)}") from None
+        return Result(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
+
+    def close(self) -> None:
+        pass
+
+
+class SshHost:
+    """A host that epok logs in to."""
+
+    def __init__(self, login: Login, options: Options) -> None:
+        self.login, self.options = login, options
+        self.name = str(login)
+        self.sudo = () if login.user == "root" else ("sudo", "-n")
+        self.client: Any = None
+
+    def run(self, argv: Sequence[str], text: str, deadline: Deadline) -> Result:
+        """Runs a command over the one connection, which is made when there is none. Raises Transient when it breaks."""
+        import paramiko
+
+        doing = f"{self.name}: {shlex.join(argv)}"
+        try:
+            self.client = self.client or self.connect(deadline)
+            channel = self.client.get_transport().open_session(timeout=deadline.remaining())
+            channel.settimeout(deadline.remaining())
+            channel.exec_command(shlex.join(argv))
+            # all three at once: neither side may wait for the other with full buffers
+            send = Background(self.send, channel, text.encode())
+            err = Background(channel.makefile_stderr("rb").read)
+            out = Background(channel.makefile("rb").read)
+            outputs = [stream.result(deadline, doing).decode("utf-8", "replace") for stream in (out, err)]
+            send.result(deadline, doing)
+            if not channel.status_event.wait(deadline.remaining()):
+                raise deadline.missed(doing)
+            if channel.exit_status == -1:
+                raise Transient(f"{doing}: the connection was lost before its exit status came")
+            channel.close()
+            return Result(channel.exit_status, *outputs)
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise Transient(f"{doing}: {one_line(error)}") from None
+        finally:
+            if sys.exc_info()[0]:
+                self.close()
+
+    @staticmethod
+    def send(channel: Any, data: bytes) -> None:
+        try:
+            channel.sendall(data)
+            channel.shutdown_write()
+        except OSError:  # a command that ended without reading: its exit status says why
+            pass
+
+    def connect(self, deadline: Deadline) -> Any:
+        """Logs in. Raises Fatal for what will not change: a key refused, a host key wrong or unknown."""
+        import paramiko
+
+        check: Any = HostKeyCheck(self.login, self.options)
+        key = load_key(self.options.key)
+        for key_types in check.attempts():
+            client = paramiko.SSHClient()
+            client.set_missing_host_key_policy(check)
+            try:
+                self.log_in(client, key, key_types, deadline)
+                return client
+            except check.Refused:
+                client.close()
+            except paramiko.AuthenticationException as error:
+                client.close()
+                raise Fatal(self.how_to_let_in(key, error)) from None
+            except paramiko.ssh_exception.IncompatiblePeer as error:
+                client.close()
+                if "host key" not in str(error):
+                    raise
+        raise Fatal(check.advice())
+
+    def log_in(self, client: Any, key: Any, key_types: Sequence[str], deadline: Deadline) -> None:
+        import paramiko
+
+        preferred: Sequence[str] = vars(paramiko.Transport)["_preferred_keys"]
+        unwanted = [name for name in preferred if key_types and name not in key_types]
+        connection = socket.create_connection(self.login[1:], timeout=deadline.remaining())
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # paramiko does not: 40 ms a channel
+        client.connect(
+            self.login.host,
+            self.login.port,
+            self.login.user,
+            sock=connection,
+            pkey=key,
+            allow_agent=key is None,
+            look_for_keys=key is None,
+            disabled_algorithms={"keys": unwanted},
+            timeout=deadline.remaining(),
+            banner_timeout=deadline.remaining(),
+            auth_timeout=deadline.remaining(),
+            channel_timeout=deadline.remaining(),
+        )
+
+    def how_to_let_in(self, key: Any, error: Exception) -> str:
+        if key is None:
+            return f"{self.name}: no key was accepted ({one_line(error)}); give one with --key"
+        line = f"{key.get_name()} {key.get_base64()}"
+        return f"{self.name}: the key {self.options.key} is refused; put this line into its authorized_keys: {line}"
+
+    def close(self) -> None:
+        if self.client is not None:
+            self.client.close()
+            self.client = None
+
+
+def load_key(name: str) -> Any:
+    """The private key in a file, None without a name. Raises Fatal: later it would look like a lost connection."""
+    import paramiko
+
+    if not name:
+        return None
+    try:
+        return paramiko.PKey.from_path(name)
+    except paramiko.PasswordRequiredException:
+        raise Fatal(f"--key {name} has a passphrase; give a key without one, or load it into ssh-agent") from None
+    except Exception as error:  # what its parsers raise is not documented
+        raise Fatal(f"--key {name}: {one_line(error)}; give a private key that ssh-keygen made") from None
+
+
+HOST_KEY_TYPES: tuple[Sequence[str], ...] = (
+    ("ssh-ed25519",),
+    ("ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521"),
+    ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa"),
+)
+
+
+class HostKeyCheck:
+    """Decides whether a host key is the right one; a policy for paramiko that also knows --host-key."""
+
+    class Refused(Exception):
+        """The server has another key than those that are accepted."""
+
+    def __init__(self, login: Login, options: Options) -> None:
+        self.login = login
+        self.name = login.host if login.port == 22 else f"[{login.host}]:{login.port}"
+        self.pins = options.host_key
+        self.file = options.known_hosts
+        self.seen: list[Any] = []
+        self.revoked: set[str] = set()
+        self.known = dict(self.pinned_lines() if self.pins else self.known_lines())
+
+    def pinned_lines(self) -> Iterator[tuple[str, str]]:
+        """The accepted keys as base64, with their types."""
+        for pin in self.pins:
+            words = pin.split()
+            if len(words) > 1:
+                yield words[1].rstrip("="), words[0]
+
+    def known_lines(self) -> Iterator[tuple[str, str]]:
+        import paramiko
+
+        try:
+            with open(self.file, encoding="utf-8", errors="replace") as file:
+                lines = file.read().splitlines()
+        except OSError:
+            return
+        for line in lines:
+            try:
+                entry = paramiko.hostkeys.HostKeyEntry.from_line(line.removeprefix("@revoked").strip())
+            except (paramiko.SSHException, paramiko.hostkeys.InvalidHostKey):
+                continue  # @cert-authority, or no key at all: nothing that could let somebody in
+            if entry is None or entry.key is None:
+                continue
+            if line.startswith("@revoked"):
+                self.revoked.add(entry.key.get_base64().rstrip("="))
+            elif any(self.names(hostname) for hostname in entry.hostnames):
+                yield entry.key.get_base64().rstrip("="), entry.key.get_name()
+
+    def names(self, hostname: str) -> bool:
+        import paramiko
+
+        if hostname.startswith("|1|"):
+            return bool(paramiko.HostKeys.hash_host(self.name, hostname) == hostname)
+        return hostname == self.name
+
+    def attempts(self) -> list[Sequence[str]]:
+        """The host key types to ask for, one set a connection; an empty one is whatever the server likes."""
+        if "any" in self.pins:
+            return [()]
+        fingerprints = any(pin.startswith("SHA256:") for pin in self.pins)
+        wanted = [types for types in HOST_KEY_TYPES if fingerprints or set(types) & set(self.known.values())]
+        return wanted or [()]
+
+    def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
+        """paramiko calls this for each connection, since it was given no keys to know."""
+        text = key.get_base64().rstrip("=")
+        self.seen.append(key)
+        if "any" in self.pins:
+            log.warning("%s: its host key is not checked (--host-key any); pin %s", self.login, fingerprint(key))
+        elif text in self.revoked or not (text in self.known or fingerprint(key) in self.accepted_fingerprints()):
+            raise self.Refused
+
+    def accepted_fingerprints(self) -> set[str]:
+        return {pin.rstrip("=") for pin in self.pins}
+
+    def advice(self) -> str:
+        """What is wrong with the host's key, and the line that would accept it."""
+        if not self.seen:
+            types = ", ".join(sorted(set(self.known.values())))
+            return f"{self.login}: it has no host key of the known kind ({types}); check --host-key or {self.file}"
+        key = self.seen[0]
+        shown = f"{key.get_name()} {fingerprint(key)}"
+        line = f"{self.name} {key.get_name()} {key.get_base64()}"
+        if key.get_base64().rstrip("=") in self.revoked:
+            return f"{self.login}: its host key {shown} is marked @revoked in {self.file}; connect to no such host"
+        if self.pins:
+            return (
+                f"{self.login}: its host key {shown} is not the one of --host-key; if the host was reinstalled "
+                f'and this is its new key: --host-key "{key.get_name()} {key.get_base64()}"'
+            )
+        if self.known:
+            return (
+                f"{self.login}: its host key {shown} is not the one in {self.file}: somebody may be in between; if the "
+                f"host was reinstalled, replace its line there by: {line}"
+            )
+        return (
+            f"{self.login}: its host key {shown} is unknown; compare it with ssh-keygen -lf on the host, then add "
+            f"this line to {self.file}: {line}"
+        )
+
+
+def fingerprint(key: Any) -> str:
+    return "SHA256:" + base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
+
+
+Host = LocalHost | SshHost
+
+
+Found = Mapping[int, Tables | None]  # by IP version, None where the host cannot do it
+
+
+def read_all_tables(host: Host, deadline: Deadline) -> Found:
+    return {family.version: read_tables(host, family, deadline) for family in FAMILIES}
+
+
+def read_tables(host: Host, family: Family, deadline: Deadline) -> Tables | None:
+    """epok's part of the tables, None when the host has no such IP version. Raises Transient or Fatal."""
+    tables = {}
+    for name in BUILT_IN:
+        argv = (*host.sudo, f"{family.tool}-save", "-t", name)
+        result = host.run(argv, "", deadline)
+        if family.version == 6 and lacks_family(result):
+            return None
+        table = parse_table(result.out, name) if result.status == 0 else None
+        if table is None or "incompatible" in result.err:
+            raise refusal(host, argv, result)
+        tables[name] = table
+    return tables
+
+
+def lacks_family(result: Result) -> bool:
+    if result.status == 0:
+        return False
+    absent = ("command not found", "Address family not supported", "Table does not exist")
+    return result.status == 127 or any(words in result.err for words in absent)
+
+
+def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> Exception:
+    """What a failed command of the iptables family means: Fatal with what to do, or Transient."""
+    command = shlex.join(argv)
+    failed = f"{host.name}: {command}: {result.said}"
+    if "incompatible" in result.err + result.out:
+        return Fatal(f"{failed}; native nft rules share the table: move them to a table of their own")
+    if "sudo" in argv and ("sudo:" in result.err or "not allowed" in result.err):
+        user = getattr(host, "login", ("$USER",))[0]
+        return Fatal(f"{failed}; add to sudoers: {user} ALL=(root) NOPASSWD: /usr/sbin/{shlex.join(argv[2:])}")
+    if result.status == 127 or "not found" in result.err:
+        return Fatal(f"{failed}; install it on the host: apt-get install iptables")
+    if "must be root" in result.err or "Permission denied" in result.err or "not permitted" in result.err:
+        return Fatal(f"{failed}; run epok as root, or let it log in as a user that may use sudo")
+    if "temporarily unavailable" in result.err or "xtables lock" in result.err or result.status < 0:
+        return Transient(failed)
+    named = re.search(r"line:? (\d+)", result.err)
+    lines = text.splitlines()
+    if named and 0 < int(named[1]) <= len(lines):
+        failed += f": {quoted(lines[int(named[1]) - 1])}"
+    if result.status == 2:
+        return Fatal(f"{failed}; this is a defect of epok or an iptables that is too old")
+    # a race with another writer, which goes away, or something that the kernel refuses, which stays
+    return Transient(failed, attempts=3)
+
+
+class Input(NamedTuple):
+    """A text for standard input of a command of the iptables-restore family."""
+
+    argv: tuple[str, ...]
+    text: str
+
+
+def next_inputs(wanted: Wanted, found: Found) -> list[Input]:
+    """What would make the tables that were found the wanted ones."""
+    inputs = []
+    for family in FAMILIES:
+        tables = found[family.version]
+        text = restore_input(wanted[family.version], tables) if tables is not None else ""
+        if text:
+            inputs.append(Input((f"{family.tool}-restore", "--noflush", "--wait", "5"), text))
+    return inputs
+
+
+def converge(host: Host, wanted: Wanted, found: Found, deadline: Deadline) -> list[Input]:
+    """Makes the host's tables the wanted ones and proves it by reading them again; returns what it took."""
+    done: list[Input] = []
+    known: Found | None = found
+
+    def attempt() -> None:
+        nonlocal known
+        # after a failure the host is read first: a command that was cut off may have worked
+        current, known = known or read_all_tables(host, deadline), None
+        inputs = next_inputs(wanted, current)
+        for argv, text in inputs:
+            result = host.run((*host.sudo, *argv), text, deadline)
+            if result.status != 0:
+                raise refusal(host, (*host.sudo, *argv), result, text)
+        done.extend(inputs)
+        left = next_inputs(wanted, read_all_tables(host, deadline)) if inputs else []
+        if left:
+            example = quoted(left[0].text.splitlines()[1])
+            raise Transient(f"{host.name}: the rules differ again after the swap, at {example}", attempts=3)
+
+    persist(deadline, attempt)
+    return done
+
+
+def check_host(host: Host, options: Options, wanted: Wanted, found: Found, deadline: Deadline) -> None:
+    """Warns about what makes forwards fail without a word."""
+    used = [family for family in FAMILIES if wanted[family.version]["nat"].chains.get(ROOT)]
+    files = ("/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding")
+    values = dict(zip((4, 6), host.run(("cat", *files), "", deadline).out.split(), strict=False))
+    for family in used:
+        if found[family.version] is None:
+            log.warning("%s has no working %s: no forwards over IPv%d", host.name, family.tool, family.version)
+        elif values.get(family.version) == "0":
+            name = files[family.version == 6].removeprefix("/proc/sys/").replace("/", ".")
+            log.warning("%s does not forward IPv%d: sysctl -w %s=1", host.name, family.version, name)
+    links = host.run(("ip", "-br", "addr"), "", deadline).out.splitlines()
+    names = [link.split("@")[0].split()[0] for link in links if link.strip()]
+    for interface in options.interfaces:
+        if names and not any(is_covered(name, interface) for name in names):
+            log.warning("%s has no interface %s; it has %s", host.name, interface, ", ".join(names))
+
+
+def is_covered(name: str, interface: str) -> bool:
+    """Whether an interface is one of those that iptables means by, say, eth+."""
+    return name.startswith(interface[:-1]) if interface.endswith("+") else name == interface
+
+
+# ------------------------------------------------ report: Tables -> what a person reads
+
+
+def count_forwards(tables: Tables) -> int:
+    rules = itertools.chain.from_iterable(tables["nat"].chains.values())
+    return sum(" --dport " in rule and " --comment " in rule for rule in rules)
+
+
+class Live(NamedTuple):
+    """A forward as rules say it: whose port, and the leaf that sends it there."""
+
+    label: str
+    chain: str
+
+
+def forwards_in(tables: Tables | None) -> dict[tuple[int, str], Live]:
+    """What rules forward, by first port and name, like (25, "tcp/25")."""
+    chains = tables["nat"].chains if tables else {}
+    forwards = {}
+    todo, seen = [ROOT], {ROOT}
+    while todo:
+        for rule in chains.get(todo.pop(), []):
+            leaf = re.match(r'-p (\w+) -m \w+ --dport (\d+)(:\d+)? -m comment --comment "(\S+) (\S+)" -g (\S+)', rule)
+            jump = rule.rpartition(" -g ")[2]
+            if leaf:
+                protocol, first, last, service, port, chain = leaf.groups(default="")
+                forwards[int(first), f"{protocol}/{first}{last.replace(':', '-')}"] = Live(f"{service}:{port}", chain)
+            elif jump not in seen:
+                seen.add(jump)
+                todo.append(jump)
+    return forwards
+
+
+def describe_leaf(chain: str, chains: Mapping[str, list[str]]) -> str:
+    """Where a leaf sends connections and whose, like "(NodePort 2025) on 3 nodes, client address kept"."""
+    rules = chains.get(chain, [])
+    sources = [match[1] for rule in rules if (match := re.match(r"-s (\S+) -m comment .* -g (\S+)$", rule))]
+    if sources:
+        return f"{describe_leaf(rules[0].split()[-1], chains)}, for {', '.join(sources)} only"
+    places = [rule.split()[-1].rpartition(":") for rule in rules if "--to-destination" in rule]
+    ports = ", ".join(dict.fromkeys(port.split("/")[0] for _, _, port in places))
+    kept = [match for rule in rules if (match := re.search(r"--set-xmark (\w+)/(\w+)", rule)) and match[1] != match[2]]
+    nodes = f"{len(places)} {plural(len(places), 'node')}"
+    return f"(NodePort {ports}) on {nodes}{', client address kept' if kept else ''}"
+
+
+class Change(NamedTuple):
+    """A forward that came (+), went (-) or is another now (~)."""
+
+    sign: str
+    ports: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.sign} {self.ports} -> {self.text}"
+
+
+def changes_between(before: Found | Wanted, after: Found | Wanted) -> list[Change]:
+    changes = []
+    for family in FAMILIES:
+        over = " over IPv6" if family.version == 6 else ""
+        old, new = forwards_in(before[family.version]), forwards_in(after[family.version])
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                sign = "~" if key in old and key in new else "+" if key in new else "-"
+                live, tables = (new[key], after) if key in new else (old[key], before)
+                chains = (tables[family.version] or NOTHING)["nat"].chains
+                changes.append(Change(sign, key[1], f"{live.label} {describe_leaf(live.chain, chains)}{over}"))
+    return changes
+
+
+def report_plan(plan: Plan) -> None:
+    for warning in plan.warnings:
+        log.warning("%s", warning)
+    for service, rejections in itertools.groupby(plan.rejections, lambda rejection: rejection.service):
+        reasons = list(rejections)
+        for rejection in reasons[:10]:
+            log.warning("rejected: %s", rejection)
+        if len(reasons) > 10:
+            log.warning("rejected: %s: %d more mappings", service, len(reasons) - 10)
+
+
+def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Input]) -> None:
+    verbs = {"+": "now forwarding", "-": "no longer forwarding", "~": "changed:"}
+    changes = changes_between(before, wanted) if inputs else []
+    for change in changes:
+        log.info("%s%s %s to %s", prefix, verbs[change.sign], change.ports, change.text)
+    count = sum(count_forwards(tables) for tables in wanted.values())
+    total = f"{count} {plural(count, 'forward')}"
+    if not inputs:
+        log.info("%sin sync, %s, nothing changed", prefix, total)
+    elif not changes:
+        lines = sum(len(text.splitlines()) - 2 for _, text in inputs)
+        log.info("%sput rules of epok's right with %d %s, %s", prefix, lines, plural(lines, "line"), total)
+    marks = [t["filter"].chains.get(FORWARD) for t in (before[4] or NOTHING, wanted[4])]
+    if marks[0] and marks[1] and marks[0] != marks[1]:
+        log.warning("%s--mark is another one now: connections that were open have lost their way", prefix)
+
+
+def dry_run_text(host: Host, options: Options, before: Found, wanted: Wanted) -> str:
+    """The forwards that would come and go, then each input under the command that would read it."""
+    lines = [f"# on {host.name}"] if len(options.host) > 1 else []
+    lines += [str(change) for change in changes_between(before, wanted)]
+    for argv, text in next_inputs(wanted, before):
+        lines += [f"# {shlex.join(argv)}", text.rstrip("\n")]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------ main
+
+
+def show(text: str) -> None:
+    """Prints what was asked for; a reader that has seen enough, like head, is no error."""
+    try:
+        print(text, end="\n" if text else "", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+
+
+class OneLine(logging.Formatter):
+    """Keeps a log record on one line of ASCII, whatever a server or a host put into it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = f"{record.levelname.lower()}: {record.getMessage()}"
+        return re.sub(r"[^ -~]", lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def start_log(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine())
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(level.upper())
+    # what libraries log comes as an exception too; without this Python prints it for them
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
+def serve(host: Host, reader: Background, wanted: Wanted, options: Options, deadline: Deadline) -> int:
+    """Makes one host right, or says what would change; returns the exit status for it."""
+    prefix = f"{host.name}: " if options.executor == "ssh" else ""
+    try:
+        found = reader.result(deadline, f"{host.name}: reading its rules")
+        if not options.clean:
+            check_host(host, options, wanted, found, deadline)
+        if options.dry_run:
+            text = dry_run_text(host, options, found, wanted)
+            show(text)
+            return 3 if next_inputs(wanted, found) else 0
+        report_swap(prefix, found, wanted, converge(host, wanted, found, deadline))
+        return 0
+    except Fatal as error:
+        log.error("%s", error)
+        return error.status
+    finally:
+        host.close()
+
+
+def wanted_tables(options: Options, deadline: Deadline) -> Wanted:
+    """What shall be on every host, from the cluster's Services."""
+    if options.clean:
+        return {family.version: NOTHING for family in FAMILIES}
+    with deadline.enforced("reading the cluster"):
+        snapshot = read_snapshot(options, deadline)
+    plan = make_plan(snapshot, options)
+    report_plan(plan)
+    return {family.version: render(plan.forwards, family, options) for family in FAMILIES}
+
+
+def run(options: Options) -> int:
+    deadline = Deadline(options.timeout)
+    local = options.executor == "local"
+    hosts: list[Host] = [LocalHost()] if local else [SshHost(login, options) for login in options.host]
+    # the hosts are read while the API answers
+    readers = [Background(persist, deadline, read_all_tables, host, deadline) for host in hosts]
+    wanted = wanted_tables(options, deadline)
+    work = [
+        Background(serve, host, reader, wanted, options, deadline) for host, reader in zip(hosts, readers, strict=True)
+    ]
+    statuses = [0]
+    for host, thread in zip(hosts, work, strict=True):
+        try:
+            statuses.append(thread.result(deadline, host.name))
+        except Fatal as error:
+            log.error("%s", error)
+            statuses.append(error.status)
+    return 1 if 1 in statuses else max(statuses)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Does one run; returns the exit status."""
+    start_log("info")
+    try:
+        options = parse_options(argv, os.environ)
+        start_log(options.log_level)
+        return run(options)
+    except Fatal as error:
+        log.error("%s", error)
+        return error.status
+    except KeyboardInterrupt:
+        log.error("interrupted; run epok again to be sure that the host is right")
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
