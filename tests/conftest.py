@@ -1,0 +1,69 @@
+"""What all tests share: the lab, once for each backend, and what to do when a machine lacks a tool."""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `import epok`
+
+from lab import Lab  # noqa: E402
+
+settings.register_profile("epok", deadline=None)  # a busy machine is no failure
+settings.load_profile("epok")
+
+BACKENDS = ("nft", "legacy")
+
+
+def need(tool: str, how: str) -> str:
+    """The tool's path. Without it the test is skipped, naming it; where everything must run (CI) it fails."""
+    found = shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    return found or lacking(f"{tool} is missing: {how}")
+
+
+def lacking(why: str) -> str:
+    if os.environ.get("EPOK_TEST_ALL") == "1":
+        pytest.fail(why, pytrace=False)
+    pytest.skip(why)
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
+    """Wait for something that happens soon, without an event to wait for."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} seconds: {what}"
+        time.sleep(0.01)
+
+
+def need_lab(backend: str) -> None:
+    """All that a lab takes."""
+    if os.geteuid():
+        lacking("network namespaces need root: run the tests with sudo")
+    for tool, package in (
+        ("nsenter", "util-linux"),
+        ("setpriv", "util-linux"),
+        ("ip", "iproute2"),
+        (f"iptables-{backend}", "iptables"),
+        ("conntrack", "conntrack"),
+    ):
+        need(tool, f"apt-get install {package}")
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """One lab for the tests of a file, for each backend in turn."""
+    need_lab(request.param)
+    with Lab(backend=request.param) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def flushed(request: pytest.FixtureRequest) -> None:
+    """Each test that uses the lab finds the host without rules and without tracked connections."""
+    if "lab" in request.fixturenames:
+        request.getfixturevalue("lab").flush()
