@@ -24,6 +24,10 @@ Options (the command line wins, then the environment, then the default):
                                not reachable. [EPOK_EXTERNAL_INTERFACE]
   --addresses=<cidrs>          Forward connections to these addresses of the host only, separated by
                                commas; otherwise to all of them. [EPOK_ADDRESSES]
+  --batch-commands=<bool>      true: the swap is one iptables-restore run if it fits --batch-size; false: one
+                               run for each chain; true unless given. [EPOK_BATCH_COMMANDS]
+  --batch-size=<bytes>         The largest input of iptables-restore, 1677722 unless given. A larger swap
+                               goes in stages: new chains, the flip, old chains. [EPOK_BATCH_SIZE]
   --masquerade=<when>          Whether nodes see the host's address instead of the client's: always, never
                                or auto, which is all but Services with externalTrafficPolicy Local; auto
                                unless given. [EPOK_MASQUERADE]
@@ -79,6 +83,7 @@ import dataclasses
 import datetime
 import email.utils
 import functools
+import graphlib
 import hashlib
 import ipaddress
 import itertools
@@ -87,14 +92,12 @@ import logging
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -114,6 +117,7 @@ EXCLUDE_LABEL = "epok_exclude"
 STANDARD_EXCLUDE_LABEL = "node.kubernetes.io/exclude-from-external-load-balancers"
 AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 PROTOCOLS = ("tcp", "udp", "sctp")
+MAX_MAPPINGS = 1000  # of one Service, so that none can keep the others waiting
 
 log = logging.getLogger("epok")
 T = TypeVar("T")
@@ -167,21 +171,6 @@ class Deadline:
     def missed(self, doing: str) -> Fatal:
         return Fatal(f"{doing}: no answer within --timeout {self.seconds:g} seconds")
 
-    @contextmanager
-    def enforced(self, doing: str) -> Iterator[None]:
-        """Raises Fatal at the deadline whatever blocks: time limits of sockets count from byte to byte."""
-
-        def stop(*_: object) -> NoReturn:
-            raise self.missed(doing)
-
-        before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, self.remaining())
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-
 
 def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
     """Calls `action` again while it raises Transient and time is left; then the last cause is Fatal."""
@@ -226,9 +215,13 @@ class Background(threading.Thread):
         except BaseException as error:  # raised again by result()
             self.error = error
 
-    def result(self, deadline: Deadline, doing: str) -> Any:
-        """What `work` returned; raises what it raised, or Fatal when it is not done at the deadline."""
-        self.join(deadline.remaining() + 0.2)  # its own message of the deadline is the better one
+    def result(self, deadline: Deadline, doing: str, grace: float = 0.2) -> Any:
+        """What `work` returned; raises what it raised, or Fatal when it is not done at the deadline.
+
+        This holds whatever blocks: time limits of sockets count from byte to byte, and look-ups of names have none.
+        `grace` seconds later, for what says by itself and better that it missed the deadline.
+        """
+        self.join(deadline.remaining() + grace)
         if self.is_alive():
             raise deadline.missed(doing)
         if self.error is not None:
@@ -269,6 +262,8 @@ class Options:
     interfaces: tuple[str, ...]
     external_interface: str
     addresses: tuple[Network, ...]
+    batch_commands: str
+    batch_size: int
     masquerade: str
     mark: Mark
     kubeconfig: str
@@ -306,7 +301,7 @@ def to_interfaces(text: str) -> tuple[str, ...]:
 def to_networks(text: str) -> tuple[Network, ...]:
     """Addresses and CIDRs, separated by commas; bits behind the prefix length do not count, as in Kubernetes."""
     networks = []
-    for item in items(text):
+    for item in items(text) or [text] * bool(text):
         try:
             if not re.fullmatch(r"[0-9A-Fa-f.:]+(/[0-9]{1,3})?", item):
                 raise ValueError
@@ -317,7 +312,8 @@ def to_networks(text: str) -> tuple[Network, ...]:
 
 
 def to_mark(text: str) -> Mark:
-    value = int(text, 0) if re.fullmatch(r"0[xX][0-9A-Fa-f]+|[0-9]{1,10}", text) else 0
+    match = re.fullmatch(r"0[xX]([0-9A-Fa-f]{1,8})|([1-9][0-9]{0,9})", text)
+    value = (int(match[1], 16) if match[1] else int(match[2])) if match else 0
     bits = [1 << n for n in range(32) if value >> n & 1]
     if len(bits) != 2 or value >> 32:
         raise ValueError("accepted is a number of 32 bits, two of them set, like 0x30000000")
@@ -330,24 +326,37 @@ def to_seconds(text: str) -> float:
     return float(text)
 
 
+def to_bytes(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) == 0:
+        raise ValueError("accepted is a number of bytes above zero")
+    return int(text)
+
+
 def to_port(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
         raise ValueError("accepted is a port, 1 to 65535")
     return int(text)
 
 
+def is_address(text: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
+
+
 def to_logins(text: str) -> tuple[Login, ...]:
     logins = []
     for item in items(text):
         match = re.fullmatch(r"([\w.-]+)@(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?", item, re.ASCII)
-        if not match:
+        if not match or (match[2] and not is_address(match[2])):
             raise ValueError(f"{quoted(item)}: accepted are user@host, user@host:port and user@[IPv6]:port")
         logins.append(Login(match[1], match[2] or match[3], to_port(match[4]) if match[4] else 0))
     return tuple(logins)
 
 
 def to_host_keys(text: str) -> tuple[str, ...]:
-    for key in items(text):
+    for key in items(text) or [text] * bool(text):
         if not re.fullmatch(r"any|SHA256:[A-Za-z0-9+/]{43}=?|[a-z0-9@.-]+ +[A-Za-z0-9+/]+={0,2}( .*)?", key):
             raise ValueError(f'{quoted(key)}: accepted are an "ssh-ed25519 AAAA..." line, "SHA256:..." and "any"')
     return tuple(items(text))
@@ -366,6 +375,8 @@ SETTINGS = (
     Setting("--interfaces", "EPOK_INTERFACES", "", to_interfaces),
     Setting("--external-interface", "EPOK_EXTERNAL_INTERFACE", "", str),
     Setting("--addresses", "EPOK_ADDRESSES", "", to_networks),
+    Setting("--batch-commands", "EPOK_BATCH_COMMANDS", "true", one_of("true", "false")),
+    Setting("--batch-size", "EPOK_BATCH_SIZE", "1677722", to_bytes),
     Setting("--masquerade", "EPOK_MASQUERADE", "auto", one_of("auto", "always", "never")),
     Setting("--mark", "EPOK_MARK", "0x30000000", to_mark),
     Setting("--kubeconfig", "KUBECONFIG", "", str),
@@ -389,10 +400,13 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     values: dict[str, Any] = {}
     for setting in SETTINGS:
         typed = words.get(setting.option)
-        typed = ",".join(typed) if isinstance(typed, list) else typed
-        source = setting.option if typed else f"{setting.variable} in the environment"
-        text = typed or environ.get(setting.variable) or setting.default
+        if isinstance(typed, list):
+            typed = ",".join(typed) if typed else None
+        source = setting.option if typed is not None else f"{setting.variable} in the environment"
+        text = environ.get(setting.variable) or setting.default if typed is None else typed
         try:
+            if typed == "":  # from an unset variable of a shell script, perhaps
+                raise ValueError("a value is needed")
             values[setting.option.strip("-").replace("-", "_")] = setting.convert(text)
         except ValueError as error:
             raise Fatal(f"{source}: {quoted(text)}: {error}", 2) from None
@@ -410,12 +424,15 @@ def read_words(argv: Sequence[str]) -> dict[str, Any]:
         # docopt takes any unique beginning of an option for it: --cle must not clean
         if word.startswith("--") and word.split("=")[0] not in known:
             raise Fatal(f"unknown option {quoted(word.split('=')[0])}; epok.py --help lists them all", 2)
+    if {"-h", "--help"} & set(argv):
+        print((__doc__ or "").rstrip())
+        raise SystemExit(0)
     try:
         words = docopt.docopt(__doc__ or "", list(argv), default_help=False)
     except docopt.DocoptExit as error:
         raise Fatal(explain_usage(str(error), argv), 2) from None
-    if words["--help"] or words["--version"]:
-        print((__doc__ or "").rstrip() if words["--help"] else f"epok {VERSION}")
+    if words["--version"]:
+        print(f"epok {VERSION}")
         raise SystemExit(0)
     return dict(words)
 
@@ -425,7 +442,12 @@ def explain_usage(problem: str, argv: Sequence[str]) -> str:
     first = problem.splitlines()[0]
     if "requires argument" in first or "must not have" in first:
         return f"{first.replace('requires argument', 'needs a value')}; see epok.py --help"
-    if not {"local", "ssh"} & set(argv):
+    takes_value = set(itertools.chain(*re.findall(r"(-\w), (--[a-z-]+)=<", __doc__ or ""))) | {
+        s.option for s in SETTINGS
+    }
+    rest = iter(argv)
+    arguments = [word for word in rest if not (word in takes_value and next(rest, None))]
+    if not {"local", "ssh"} & set(arguments):
         return "say where the rules go: epok.py [options] local, or epok.py [options] ssh --host=<user@host>"
     names = re.findall(r"Option\((?:'-\w', )?(?:None, )?'?(--?[\w-]+)|Argument\(None, '(.*?)'\)", first)
     unexpected = ", ".join(quoted(option or word) for option, word in names)
@@ -440,7 +462,7 @@ def check_combination(options: Options) -> None:
         raise Fatal(f"--external-interface {quoted(options.external_interface)} is not one of -i {listed}", 2)
     if options.executor == "ssh" and not options.host:
         raise Fatal("which host? give --host (or EPOK_SSH_HOST), like --host epok@192.0.2.1", 2)
-    if options.executor == "ssh" and len(set(options.host)) < len(options.host):
+    if options.executor == "ssh" and len({(host.lower(), port) for _, host, port in options.host}) < len(options.host):
         raise Fatal("--host names one host twice", 2)
 
 
@@ -483,21 +505,23 @@ class Node:
 
 
 class Endpoint(NamedTuple):
-    """An endpoint of a Service, and the node that it is on."""
+    """An endpoint of a Service: a pod, the node that it is on, and its ports by name and protocol."""
 
     service: str
     node: str
+    address: Address | None
+    ports: Mapping[tuple[str, str], int]
     ready: bool
     serving: bool
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The cluster at one time; `endpoints` are those of the Services with externalTrafficPolicy Local."""
+    """The cluster at one time; `endpoints` by Service, and only where they are needed."""
 
     services: tuple[Service, ...]
     nodes: tuple[Node, ...]
-    endpoints: tuple[Endpoint, ...]
+    endpoints: Mapping[str, Sequence[Endpoint]]
 
 
 class Fields:
@@ -537,12 +561,13 @@ class Fields:
 
 
 def object_name(kind: str, item: Any) -> tuple[Fields, str]:
-    """Its metadata, and "namespace/name" ("name" without a namespace)."""
+    """Its metadata, and "namespace/name", or the name alone of a Node."""
     meta = Fields(item, kind).inner("metadata")
-    name = "/".join(filter(None, (meta.get("namespace", ""), meta.get("name", ""))))
+    parts = [meta.get(key, "") for key in ("namespace", "name") if key == "name" or kind != "Node"]
     # names go into comments of rules; the API server lets no other characters through
-    if not re.fullmatch(r"[A-Za-z0-9.-]{1,253}(/[A-Za-z0-9.-]{1,63})?", name):
-        raise Fatal(f"{kind} with the name {quoted(name)}: not a name that Kubernetes allows; nothing was changed")
+    if not all(re.fullmatch(r"[A-Za-z0-9.-]{1,253}", part) for part in parts):
+        raise Fatal(f"{kind} {quoted('/'.join(parts))}: not a name that Kubernetes allows; nothing was changed")
+    name = "/".join(parts)
     meta.path = f"{kind} {name} metadata"
     return meta, name
 
@@ -616,12 +641,16 @@ def to_node(item: Any) -> Node:
 def to_endpoints(item: Any) -> list[Endpoint]:
     meta, key = object_name("EndpointSlice", item)
     service = f"{key.split('/')[0]}/{meta.inner('labels').get('kubernetes.io/service-name', '')}"
+    fields = Fields(item, f"EndpointSlice {key}")
+    listening = [to_service_port(port) for port in fields.each("ports")]
+    ports = {(port.name, port.protocol): port.port for port in listening}
     endpoints = []
-    for entry in Fields(item, f"EndpointSlice {key}").each("endpoints"):
+    for entry in fields.each("endpoints"):
         conditions = entry.inner("conditions")
         ready = conditions.get("ready", True)  # "a nil value should be interpreted as true": its API reference
         serving = conditions.get("serving", ready)
-        endpoints.append(Endpoint(service, entry.get("nodeName", ""), ready, serving))
+        address = usable(next(iter(entry.texts("addresses")), ""))
+        endpoints.append(Endpoint(service, entry.get("nodeName", ""), address, ports, ready, serving))
     return endpoints
 
 
@@ -639,28 +668,29 @@ NODES = Kind("Node", "/api/v1/nodes", "", to_node)
 ENDPOINT_SLICES = Kind("EndpointSlice", "/apis/discovery.k8s.io/v1/endpointslices", "discovery.k8s.io", to_endpoints)
 
 
+HOW_TO_WRITE = "write it with kubectl get services,nodes,endpointslices -A -o json"
+
+
 class SnapshotFile:
     """A cluster that was written to a file by kubectl, as JSON or YAML."""
 
     def __init__(self, name: str) -> None:
-        self.name = "standard input" if name == "-" else name
+        self.name = f"--snapshot {'standard input' if name == '-' else name}"
         try:
-            if name == "-":
-                text = sys.stdin.read()
-            else:
-                with open(name, encoding="utf-8") as file:
-                    text = file.read()
+            # unbuffered: a thread that waits in a buffer keeps Python from exiting
+            with open(0 if name == "-" else name, "rb", buffering=0, closefd=name != "-") as file:
+                text = file.read().decode()
+            self.objects = list(flatten(self.documents(text)))
         except (OSError, UnicodeDecodeError) as error:
-            raise Fatal(f"--snapshot {quoted(name)}: {error}; give a file that kubectl get -o json wrote") from None
-        self.objects = list(flatten(self.documents(text)))
+            raise Fatal(f"{self.name}: {one_line(error)}; {HOW_TO_WRITE}") from None
+        except RecursionError:
+            raise Fatal(f"{self.name}: nested too deeply; {HOW_TO_WRITE}") from None
 
     def documents(self, text: str) -> list[Any]:
         try:
             return [json.loads(text)]
         except ValueError:
             pass
-        except RecursionError:
-            raise Fatal(f"--snapshot {self.name}: nested too deeply") from None
         import yaml
 
         class Loader(yaml.SafeLoader):
@@ -673,17 +703,15 @@ class SnapshotFile:
 
         try:
             return list(yaml.load_all(text, Loader))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise Fatal(f"--snapshot {self.name} is neither JSON nor YAML: {one_line(error)}") from None
+        except (yaml.YAMLError, ValueError) as error:
+            raise Fatal(f"{self.name} is neither JSON nor YAML: {one_line(error)}; {HOW_TO_WRITE}") from None
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
         """All that the file has of a kind; the selector only saves the API work."""
         found = [item for item in self.objects if item.get("kind") == kind.name]
         if kind is ENDPOINT_SLICES and not found:
-            raise Fatal(
-                f"--snapshot {self.name} has no EndpointSlices, which externalTrafficPolicy Local needs; "
-                "write it with kubectl get services,nodes,endpointslices -A -o json"
-            )
+            why = "which externalTrafficPolicy Local, and a host that is itself a node, need"
+            raise Fatal(f"{self.name} has no EndpointSlices, {why}; {HOW_TO_WRITE}")
         return [keep for item in found if (keep := kind.convert(item))]
 
 
@@ -700,34 +728,51 @@ def flatten(documents: Iterable[Any]) -> Iterator[dict[str, Any]]:
             yield from flatten([{"kind": kind.removesuffix("List"), **Fields(item, "snapshot item").value}])
 
 
+class Heard(logging.Handler):
+    """Keeps what a library logs as an error where it raises none."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.errors: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.errors.append(one_line(record.exc_info[1] if record.exc_info else record.getMessage()))
+
+
 class Cluster:
     """The Kubernetes API, read with plain JSON: typed models cost a second of start-up."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
-        self.deadline = deadline
-        try:
-            from kubernetes import client, config
-            from kubernetes.client.api_client import ApiClient
+        from kubernetes import client, config
+        from kubernetes.client.api_client import ApiClient
 
-            configuration = client.Configuration()
-            given = options.kubeconfig or options.context
-            if not given and os.environ.get("KUBERNETES_SERVICE_HOST"):
+        self.deadline = deadline
+        configuration = client.Configuration()
+        in_cluster = os.environ.get("KUBERNETES_SERVICE_HOST") and not (options.kubeconfig or options.context)
+        file = options.kubeconfig or "~/.kube/config"
+        origin = "the pod's account" if in_cluster else f"kubeconfig {file}"
+        heard = Heard()
+        logging.getLogger().addHandler(heard)
+        try:
+            if in_cluster:
                 config.load_incluster_config(client_configuration=configuration)
             else:
-                config.load_kube_config(
-                    config_file=options.kubeconfig or None,
-                    context=options.context or None,
-                    client_configuration=configuration,
-                )
+                config.load_kube_config(file, context=options.context or None, client_configuration=configuration)
             configuration.retries = False  # or urllib3 tries again by itself, unseen
             self.client = ApiClient(configuration)
-        except Fatal:
-            raise
-        except Exception as error:  # its loaders raise what their parsers raise
+        except (config.ConfigException, OSError, ValueError) as error:
+            raise Fatal(f"{origin}: {one_line(error)}; give --kubeconfig, or --snapshot to do without") from None
+        except Exception as error:  # its loader trips over whatever is not as it expects
             raise Fatal(
-                f"no Kubernetes cluster: {one_line(error)}; give --kubeconfig, or --snapshot to do without"
+                f"{origin} is not understood ({type(error).__name__}); check it with kubectl get nodes"
             ) from None
-        self.server = configuration.host
+        finally:
+            logging.getLogger().removeHandler(heard)
+        if heard.errors:  # a login plugin that failed: the loader goes on without credentials
+            raise Fatal(f"{origin}: its login plugin failed, {heard.errors[-1]}; check it with kubectl get nodes")
+        self.name = configuration.host
+        if not configuration.verify_ssl:
+            log.warning("%s: its certificate is not checked (insecure-skip-tls-verify)", self.name)
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
         """All objects of a kind, complete or Fatal."""
@@ -740,7 +785,7 @@ class Cluster:
             query = [("limit", "500"), ("labelSelector", selector), ("continue", token)]
             page = persist(self.deadline, self.page, kind, [(name, value) for name, value in query if value])
             if page is None:
-                raise Transient(f"{self.server}: the list of {kind.path} expired between two pages")
+                raise Transient(f"{self.name}: the list of {kind.path} expired between two pages")
             found += [keep for item in page.objects("items") if (keep := kind.convert(item))]
             token = page.inner("metadata").get("continue", "")
             if not token:
@@ -749,6 +794,7 @@ class Cluster:
     def page(self, kind: Kind, query: list[tuple[str, str]]) -> Fields | None:
         """One page; None when its continue token has expired."""
         import urllib3
+        from kubernetes.client.exceptions import ApiException
 
         request = self.client.param_serialize(
             "GET",
@@ -757,15 +803,17 @@ class Cluster:
             header_params={"Accept": "application/json"},
             auth_settings=["BearerToken"],
         )
+        for header in list(request[2]):
+            request[2][header] = request[2][header].strip()  # a token file may end in a newline
         try:
             response = self.client.call_api(*request, _request_timeout=self.deadline.remaining())
             body = response.read()
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise Transient(f"{self.server}: {one_line(error)}") from None
-        except Fatal:
-            raise
-        except Exception as error:  # ApiException of a TLS failure among others
-            raise Fatal(f"{self.server}: {one_line(error)}; check the cluster's address and CA") from None
+            raise Transient(f"{self.name}: {one_line(error)}") from None
+        except ApiException as error:  # TLS
+            raise Fatal(f"{self.name}: {one_line(error.reason)}; check the cluster's address and CA") from None
+        except ValueError:  # its text would show the token
+            raise Fatal(f"{self.name}: the address or the token has characters that no request can have") from None
         if response.status == 410:
             return None
         self.check_status(response.status, response.headers, body, kind)
@@ -773,7 +821,7 @@ class Cluster:
 
     def check_status(self, status: int, headers: Mapping[str, str], body: bytes, kind: Kind) -> None:
         resource = kind.path.rsplit("/", 1)[1]
-        told = f"{self.server} answers {status} to the list of {resource}"
+        told = f"{self.name} answers {status} to the list of {resource} ({status_message(body)})"
         if status == 200:
             return
         if status == 429 or status >= 500:
@@ -781,27 +829,26 @@ class Cluster:
         if status == 401:
             raise Fatal(f"{told}: the credentials are not accepted; renew the token or certificate of the account")
         if status == 403:
-            group = quoted(kind.group)
-            raise Fatal(
-                f"{told}: let the account {quoted(who(body))} list {resource} of apiGroup {group} (ClusterRole)"
-            )
+            raise Fatal(f"{told}: allow verb list on {resource} of apiGroup {quoted(kind.group)} in its ClusterRole")
         raise Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
 
     def parse(self, body: bytes, kind: Kind) -> Fields:
         try:
             answer = json.loads(body)
         except (ValueError, RecursionError):
-            raise Fatal(f"{self.server} answers no JSON, but {quoted(body[:60].decode('ascii', 'replace'))}") from None
+            raise Fatal(f"{self.name} answers no JSON, but {quoted(status_message(body))}") from None
         if not isinstance(answer, dict) or answer.get("kind") != f"{kind.name}List" or answer.get("items") is None:
-            raise Fatal(f"{self.server} answers no {kind.name}List, but {quoted(body[:60].decode('ascii', 'replace'))}")
+            raise Fatal(f"{self.name} answers no {kind.name}List, but {quoted(status_message(body))}")
         return Fields(answer, f"{kind.name}List")
 
 
-def who(body: bytes) -> str:
-    """The account that a 403 names, or what else it says."""
-    text = body.decode("utf-8", "replace")
-    match = re.search(r'User \\?"(.*?)\\?"', text)
-    return match[1] if match else text
+def status_message(body: bytes) -> str:
+    """What a Status object of the API says, or how the body begins."""
+    try:
+        message = json.loads(body)["message"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        message = body[:60].decode("ascii", "replace")
+    return one_line(message) if message else "no more is said"
 
 
 def retry_after(text: str) -> float:
@@ -815,18 +862,39 @@ def retry_after(text: str) -> float:
         return 0
 
 
-def read_snapshot(options: Options, deadline: Deadline) -> Snapshot:
-    """Reads what matters of the cluster, completely, or raises Fatal."""
-    source = SnapshotFile(options.snapshot) if options.snapshot else Cluster(options, deadline)
-    services = {service.key: service for service in source.read(SERVICES)}
-    nodes = {node.name: node for node in source.read(NODES)}
-    if not nodes:
-        raise Fatal("the cluster reports no node at all, which cannot be; nothing was changed")
-    local = sorted({service.key.split("/")[-1] for service in services.values() if service.local})
-    # a long selector would not fit into a URL; then all are listed
-    selector = f"kubernetes.io/service-name in ({','.join(local)})" if len(local) <= 50 else ""
-    slices = source.read(ENDPOINT_SLICES, selector) if local else []
-    return Snapshot(tuple(services.values()), tuple(nodes.values()), tuple(itertools.chain.from_iterable(slices)))
+class Reader:
+    """Reads a cluster, from the API or from a file, within the deadline."""
+
+    def __init__(self, options: Options, deadline: Deadline) -> None:
+        self.deadline = deadline
+        make = (
+            Background(SnapshotFile, options.snapshot) if options.snapshot else Background(Cluster, options, deadline)
+        )
+        self.source = make.result(deadline, "logging in to the cluster, or reading the snapshot")
+
+    def read(self, kind: Kind, selector: str = "") -> list[Any]:
+        reading = Background(self.source.read, kind, selector)
+        return reading.result(self.deadline, f"{self.source.name}: the list of {kind.name}s")  # type: ignore[no-any-return]
+
+    def snapshot(self) -> Snapshot:
+        """What matters of the cluster, all but the endpoints."""
+        services = {service.key: service for service in self.read(SERVICES)}
+        nodes = {node.name: node for node in self.read(NODES)}
+        if not nodes:
+            raise Fatal(f"{self.source.name} has no node at all, so it cannot be whole; nothing was changed")
+        return Snapshot(tuple(services.values()), tuple(nodes.values()), {})
+
+    def with_endpoints(self, snapshot: Snapshot, on_node: bool) -> Snapshot:
+        """Adds endpoints where they are needed: for all Services when the host is a node, else with policy Local."""
+        names = sorted({service.key.split("/")[-1] for service in snapshot.services if on_node or service.local})
+        if not names:
+            return snapshot
+        # a long selector would not fit into a URL; then all are listed
+        selector = f"kubernetes.io/service-name in ({','.join(names)})" if len(names) <= 50 else ""
+        endpoints: dict[str, list[Endpoint]] = {}
+        for endpoint in itertools.chain.from_iterable(self.read(ENDPOINT_SLICES, selector)):
+            endpoints.setdefault(endpoint.service, []).append(endpoint)
+        return dataclasses.replace(snapshot, endpoints=endpoints)
 
 
 # ------------------------------------------------ plan: Snapshot -> Forwards and Rejections
@@ -843,7 +911,7 @@ class Target(NamedTuple):
 class Forward:
     """External ports `first` to `last` go to the targets; the n-th port to the n-th after the target's port.
 
-    `sources` are the networks that may use it, None for everybody.
+    `direct` targets are pods, not NodePorts; `sources` the networks that may use it, None for everybody.
     """
 
     protocol: str
@@ -852,6 +920,7 @@ class Forward:
     service: str
     port: str
     targets: tuple[Target, ...]
+    direct: bool
     sticky: bool
     masquerade: bool
     internal: bool
@@ -899,7 +968,8 @@ class PortMapping:
 
 def to_range(text: str) -> Range | None:
     """Reads "25" or "8000-8010"; None when it is neither. Raises ValueError when no port can be meant."""
-    match = re.fullmatch(r"([0-9]+)(?:[ \t]*-[ \t]*([0-9]+))?", text)
+    # no leading zeros: to some programs, iptables among them, they mean an octal number
+    match = re.fullmatch(r"(0|[1-9][0-9]*)(?:[ \t]*-[ \t]*(0|[1-9][0-9]*))?", text)
     if not match:
         return None
     ends = [match[1], match[2] or match[1]]
@@ -936,20 +1006,30 @@ def to_mapping(text: str) -> PortMapping:
 
 def listed(ports: Iterable[Port]) -> str:
     """The NodePorts of a Service for a message."""
-    return ", ".join(f"{p.node_port} ({p.name or p.port}/{p.protocol})" for p in ports if p.node_port) or "none"
+    return enumerated(f"{p.node_port} ({p.name or p.port}/{p.protocol})" for p in ports if p.node_port) or "none"
 
 
-def ports_for(service: Service, mapping: PortMapping, offset: int) -> list[Port]:
+PortIndex = dict[tuple[str, int | str], list[Port]]
+
+
+def index_ports(service: Service) -> PortIndex:
+    """The ports of a Service by NodePort, by name and by port."""
+    index: PortIndex = {}
+    for port in service.ports:
+        for key in (("NodePort", port.node_port), ("port named", port.name), ("port", port.port)):
+            index.setdefault(key, []).append(port)
+    return index
+
+
+def ports_for(service: Service, index: PortIndex, mapping: PortMapping, offset: int) -> list[Port]:
     """The Service ports that external port number `offset` of a mapping goes to. Raises ValueError if none."""
-    external, target = mapping.external.first + offset, mapping.target
-    if isinstance(target, Range):
-        what, found = f"NodePort {target.first + offset}", [
-            port for port in service.ports if port.node_port == target.first + offset
-        ]  # fmt: skip
-    elif isinstance(target, str):
-        what, found = f"port named {target}", [port for port in service.ports if port.name == target]
-    else:
-        what, found = f"port {external}", [port for port in service.ports if port.port == external]
+    key: tuple[str, int | str] = ("port", mapping.external.first + offset)
+    if isinstance(mapping.target, Range):
+        key = ("NodePort", mapping.target.first + offset)
+    elif mapping.target:
+        key = ("port named", mapping.target)
+    what = f"{key[0]} {key[1]}"
+    found = index.get(key, [])
     wanted = [port for port in found if mapping.protocol in ("", port.protocol)]
     if not found:
         raise ValueError(f"no {what}; the NodePorts of this Service are {listed(service.ports)}")
@@ -971,14 +1051,18 @@ class Claim(NamedTuple):
 def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
     """What a Service asks for, rejecting the mappings that cannot stand."""
     texts = [text for name in PORT_ANNOTATIONS for text in items(service.annotations.get(name, ""))]
-    for text in dict.fromkeys(texts):
+    index = index_ports(service)
+    for number, text in enumerate(dict.fromkeys(texts)):
+        if number == MAX_MAPPINGS:
+            plan.rejections.append(Rejection(service.key, "", f"has more than {number} mappings; the rest is left out"))
+            return
         try:
             if service.type not in ("NodePort", "LoadBalancer"):
                 raise ValueError(f"a Service of type {service.type} has no NodePorts; make it NodePort or LoadBalancer")
             mapping = to_mapping(text)
             size = mapping.external.last - mapping.external.first + 1
             # the list first: a mapping stands as a whole or not at all
-            found = [(offset, port) for offset in range(size) for port in ports_for(service, mapping, offset)]
+            found = [(offset, port) for offset in range(size) for port in ports_for(service, index, mapping, offset)]
         except ValueError as error:
             plan.rejections.append(Rejection(service.key, text, str(error)))
             continue
@@ -992,7 +1076,7 @@ def allowed_sources(service: Service) -> tuple[Network, ...] | None:
         return None
     name = "spec.loadBalancerSourceRanges" if text is None else ALLOW_ANNOTATION
     try:
-        networks = to_networks(",".join(service.source_ranges) if text is None else text)
+        networks = to_networks(",".join(service.source_ranges) if text is None else text.strip(" \t\r\n,"))
     except ValueError as error:
         raise ValueError(f"{name}: {error}; until then nobody may") from None
     if not networks:
@@ -1017,30 +1101,55 @@ def choose_nodes(nodes: Iterable[Node], plan: Plan) -> list[Node]:
     return []
 
 
-def nodes_for(service: Service, nodes: list[Node], snapshot: Snapshot) -> list[Node]:
-    """With externalTrafficPolicy Local, those with a ready endpoint, else with a serving one that terminates."""
-    if not service.local:
-        return nodes
-    own = [endpoint for endpoint in snapshot.endpoints if endpoint.service == service.key]
-    ready = {e.node for e in own if e.ready} or {e.node for e in own if e.serving}
-    return [node for node in nodes if node.name in ready]
+class Place(NamedTuple):
+    """Where a Service can be reached: a pod with its ports by name and protocol, or with None a node."""
+
+    address: Address
+    ports: Mapping[tuple[str, str], int] | None
+
+    def target(self, port: Port) -> Target:
+        return Target(
+            self.address, port.node_port if self.ports is None else self.ports.get((port.name, port.protocol), 0)
+        )
 
 
-def make_plan(snapshot: Snapshot, options: Options) -> Plan:
-    """Decides what is forwarded: the older Service wins a port that two ask for."""
+def places_of(service: Service, snapshot: Snapshot, nodes: Sequence[Node], own: Set[str]) -> list[Place]:
+    """The nodes that take a Service's connections, or, on a host that is one of them, its pods.
+
+    On such a host a NodePort cannot be the target: a connection is translated once, so kube-proxy would not see it.
+    """
+    known = snapshot.endpoints.get(service.key, ())
+    live = [endpoint for endpoint in known if not own or not service.local or endpoint.node in own]
+    live = [e for e in live if e.ready] or [e for e in live if e.serving]
+    if own:
+        found = [Place(endpoint.address, endpoint.ports) for endpoint in live if endpoint.address]
+    else:
+        names = {endpoint.node for endpoint in live}
+        used = [node for node in nodes if not service.local or node.name in names]
+        found = [Place(address, None) for node in used for address in node.addresses]
+    unique = {place.address: place for place in found if place.address.version in service.versions}
+    return sorted(unique.values(), key=lambda place: (place.address.version, place.address))
+
+
+def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset()) -> Plan:
+    """Decides what is forwarded; `own` are the names of the nodes that the host itself is."""
     plan = Plan()
-    nodes = choose_nodes(snapshot.nodes, plan)
+    nodes = [] if own else choose_nodes(snapshot.nodes, plan)
     taken: dict[tuple[str, int], tuple[str, int]] = {}
     if options.executor == "ssh":
         taken = {("tcp", login.port): ("", 0) for login in options.host}
+    # the older Service wins a port that two ask for
     for service in sorted(snapshot.services, key=lambda service: (service.created or "~", service.key)):
         claims = list(granted(service, taken, plan))
-        addresses = {a for node in nodes_for(service, nodes, snapshot) for a in node.addresses
-                     if a.version in service.versions}  # fmt: skip
-        if claims and not addresses and nodes:
-            why = "no ready endpoint on any node (externalTrafficPolicy Local)" if service.local else "no node"
-            plan.warnings.append(f"{service.key}: not forwarded, {why} of its IP families")
-        plan.forwards += merge(forward_of(service, claim, addresses, options) for claim in claims if addresses)
+        places = places_of(service, snapshot, nodes, own)
+        if claims and not places and (nodes or own):
+            what = "ready endpoint" if own or service.local else "node"
+            plan.warnings.append(f"{service.key}: not forwarded, there is no {what} of its IP families to forward to")
+        forwards = [forward_of(service, claim, places, options, bool(own)) for claim in claims]
+        lacking = [forward.port for forward in forwards if places and not forward.targets]
+        if lacking:
+            plan.warnings.append(f"{service.key}: not forwarded, no ready pod has the port {enumerated(lacking)}")
+        plan.forwards += merge(forward for forward in forwards if forward.targets)
     plan.forwards.sort(key=lambda forward: (forward.first, forward.protocol))
     return plan
 
@@ -1052,7 +1161,7 @@ def granted(service: Service, taken: dict[tuple[str, int], tuple[str, int]], pla
     except ValueError as error:
         plan.rejections.append(Rejection(service.key, "", str(error)))
         return
-    refused: dict[tuple[str, str], list[int]] = {}
+    refused: dict[tuple[str, str], list[Claim]] = {}
     for claim in claims_of(service, plan):
         key, wish = (claim.port.protocol, claim.external), (service.key, claim.port.node_port)
         if key not in taken:
@@ -1060,27 +1169,36 @@ def granted(service: Service, taken: dict[tuple[str, int], tuple[str, int]], pla
             yield claim
         if (owner := taken[key]) == wish:  # a mapping given twice counts once
             continue
-        reason = f"taken by {owner[0]} (NodePort {owner[1]})" if owner[0] else "the host's own SSH port, kept for epok"
-        refused.setdefault((claim.mapping, reason), []).append(claim.external)
-    for (mapping, reason), ports in refused.items():
-        plan.rejections.append(Rejection(service.key, mapping, f"external port {spans(ports)} is {reason}"))
+        reason = f"taken by {owner[0]}" if owner[0] else "the host's own SSH port, kept for epok"
+        refused.setdefault((claim.mapping, reason), []).append(claim)
+    for (mapping, reason), claims in refused.items():
+        ports = spans({claim.external for claim in claims})
+        protocols = ", ".join(sorted({claim.port.protocol for claim in claims}))
+        plan.rejections.append(Rejection(service.key, mapping, f"external port {ports} ({protocols}) is {reason}"))
 
 
 def spans(ports: Iterable[int]) -> str:
     """Ports for a message, neighbours as a range: "25, 8000-8010"."""
     runs = itertools.groupby(enumerate(sorted(ports)), lambda pair: pair[1] - pair[0])
     blocks = [[port for _, port in run] for _, run in runs]
-    return ", ".join(str(Range(block[0], block[-1])) for block in blocks)
+    return enumerated(str(Range(block[0], block[-1])) for block in blocks)
 
 
-def forward_of(service: Service, claim: Claim, addresses: Iterable[Address], options: Options) -> Forward:
+def enumerated(texts: Iterable[str]) -> str:
+    """The first ten of them for a message, and how many more there are."""
+    known = list(texts)
+    return ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
+
+
+def forward_of(service: Service, claim: Claim, places: Sequence[Place], options: Options, direct: bool) -> Forward:
     return Forward(
         protocol=claim.port.protocol,
         first=claim.external,
         last=claim.external,
         service=service.key,
         port=claim.port.name or str(claim.port.port),
-        targets=tuple(Target(a, claim.port.node_port) for a in sorted(addresses, key=lambda a: (a.version, a))),
+        targets=tuple(target for place in places if (target := place.target(claim.port)).port),
+        direct=direct,
         sticky=service.sticky,
         masquerade=options.masquerade == "always" or (options.masquerade == "auto" and not service.local),
         internal=INTERNAL_ANNOTATION in service.annotations,
@@ -1276,7 +1394,7 @@ def add_leaf(forward: Forward, family: Family, options: Options, nat: Table) -> 
         rules.append(f"{before}-p {forward.protocol}{after} -j DNAT --to-destination {destination(forward, target)}")
     prefix = f"EPOK-{forward.protocol}-{Range(forward.first, forward.last)}"
     chain = nat.add(prefix, rules)
-    comment = f"{forward.service} {forward.port}"
+    comment = f"{forward.service} {forward.port}{' pods' if forward.direct else ''}"
     if not re.fullmatch(r"[A-Za-z0-9_.:/ -]{1,255}", comment):  # anything else could end the rule or begin another
         raise Fatal(f"{quoted(comment)} cannot stand in a comment of iptables; nothing was changed")
     if sources and all(network.prefixlen for network in sources):
@@ -1379,16 +1497,54 @@ def split(rule: str) -> list[str]:
         return rule.split()
 
 
-def restore_input(wanted: Tables, found: Tables) -> str:
-    """The smallest iptables-restore --noflush input that makes `found` what is `wanted`; empty when it is."""
+def restore_inputs(wanted: Tables, found: Tables, limit: int) -> list[str]:
+    """The smallest iptables-restore --noflush inputs that make `found` what is `wanted`, none when it is.
+
+    One input does it at once. Where that is longer than `limit`, chains that nothing refers to yet go ahead, one
+    input turns the traffic over to them, and the old ones are deleted after it.
+    """
     if wanted["nat"].chains.get(ROOT) == [] and not any(table.chains for table in found.values()):
-        return ""  # no forwards, and never any: leave the host as it is
-    parts = []
-    for name in BUILT_IN:
-        lines = table_changes(name, wanted[name], found[name])
-        if lines:
-            parts.append("\n".join([f"*{name}", *lines, "COMMIT", ""]))
-    return "".join(parts)
+        return []  # no forwards, and never any: leave the host as it is
+    whole = restore_input(wanted, found)
+    if len(whole) <= limit:
+        return [whole] if whole else []
+    new, old = wanted["nat"], found["nat"]
+    ahead = {chain: rules for chain, rules in new.chains.items() if chain not in (ROOT, POSTROUTING, *old.chains)}
+    stale = {chain: old.chains[chain] for chain in parents_first(old.chains) if chain not in new.chains}
+    flip = restore_input(
+        {**wanted, "nat": dataclasses.replace(new, chains={**new.chains, **stale})},
+        {**found, "nat": dataclasses.replace(old, chains={**old.chains, **ahead})},
+    )
+    additions = [restore_input({"nat": Table(part)}, {"nat": Table()}) for part in parts(ahead, limit)]
+    removals = [restore_input({"nat": Table()}, {"nat": Table(part, held=old.held)}) for part in parts(stale, limit)]
+    return [text for text in (*additions, flip, *removals) if text]
+
+
+def parts(chains: Mapping[str, list[str]], limit: int) -> Iterator[dict[str, list[str]]]:
+    """Chains in as few parts as fit into inputs of `limit` bytes; a larger chain is a part of its own."""
+    part: dict[str, list[str]] = {}
+    size = 0
+    for chain, rules in chains.items():
+        needed = sum(len(rule) + len(chain) + 5 for rule in rules) + 2 * len(chain) + 15
+        if part and size + needed > limit - len("*nat\nCOMMIT\n"):
+            yield part
+            part, size = {}, 0
+        part[chain] = rules
+        size += needed
+    if part:
+        yield part
+
+
+def parents_first(chains: Mapping[str, list[str]]) -> list[str]:
+    """The chains in an order in which each comes before those that it refers to."""
+    graph = {chain: [last for rule in rules if (last := rule.split()[-1]) in chains] for chain, rules in chains.items()}
+    return list(graphlib.TopologicalSorter(graph).static_order())[::-1]
+
+
+def restore_input(wanted: Tables, found: Tables) -> str:
+    """One input for what differs in these tables, empty when nothing does."""
+    changes = [(name, table_changes(name, wanted[name], found[name])) for name in BUILT_IN if name in wanted]
+    return "".join("\n".join([f"*{name}", *lines, "COMMIT", ""]) for name, lines in changes if lines)
 
 
 def table_changes(name: str, wanted: Table, found: Table) -> list[str]:
@@ -1399,7 +1555,7 @@ def table_changes(name: str, wanted: Table, found: Table) -> list[str]:
     lines += [f"-A {chain} {rule}" for chain, rules in new.items() for rule in rules]
     for chain in dict.fromkeys((*BUILT_IN[name], *found.hooks)):
         lines += hook_changes(chain, wanted.hooks.get(chain, []), found.hooks.get(chain, []))
-    if not wanted.chains:
+    if not wanted.hooks:
         lines += [f"-D {chain} {rule}" for chain, rule in found.older]
     # -X last: a chain that is still referred to cannot be deleted
     lines += [f"-X {chain}" for chain in stale if chain not in found.held]
@@ -1474,6 +1630,9 @@ class LocalHost:
         pass
 
 
+OUTPUT_LIMIT = 1 << 28  # bytes: a host that sends without end must not fill the memory
+
+
 class SshHost:
     """A host that epok logs in to."""
 
@@ -1494,22 +1653,18 @@ class SshHost:
             channel.settimeout(deadline.remaining())
             channel.exec_command(shlex.join(argv))
             # all three at once: neither side may wait for the other with full buffers
-            send = Background(self.send, channel, text.encode())
-            err = Background(channel.makefile_stderr("rb").read)
-            out = Background(channel.makefile("rb").read)
-            outputs = [stream.result(deadline, doing).decode("utf-8", "replace") for stream in (out, err)]
-            send.result(deadline, doing)
+            Background(self.send, channel, text.encode())
+            streams = [Background(file.read, OUTPUT_LIMIT) for file in (channel.makefile(), channel.makefile_stderr())]
+            out, err = (stream.result(deadline, doing).decode("utf-8", "replace") for stream in streams)
             if not channel.status_event.wait(deadline.remaining()):
                 raise deadline.missed(doing)
             if channel.exit_status == -1:
-                raise Transient(f"{doing}: the connection was lost before its exit status came")
+                raise EOFError("the connection was lost before the exit status came")
             channel.close()
-            return Result(channel.exit_status, *outputs)
+            return Result(channel.exit_status, out, err)
         except (paramiko.SSHException, OSError, EOFError) as error:
+            self.close()
             raise Transient(f"{doing}: {one_line(error)}") from None
-        finally:
-            if sys.exc_info()[0]:
-                self.close()
 
     @staticmethod
     def send(channel: Any, data: bytes) -> None:
@@ -1604,22 +1759,19 @@ class HostKeyCheck:
         """The server has another key than those that are accepted."""
 
     def __init__(self, login: Login, options: Options) -> None:
-        self.login = login
+        self.login, self.pins, self.file = login, options.host_key, options.known_hosts
         self.name = login.host if login.port == 22 else f"[{login.host}]:{login.port}"
-        self.pins = options.host_key
-        self.file = options.known_hosts
         self.seen: list[Any] = []
+        self.accepted: set[str] = set()  # keys in base64, and fingerprints
         self.revoked: set[str] = set()
-        self.known = dict(self.pinned_lines() if self.pins else self.known_lines())
+        self.types: set[str] = set()
+        for words in (pin.split() for pin in self.pins):
+            self.accepted.add(words[-1 if len(words) == 1 else 1].rstrip("="))
+            self.types.update(words[:1] if len(words) > 1 else itertools.chain.from_iterable(HOST_KEY_TYPES))
+        if not self.pins:
+            self.read_known_hosts()
 
-    def pinned_lines(self) -> Iterator[tuple[str, str]]:
-        """The accepted keys as base64, with their types."""
-        for pin in self.pins:
-            words = pin.split()
-            if len(words) > 1:
-                yield words[1].rstrip("="), words[0]
-
-    def known_lines(self) -> Iterator[tuple[str, str]]:
+    def read_known_hosts(self) -> None:
         import paramiko
 
         try:
@@ -1637,7 +1789,8 @@ class HostKeyCheck:
             if line.startswith("@revoked"):
                 self.revoked.add(entry.key.get_base64().rstrip("="))
             elif any(self.names(hostname) for hostname in entry.hostnames):
-                yield entry.key.get_base64().rstrip("="), entry.key.get_name()
+                self.accepted.add(entry.key.get_base64().rstrip("="))
+                self.types.add(entry.key.get_name())
 
     def names(self, hostname: str) -> bool:
         import paramiko
@@ -1648,11 +1801,7 @@ class HostKeyCheck:
 
     def attempts(self) -> list[Sequence[str]]:
         """The host key types to ask for, one set a connection; an empty one is whatever the server likes."""
-        if "any" in self.pins:
-            return [()]
-        fingerprints = any(pin.startswith("SHA256:") for pin in self.pins)
-        wanted = [types for types in HOST_KEY_TYPES if fingerprints or set(types) & set(self.known.values())]
-        return wanted or [()]
+        return [types for types in HOST_KEY_TYPES if "any" not in self.pins and self.types & set(types)] or [()]
 
     def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
         """paramiko calls this for each connection, since it was given no keys to know."""
@@ -1660,16 +1809,13 @@ class HostKeyCheck:
         self.seen.append(key)
         if "any" in self.pins:
             log.warning("%s: its host key is not checked (--host-key any); pin %s", self.login, fingerprint(key))
-        elif text in self.revoked or not (text in self.known or fingerprint(key) in self.accepted_fingerprints()):
+        elif text in self.revoked or not {text, fingerprint(key)} & self.accepted:
             raise self.Refused
-
-    def accepted_fingerprints(self) -> set[str]:
-        return {pin.rstrip("=") for pin in self.pins}
 
     def advice(self) -> str:
         """What is wrong with the host's key, and the line that would accept it."""
         if not self.seen:
-            types = ", ".join(sorted(set(self.known.values())))
+            types = ", ".join(sorted(self.types))
             return f"{self.login}: it has no host key of the known kind ({types}); check --host-key or {self.file}"
         key = self.seen[0]
         shown = f"{key.get_name()} {fingerprint(key)}"
@@ -1681,7 +1827,7 @@ class HostKeyCheck:
                 f"{self.login}: its host key {shown} is not the one of --host-key; if the host was reinstalled "
                 f'and this is its new key: --host-key "{key.get_name()} {key.get_base64()}"'
             )
-        if self.known:
+        if self.accepted:
             return (
                 f"{self.login}: its host key {shown} is not the one in {self.file}: somebody may be in between; if the "
                 f"host was reinstalled, replace its line there by: {line}"
@@ -1700,6 +1846,34 @@ Host = LocalHost | SshHost
 
 
 Found = Mapping[int, Tables | None]  # by IP version, None where the host cannot do it
+
+
+class State(NamedTuple):
+    """What a host has: tables, addresses, interfaces, and by IP version whether it forwards packets."""
+
+    tables: Found
+    addresses: tuple[Address, ...]
+    interfaces: tuple[str, ...]
+    forwarding: Mapping[int, bool]
+
+
+SYSCTLS = ("/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding")
+
+
+def read_state(host: Host, deadline: Deadline) -> State:
+    tables = read_all_tables(host, deadline)
+    links = host.run(("ip", "-br", "addr"), "", deadline)
+    if links.status != 0:
+        log.warning("%s: ip -br addr: %s; so epok cannot tell whether the host is a node", host.name, links.said)
+    words = [line.split() for line in links.out.splitlines() if line.strip()]
+    addresses = [usable(word.split("/")[0]) for line in words for word in line[2:]]
+    values = host.run(("cat", *SYSCTLS), "", deadline).out.split()
+    return State(
+        tables=tables,
+        addresses=tuple(address for address in addresses if address),
+        interfaces=tuple(line[0].split("@")[0] for line in words),
+        forwarding={version: value != "0" for version, value in zip((4, 6), values, strict=False)},
+    )
 
 
 def read_all_tables(host: Host, deadline: Deadline) -> Found:
@@ -1734,11 +1908,12 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
     failed = f"{host.name}: {command}: {result.said}"
     if "incompatible" in result.err + result.out:
         return Fatal(f"{failed}; native nft rules share the table: move them to a table of their own")
+    if result.status == 127 or "not found" in result.err:
+        package = "sudo, or let epok log in as root" if "sudo" in result.err else "iptables"
+        return Fatal(f"{failed}; install it on the host: apt-get install {package}")
     if "sudo" in argv and ("sudo:" in result.err or "not allowed" in result.err):
         user = getattr(host, "login", ("$USER",))[0]
         return Fatal(f"{failed}; add to sudoers: {user} ALL=(root) NOPASSWD: /usr/sbin/{shlex.join(argv[2:])}")
-    if result.status == 127 or "not found" in result.err:
-        return Fatal(f"{failed}; install it on the host: apt-get install iptables")
     if "must be root" in result.err or "Permission denied" in result.err or "not permitted" in result.err:
         return Fatal(f"{failed}; run epok as root, or let it log in as a user that may use sudo")
     if "temporarily unavailable" in result.err or "xtables lock" in result.err or result.status < 0:
@@ -1760,18 +1935,18 @@ class Input(NamedTuple):
     text: str
 
 
-def next_inputs(wanted: Wanted, found: Found) -> list[Input]:
+def next_inputs(wanted: Wanted, found: Found, options: Options) -> list[Input]:
     """What would make the tables that were found the wanted ones."""
+    limit = options.batch_size if options.batch_commands == "true" else 0
     inputs = []
     for family in FAMILIES:
         tables = found[family.version]
-        text = restore_input(wanted[family.version], tables) if tables is not None else ""
-        if text:
-            inputs.append(Input((f"{family.tool}-restore", "--noflush", "--wait", "5"), text))
+        texts = restore_inputs(wanted[family.version], tables, limit) if tables is not None else []
+        inputs += [Input((f"{family.tool}-restore", "--noflush", "--wait", "5"), text) for text in texts]
     return inputs
 
 
-def converge(host: Host, wanted: Wanted, found: Found, deadline: Deadline) -> list[Input]:
+def converge(host: Host, wanted: Wanted, found: Found, options: Options, deadline: Deadline) -> list[Input]:
     """Makes the host's tables the wanted ones and proves it by reading them again; returns what it took."""
     done: list[Input] = []
     known: Found | None = found
@@ -1780,13 +1955,13 @@ def converge(host: Host, wanted: Wanted, found: Found, deadline: Deadline) -> li
         nonlocal known
         # after a failure the host is read first: a command that was cut off may have worked
         current, known = known or read_all_tables(host, deadline), None
-        inputs = next_inputs(wanted, current)
+        inputs = next_inputs(wanted, current, options)
         for argv, text in inputs:
             result = host.run((*host.sudo, *argv), text, deadline)
             if result.status != 0:
                 raise refusal(host, (*host.sudo, *argv), result, text)
         done.extend(inputs)
-        left = next_inputs(wanted, read_all_tables(host, deadline)) if inputs else []
+        left = next_inputs(wanted, read_all_tables(host, deadline), options) if inputs else []
         if left:
             example = quoted(left[0].text.splitlines()[1])
             raise Transient(f"{host.name}: the rules differ again after the swap, at {example}", attempts=3)
@@ -1795,22 +1970,19 @@ def converge(host: Host, wanted: Wanted, found: Found, deadline: Deadline) -> li
     return done
 
 
-def check_host(host: Host, options: Options, wanted: Wanted, found: Found, deadline: Deadline) -> None:
+def check_host(host: Host, options: Options, wanted: Wanted, state: State) -> None:
     """Warns about what makes forwards fail without a word."""
-    used = [family for family in FAMILIES if wanted[family.version]["nat"].chains.get(ROOT)]
-    files = ("/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding")
-    values = dict(zip((4, 6), host.run(("cat", *files), "", deadline).out.split(), strict=False))
-    for family in used:
-        if found[family.version] is None:
+    for family, sysctl in zip(FAMILIES, SYSCTLS, strict=True):
+        if not wanted[family.version]["nat"].chains.get(ROOT):
+            continue
+        if state.tables[family.version] is None:
             log.warning("%s has no working %s: no forwards over IPv%d", host.name, family.tool, family.version)
-        elif values.get(family.version) == "0":
-            name = files[family.version == 6].removeprefix("/proc/sys/").replace("/", ".")
+        elif not state.forwarding.get(family.version, True):
+            name = sysctl.removeprefix("/proc/sys/").replace("/", ".")
             log.warning("%s does not forward IPv%d: sysctl -w %s=1", host.name, family.version, name)
-    links = host.run(("ip", "-br", "addr"), "", deadline).out.splitlines()
-    names = [link.split("@")[0].split()[0] for link in links if link.strip()]
     for interface in options.interfaces:
-        if names and not any(is_covered(name, interface) for name in names):
-            log.warning("%s has no interface %s; it has %s", host.name, interface, ", ".join(names))
+        if state.interfaces and not any(is_covered(name, interface) for name in state.interfaces):
+            log.warning("%s has no interface %s; it has %s", host.name, interface, ", ".join(state.interfaces))
 
 
 def is_covered(name: str, interface: str) -> bool:
@@ -1827,66 +1999,119 @@ def count_forwards(tables: Tables) -> int:
 
 
 class Live(NamedTuple):
-    """A forward as rules say it: whose port, and the leaf that sends it there."""
+    """A forward as rules say it: its ports, whose they are, and the leaf that sends connections on."""
 
+    first: int
+    last: int
+    protocol: str
     label: str
+    pods: bool
     chain: str
 
+    def __str__(self) -> str:
+        return f"{self.protocol}/{Range(self.first, self.last)}"
 
-def forwards_in(tables: Tables | None) -> dict[tuple[int, str], Live]:
-    """What rules forward, by first port and name, like (25, "tcp/25")."""
-    chains = tables["nat"].chains if tables else {}
+
+DISPATCH = re.compile(r'-p (\w+) -m \w+ --dport (\d+)(?::(\d+))? -m comment --comment "(\S+) (\S+)( pods)?" -g (\S+)')
+
+
+def forwards_in(chains: Mapping[str, list[str]]) -> dict[tuple[int, int, str], Live]:
+    """What a nat table forwards, by ports and protocol."""
     forwards = {}
     todo, seen = [ROOT], {ROOT}
     while todo:
         for rule in chains.get(todo.pop(), []):
-            leaf = re.match(r'-p (\w+) -m \w+ --dport (\d+)(:\d+)? -m comment --comment "(\S+) (\S+)" -g (\S+)', rule)
             jump = rule.rpartition(" -g ")[2]
-            if leaf:
-                protocol, first, last, service, port, chain = leaf.groups(default="")
-                forwards[int(first), f"{protocol}/{first}{last.replace(':', '-')}"] = Live(f"{service}:{port}", chain)
+            if match := DISPATCH.match(rule):
+                protocol, first, last, service, port, pods, chain = match.groups()
+                live = Live(int(first), int(last or first), protocol, f"{service}:{port}", bool(pods), chain)
+                forwards[live[:3]] = live
             elif jump not in seen:
                 seen.add(jump)
                 todo.append(jump)
     return forwards
 
 
-def describe_leaf(chain: str, chains: Mapping[str, list[str]]) -> str:
-    """Where a leaf sends connections and whose, like "(NodePort 2025) on 3 nodes, client address kept"."""
+def leaf_rules(chain: str, chains: Mapping[str, list[str]]) -> tuple[list[str], list[str]]:
+    """The sources that may use a leaf, none for everybody, and its rules."""
     rules = chains.get(chain, [])
-    sources = [match[1] for rule in rules if (match := re.match(r"-s (\S+) -m comment .* -g (\S+)$", rule))]
-    if sources:
-        return f"{describe_leaf(rules[0].split()[-1], chains)}, for {', '.join(sources)} only"
-    places = [rule.split()[-1].rpartition(":") for rule in rules if "--to-destination" in rule]
-    ports = ", ".join(dict.fromkeys(port.split("/")[0] for _, _, port in places))
-    kept = [match for rule in rules if (match := re.search(r"--set-xmark (\w+)/(\w+)", rule)) and match[1] != match[2]]
-    nodes = f"{len(places)} {plural(len(places), 'node')}"
-    return f"(NodePort {ports}) on {nodes}{', client address kept' if kept else ''}"
+    sources = [rule.split()[1] for rule in rules if rule.startswith("-s ") and " -g " in rule]
+    return sources, chains.get(rules[0].split()[-1], []) if sources else rules
+
+
+def targets_in(rules: Iterable[str]) -> list[str]:
+    """Where a leaf sends connections, like 10.0.0.1:2025, each once."""
+    return list(dict.fromkeys(rule.split()[-1] for rule in rules if " --to-destination " in rule))
+
+
+def describe(live: Live, chains: Mapping[str, list[str]]) -> str:
+    """For a person: "default/mail:smtp (NodePort 2025) on 3 nodes, client address kept"."""
+    sources, rules = leaf_rules(live.chain, chains)
+    targets = targets_in(rules)
+    ports = ", ".join(dict.fromkeys(target.rpartition(":")[2].split("/")[0] for target in targets))
+    marks = re.search(r"--set-xmark (\w+)/(\w+)", " ".join(rules))
+    kept = ", client address kept" if marks and marks[1] != marks[2] else ""
+    only = f", for {enumerated(sources)} only" if sources else ""
+    what, place = ("port", "pod") if live.pods else ("NodePort", "node")
+    return f"{live.label} ({what} {ports}) on {len(targets)} {plural(len(targets), place)}{kept}{only}"
 
 
 class Change(NamedTuple):
-    """A forward that came (+), went (-) or is another now (~)."""
+    """A forward that came (+), went (-) or is another now (~), and the targets that it has no more."""
 
     sign: str
-    ports: str
+    live: Live
     text: str
+    version: int
+    gone: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.sign} {self.ports} -> {self.text}"
+        return f"{self.sign} {self.live} -> {self.text}"
 
 
 def changes_between(before: Found | Wanted, after: Found | Wanted) -> list[Change]:
     changes = []
     for family in FAMILIES:
-        over = " over IPv6" if family.version == 6 else ""
-        old, new = forwards_in(before[family.version]), forwards_in(after[family.version])
+        was, shall = ((tables[family.version] or NOTHING)["nat"].chains for tables in (before, after))
+        old, new = forwards_in(was), forwards_in(shall)
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                sign = "~" if key in old and key in new else "+" if key in new else "-"
-                live, tables = (new[key], after) if key in new else (old[key], before)
-                chains = (tables[family.version] or NOTHING)["nat"].chains
-                changes.append(Change(sign, key[1], f"{live.label} {describe_leaf(live.chain, chains)}{over}"))
+            if old.get(key) == new.get(key):
+                continue
+            sign = "+" if key not in old else "~" if key in new else "-"
+            text = describe(new[key], shall) if key in new else describe(old[key], was)
+            had = targets_in(leaf_rules(old[key].chain, was)[1]) if key in old else []
+            has = targets_in(leaf_rules(new[key].chain, shall)[1]) if key in new else []
+            gone = [target for target in had if target not in has]
+            over = " over IPv6" if family.version == 6 else ""
+            changes.append(Change(sign, new.get(key) or old[key], text + over, family.version, tuple(gone)))
     return changes
+
+
+def end_stale_flows(host: Host, changes: Iterable[Change], state: State, deadline: Deadline) -> None:
+    """Lets UDP clients that keep their port, and so the way of their first packet, go the new way."""
+    for change in changes:
+        if change.live.protocol != "udp":
+            continue
+        nodes = {target.rpartition(":")[0].strip("[]") for target in change.gone}
+        for address in (str(address) for address in state.addresses if address.version == change.version):
+            for port in range(change.live.first, change.live.last + 1):
+                for reply in sorted(nodes) or ([address] if change.sign == "+" else []):
+                    if not end_flows(host, change.version, address, port, reply, deadline):
+                        return
+
+
+def end_flows(host: Host, version: int, address: str, port: int, reply: str, deadline: Deadline) -> bool:
+    """Forgets the UDP flows to a port of the host that `reply` answers; False when that cannot be done."""
+    flow = ("--orig-dst", address, "--orig-port-dst", str(port), "--reply-src", reply)
+    argv = (*host.sudo, "conntrack", "-D", "-p", "udp", *flow, *(("-f", "ipv6") if version == 6 else ()))
+    result = host.run(argv, "", deadline)
+    if result.status == 0 or (result.status == 1 and "0 flow entries have been deleted" in result.err):
+        return True
+    log.warning(
+        "%s: %s: %s; old UDP flows may stay where they were: apt-get install conntrack, and allow it in sudoers",
+        host.name, shlex.join(argv), result.said,
+    )  # fmt: skip
+    return False
 
 
 def report_plan(plan: Plan) -> None:
@@ -1900,11 +2125,10 @@ def report_plan(plan: Plan) -> None:
             log.warning("rejected: %s: %d more mappings", service, len(reasons) - 10)
 
 
-def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Input]) -> None:
+def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Input], changes: Sequence[Change]) -> None:
     verbs = {"+": "now forwarding", "-": "no longer forwarding", "~": "changed:"}
-    changes = changes_between(before, wanted) if inputs else []
     for change in changes:
-        log.info("%s%s %s to %s", prefix, verbs[change.sign], change.ports, change.text)
+        log.info("%s%s %s to %s", prefix, verbs[change.sign], change.live, change.text)
     count = sum(count_forwards(tables) for tables in wanted.values())
     total = f"{count} {plural(count, 'forward')}"
     if not inputs:
@@ -1912,7 +2136,12 @@ def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Inp
     elif not changes:
         lines = sum(len(text.splitlines()) - 2 for _, text in inputs)
         log.info("%sput rules of epok's right with %d %s, %s", prefix, lines, plural(lines, "line"), total)
-    marks = [t["filter"].chains.get(FORWARD) for t in (before[4] or NOTHING, wanted[4])]
+    for version, name in itertools.product(wanted, BUILT_IN):
+        held = (before[version] or NOTHING)[name].held - wanted[version][name].chains.keys()
+        if held:
+            rule = "a rule that is not epok's refers to them; delete it"
+            log.warning("%skept these chains, empty, in table %s: %s: %s", prefix, name, enumerated(sorted(held)), rule)
+    marks = [tables["filter"].chains.get(FORWARD) for tables in (before[4] or NOTHING, wanted[4])]
     if marks[0] and marks[1] and marks[0] != marks[1]:
         log.warning("%s--mark is another one now: connections that were open have lost their way", prefix)
 
@@ -1921,7 +2150,7 @@ def dry_run_text(host: Host, options: Options, before: Found, wanted: Wanted) ->
     """The forwards that would come and go, then each input under the command that would read it."""
     lines = [f"# on {host.name}"] if len(options.host) > 1 else []
     lines += [str(change) for change in changes_between(before, wanted)]
-    for argv, text in next_inputs(wanted, before):
+    for argv, text in next_inputs(wanted, before, options):
         lines += [f"# {shlex.join(argv)}", text.rstrip("\n")]
     return "\n".join(lines)
 
@@ -1950,22 +2179,48 @@ def start_log(level: str) -> None:
     handler.setFormatter(OneLine())
     log.handlers, log.propagate = [handler], False
     log.setLevel(level.upper())
-    # what libraries log comes as an exception too; without this Python prints it for them
+    logging.captureWarnings(True)
+    # or Python prints what libraries log, which comes as an exception too
     logging.getLogger().addHandler(logging.NullHandler())
 
 
-def serve(host: Host, reader: Background, wanted: Wanted, options: Options, deadline: Deadline) -> int:
+class Planner:
+    """Makes the tables for each host from one snapshot; they differ only where a host is itself a node."""
+
+    def __init__(self, options: Options, deadline: Deadline) -> None:
+        self.options = options
+        self.reader = Reader(options, deadline)
+        self.snapshot = self.reader.snapshot()
+        self.made: dict[Set[str], Wanted] = {}
+        self.lock = threading.Lock()
+
+    def wanted(self, state: State) -> Wanted:
+        own = frozenset(node.name for node in self.snapshot.nodes if set(node.addresses) & set(state.addresses))
+        with self.lock:
+            if own not in self.made:
+                snapshot = self.reader.with_endpoints(self.snapshot, bool(own))
+                plan = make_plan(snapshot, self.options, own)
+                report_plan(plan)
+                self.made[own] = {family.version: render(plan.forwards, family, self.options) for family in FAMILIES}
+            return self.made[own]
+
+
+def serve(host: Host, reader: Background, planner: Planner | None, options: Options, deadline: Deadline) -> int:
     """Makes one host right, or says what would change; returns the exit status for it."""
     prefix = f"{host.name}: " if options.executor == "ssh" else ""
     try:
-        found = reader.result(deadline, f"{host.name}: reading its rules")
-        if not options.clean:
-            check_host(host, options, wanted, found, deadline)
+        state: State = reader.result(deadline, f"{host.name}: reading its rules")
+        wanted: Wanted = {family.version: NOTHING for family in FAMILIES}
+        if planner:
+            wanted = planner.wanted(state)
+            check_host(host, options, wanted, state)
         if options.dry_run:
-            text = dry_run_text(host, options, found, wanted)
-            show(text)
-            return 3 if next_inputs(wanted, found) else 0
-        report_swap(prefix, found, wanted, converge(host, wanted, found, deadline))
+            show(dry_run_text(host, options, state.tables, wanted))
+            return 3 if next_inputs(wanted, state.tables, options) else 0
+        inputs = converge(host, wanted, state.tables, options, deadline)
+        changes = changes_between(state.tables, wanted) if inputs else []
+        report_swap(prefix, state.tables, wanted, inputs, changes)
+        end_stale_flows(host, changes, state, deadline)
         return 0
     except Fatal as error:
         log.error("%s", error)
@@ -1974,31 +2229,20 @@ def serve(host: Host, reader: Background, wanted: Wanted, options: Options, dead
         host.close()
 
 
-def wanted_tables(options: Options, deadline: Deadline) -> Wanted:
-    """What shall be on every host, from the cluster's Services."""
-    if options.clean:
-        return {family.version: NOTHING for family in FAMILIES}
-    with deadline.enforced("reading the cluster"):
-        snapshot = read_snapshot(options, deadline)
-    plan = make_plan(snapshot, options)
-    report_plan(plan)
-    return {family.version: render(plan.forwards, family, options) for family in FAMILIES}
-
-
 def run(options: Options) -> int:
     deadline = Deadline(options.timeout)
     local = options.executor == "local"
     hosts: list[Host] = [LocalHost()] if local else [SshHost(login, options) for login in options.host]
     # the hosts are read while the API answers
-    readers = [Background(persist, deadline, read_all_tables, host, deadline) for host in hosts]
-    wanted = wanted_tables(options, deadline)
+    readers = [Background(persist, deadline, read_state, host, deadline) for host in hosts]
+    planner = None if options.clean else Planner(options, deadline)
     work = [
-        Background(serve, host, reader, wanted, options, deadline) for host, reader in zip(hosts, readers, strict=True)
+        Background(serve, host, reader, planner, options, deadline) for host, reader in zip(hosts, readers, strict=True)
     ]
     statuses = [0]
     for host, thread in zip(hosts, work, strict=True):
         try:
-            statuses.append(thread.result(deadline, host.name))
+            statuses.append(thread.result(deadline, host.name, grace=1))
         except Fatal as error:
             log.error("%s", error)
             statuses.append(error.status)

@@ -55,7 +55,10 @@ HOLD = [
     "--mount-proc",
 ]
 
-QUICK_IPV6 = """
+# No waiting for addresses to become valid, and every closed UDP port says so, not the first six alone.
+QUICK = """
+echo 0 >/proc/sys/net/ipv4/icmp_ratelimit
+echo 0 >/proc/sys/net/ipv6/icmp/ratelimit
 for what in all default; do
     echo 0 >/proc/sys/net/ipv6/conf/$what/accept_dad
     echo 0 >/proc/sys/net/ipv6/conf/$what/accept_ra
@@ -220,7 +223,7 @@ class Lab:
             await_banner(server)
 
     def namespace(self, name: str, setup: str = "") -> Namespace:
-        space = Namespace(name, QUICK_IPV6 + setup)
+        space = Namespace(name, QUICK + setup)
         self.stack.callback(space.close)
         return space
 

@@ -189,7 +189,7 @@ def test_a_killed_test_run_leaves_nothing(backend: str) -> None:
         assert holder.stdout
         namespaces = {os.readlink(f"{space}/net") for space in holder.stdout.readline().split()}
         assert len(namespaces) == 6
-        assert "sleep\x001000\x00" in processes_in(namespaces)
+        until(lambda: "sleep\x001000\x00" in processes_in(namespaces), "the daemon sleeps")
         holder.send_signal(signal.SIGKILL)
     until(lambda: processes_in(namespaces) == [], "all processes of the lab are gone")
     assert machine() == before

@@ -1,0 +1,353 @@
+"""epok against real iptables, nft and legacy: what is foreign stays, what is epok's is mended."""
+
+import contextlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from lab import Lab
+from objects import node, port, service, snapshot
+
+import epok
+
+LOCAL = ("-i", "eth0", "local")
+MAIL = service("mail", "25:2025", [port(25, 2025, "smtp")], families=("IPv4", "IPv6"))
+EVERY_FORM = [
+    MAIL,
+    service("dns", "53:30053", [port(53, 30053, "dns"), port(53, 30053, "udp", "UDP"), port(53, 30053, "sc", "SCTP")]),
+    service("web", "8000-8009:30000-30009", [port(8000 + n, 30000 + n, f"w{n}") for n in range(10)]),
+    service(
+        "own",
+        "81:30081",
+        [port(81, 30081)],
+        families=("IPv4", "IPv6"),
+        sessionAffinity="ClientIP",
+        annotations={
+            "epok.getbetter.ro/internal": "",
+            "epok.getbetter.ro/allow-range": "203.0.113.0/24, 192.0.2.1, 2001:db8::/32, 2001:db8:9::1",
+        },
+    ),
+]
+EVERY_OPTION = (
+    "-i",
+    "eth0,eth+,lo",
+    "--external-interface",
+    "eth0",
+    "--addresses",
+    "192.0.2.1,198.51.100.0/24,2001:db8:1::/64",
+    "local",
+)
+FOREIGN = {
+    "nat": """
+:DOCKER - [0:0]
+:KUBE-SERVICES - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-SEP-4H2YTQOTVPKJ5A3L - [0:0]
+:EPOKAL - [0:0]
+-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-A DOCKER -i docker0 -j RETURN
+-A DOCKER ! -i docker0 -p tcp -m tcp --dport 8443 -j DNAT --to-destination 172.17.0.2:443
+-A KUBE-SERVICES -m comment --comment "this jumps -j EPOK, but only in words" -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+-A KUBE-SEP-4H2YTQOTVPKJ5A3L -p tcp -m comment --comment "default/mail:smtp" -m tcp -j DNAT --to-destination 10.42.0.7:25
+-A EPOKAL -p tcp -m tcp --dport 9 -j RETURN
+""",
+    "filter": """
+:DOCKER-USER - [0:0]
+:DOCKER-ISOLATION-STAGE-1 - [0:0]
+:KUBE-FORWARD - [0:0]
+-A FORWARD -j DOCKER-USER
+-A FORWARD -j DOCKER-ISOLATION-STAGE-1
+-A FORWARD -m comment --comment "kubernetes forwarding rules" -j KUBE-FORWARD
+-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT
+-A DOCKER-ISOLATION-STAGE-1 -j RETURN
+-A DOCKER-USER -j RETURN
+-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+""",
+}
+OLDER = """*nat
+-A PREROUTING -i eth0 -p tcp -m tcp --dport 25 -m state --state NEW -m comment --comment "epok_rule_id=a1" -m statistic --mode nth --every 2 --packet 0 -j DNAT --to-destination 10.0.0.11:2025
+-A PREROUTING -i eth0 -p tcp -m tcp --dport 25 -m state --state NEW -m comment --comment "epok_rule_id=a2; epok_service_id=b" -j DNAT --to-destination 10.0.0.12:2025
+-A PREROUTING -p tcp -m tcp --dport 26 -m comment --comment "not epok_rule of any id" -j DNAT --to-destination 10.0.0.12:2026
+COMMIT
+"""
+
+
+def add_foreign(lab: Lab) -> None:
+    """Docker's and kube-proxy's chains, and a policy, as a host would have them before epok comes."""
+    text = "".join(f"*{table}{rules}COMMIT\n" for table, rules in FOREIGN.items())
+    lab.host.run(["iptables-restore", "--noflush", "--wait", "5"], text)
+    lab.host.run(["iptables", "-P", "FORWARD", "DROP"])
+
+
+def foreign(saved: str) -> list[str]:
+    """The lines that are not epok's."""
+    return [
+        line for line in saved.splitlines() if not re.match(r":EPOK[ -]|-A EPOK[ -]|-A [A-Z]+ .*-j EPOK(-\w+)?$", line)
+    ]
+
+
+def apply(lab: Lab, *services: dict[str, Any], argv: tuple[str, ...] = LOCAL) -> str:
+    """One good run; what it logged."""
+    done = lab.epok(*argv, snapshot=lab.cluster(*services))
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def in_sync(log: str) -> bool:
+    return "in sync" in log and len(log.splitlines()) == 1
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_every_rule_form_is_printed_back_word_for_word(lab: Lab, version: int) -> None:
+    options = epok.parse_options([*EVERY_OPTION, "--snapshot", "-"], {})
+    apply(lab, *EVERY_FORM, argv=EVERY_OPTION)
+    plan = plan_of(lab, options)
+    family = epok.FAMILIES[version == 6]
+    wanted = epok.render(plan.forwards, family, options)
+    for table in ("nat", "filter"):
+        text = lab.host.run([f"{family.tool}-save", "-t", table]).stdout
+        found = epok.parse_table(text, table)
+        assert found is not None
+        assert found.chains == wanted[table].chains
+    assert sum(len(rules) for rules in wanted["nat"].chains.values()) > 70
+
+
+def plan_of(lab: Lab, options: epok.Options) -> epok.Plan:
+    objects = lab.cluster(*EVERY_FORM)["items"]
+    services = [epok.to_service(item) for item in objects if item["kind"] == "Service"]
+    nodes = [epok.to_node(item) for item in objects if item["kind"] == "Node"]
+    return epok.make_plan(epok.Snapshot(tuple(s for s in services if s), tuple(nodes), {}), options)
+
+
+def test_a_second_run_sends_nothing(lab: Lab) -> None:
+    apply(lab, *EVERY_FORM, argv=EVERY_OPTION)
+    before = lab.saved(), lab.saved(6)
+    assert in_sync(apply(lab, *EVERY_FORM, argv=EVERY_OPTION))
+    assert (lab.saved(), lab.saved(6)) == before
+
+
+def test_counters_outlive_a_run_that_changes_another_forward(lab: Lab) -> None:
+    other = service("other", "26:30001", [port(26, 30001)])
+    apply(lab, MAIL, other)
+    for _ in range(5):
+        lab.ask(25)
+    leaf = [line for line in lab.saved(counters=True).splitlines() if "--set-xmark" in line and "tcp-25-" in line]
+    assert leaf[0].startswith("[5:")
+    apply(lab, MAIL)
+    assert leaf[0] in lab.saved(counters=True)
+
+
+def test_foreign_chains_rules_and_policies_survive_apply_and_clean(lab: Lab) -> None:
+    add_foreign(lab)
+    before = lab.saved()
+    for services in ((MAIL,), (MAIL, *EVERY_FORM[1:]), EVERY_FORM, ()):
+        apply(lab, *services)
+        assert foreign(lab.saved()) == before.splitlines()
+    lab.epok("--clean", "local", check=True)
+    assert lab.saved() == before
+
+
+def test_clean_removes_the_older_epoks_rules_too_and_again_does_nothing(lab: Lab) -> None:
+    lab.host.run(["iptables-restore", "--noflush"], OLDER)
+    apply(lab, MAIL)
+    assert lab.saved().count("epok_rule_id") == 2
+    lab.epok("--clean", "local", check=True)
+    assert "epok_rule_id" not in lab.saved() and "EPOK" not in lab.saved()
+    assert "not epok_rule of any id" in lab.saved()
+    assert in_sync(lab.epok("--clean", "local", check=True).stderr)
+
+
+def damage(lab: Lab, how: str) -> None:
+    """Somebody's hand in epok's rules: shell words of iptables, CHAIN standing for a leaf's name."""
+    leaf = next(
+        line.split()[1] for line in lab.saved().splitlines() if line.startswith("-A EPOK-tcp-25-") and "DNAT" in line
+    )
+    for line in how.split(";"):
+        lab.host.run(["iptables", *shlex.split(line.replace("CHAIN", leaf))])
+
+
+DAMAGE = {
+    "a leaf rule is deleted": "-t nat -D CHAIN 2",
+    "a leaf is emptied": "-t nat -F CHAIN",
+    "a stray rule in a leaf": "-t nat -I CHAIN -j ACCEPT",
+    "a stray rule in EPOK": "-t nat -A EPOK -i eth9 -j ACCEPT",
+    "EPOK is emptied": "-t nat -F EPOK",
+    "the hook is deleted": "-t nat -D PREROUTING -m addrtype --dst-type LOCAL -j EPOK",
+    "the hook is doubled": "-t nat -A PREROUTING -m addrtype --dst-type LOCAL -j EPOK",
+    "a wrong hook": "-t nat -A PREROUTING -p tcp -j EPOK",
+    "a hook where none belongs": "-t nat -A OUTPUT -j EPOK",
+    "PREROUTING is emptied": "-t nat -F PREROUTING",
+    "FORWARD is emptied": "-F FORWARD",
+    "the filter chain is emptied": "-F EPOK-FORWARD",
+    "masquerading is deleted": "-t nat -F EPOK-POSTROUTING",
+    "a chain of ours that we do not know": "-t nat -N EPOK-tcp-9-abcdef;-t nat -A EPOK-tcp-9-abcdef -j ACCEPT",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_mended_by_the_next_run(lab: Lab, how: str) -> None:
+    apply(lab, MAIL)
+    before = lab.saved()
+    damage(lab, how)
+    assert lab.saved() != before
+    dry = lab.epok("--dry-run", *LOCAL, snapshot=lab.cluster(MAIL))
+    assert dry.returncode == 3
+    assert "in sync" not in apply(lab, MAIL)
+    assert lab.saved() == before
+    assert in_sync(apply(lab, MAIL))
+    assert len(dry.stdout) < 1000  # that alone was sent
+
+
+def test_a_rule_that_was_put_in_front_of_the_hook_stays_there(lab: Lab) -> None:
+    apply(lab, MAIL)
+    lab.host.run(["iptables", "-t", "nat", "-I", "PREROUTING", "-p", "tcp", "--dport", "9", "-j", "ACCEPT"])
+    before = lab.saved()
+    assert in_sync(apply(lab, MAIL))
+    assert lab.saved() == before
+
+
+def test_a_chain_that_a_foreign_rule_refers_to_is_emptied_and_kept(lab: Lab) -> None:
+    apply(lab, MAIL)
+    leaf = next(line.split()[1] for line in lab.saved().splitlines() if "tcp-25-" in line and "DNAT" in line)
+    lab.host.run(["iptables", "-t", "nat", "-N", "SOMEBODY"])
+    lab.host.run(["iptables", "-t", "nat", "-A", "SOMEBODY", "-p", "tcp", "-j", leaf])
+    log = apply(lab)
+    assert f":{leaf} " in lab.saved() and f"-A {leaf} " not in lab.saved()
+    assert "-A SOMEBODY" in lab.saved()
+    assert leaf in log and "warning" in log
+    done = lab.epok("--clean", "local", check=True)
+    assert leaf in done.stderr and "-A SOMEBODY" in lab.saved()
+
+
+def test_a_dry_run_prints_what_a_person_could_feed_in_by_hand(lab: Lab) -> None:
+    before = lab.saved()
+    dry = lab.epok("--dry-run", *LOCAL, snapshot=lab.cluster(*EVERY_FORM))
+    assert dry.returncode == 3 and lab.saved() == before
+    assert dry.stdout.startswith("+ tcp/25 -> default/mail:smtp (NodePort 2025) on 3 nodes\n")
+    for command, text in inputs(dry.stdout):
+        lab.host.run(shlex.split(command), text)
+    again = lab.epok("--dry-run", *LOCAL, snapshot=lab.cluster(*EVERY_FORM))
+    assert (again.returncode, again.stdout) == (0, "")
+
+
+def inputs(printed: str) -> Iterator[tuple[str, str]]:
+    for part in printed.split("# ip")[1:]:
+        command, _, text = part.partition("\n")
+        yield f"ip{command}", text
+
+
+only_legacy = pytest.mark.parametrize("lab", ["legacy"], indirect=True)  # nft has no lock
+only_nft = pytest.mark.parametrize("lab", ["nft"], indirect=True)  # legacy tables are no nft tables
+
+
+@only_legacy
+def test_a_lock_that_is_held_for_a_while_is_waited_for(lab: Lab) -> None:
+    with held_lock(lab, 2):
+        apply(lab, MAIL)
+    assert lab.ask(25)
+
+
+@only_legacy
+def test_a_lock_that_is_never_given_back_ends_the_run_in_time(lab: Lab) -> None:
+    with held_lock(lab, 30):
+        done = lab.epok("--timeout", "4", *LOCAL, snapshot=lab.cluster(MAIL))
+    assert done.returncode == 1
+    assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+
+
+@contextlib.contextmanager
+def held_lock(lab: Lab, seconds: int) -> Iterator[None]:
+    """Somebody else holds legacy's lock, for so long or until the end."""
+    hold = ["flock", "--close", "/run/xtables.lock", "sh", "-c", f"echo held; exec sleep {seconds}"]
+    with lab.host.popen(hold, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        yield
+        holder.kill()
+
+
+def test_another_writer_all_the_time_breaks_neither(lab: Lab) -> None:
+    apply(lab, MAIL)
+    rule = "PREROUTING -p tcp -m tcp --dport 7 -j ACCEPT"
+    loop = f"while :; do iptables -w -t nat -I {rule}; iptables -w -t nat -D {rule}; done"
+    writer = lab.host.popen(["sh", "-c", loop])
+    try:
+        for number in range(10):
+            services = [MAIL] if number % 2 else EVERY_FORM
+            apply(lab, *services)
+    finally:
+        writer.kill()
+        writer.wait()
+    lab.host.run(["iptables", "-w", "-t", "nat", "-D", *rule.split()], check=False)
+    assert in_sync(apply(lab, MAIL))
+
+
+@only_nft
+def test_native_rules_in_nat_make_it_unreadable_and_nothing_is_changed(lab: Lab) -> None:
+    apply(lab, MAIL)
+    lab.host.run(["nft", "add rule ip nat PREROUTING meta mark set numgen inc mod 2"])
+    before = lab.host.run(["nft", "list", "ruleset"]).stdout
+    done = lab.epok(*LOCAL, snapshot=lab.cluster())
+    assert done.returncode == 1 and "incompatible" in done.stderr
+    assert lab.host.run(["nft", "list", "ruleset"]).stdout == before
+    lab.host.run(["nft", "flush", "chain", "ip", "nat", "PREROUTING"])
+
+
+WITHOUT = {
+    "iptables": "mkdir -p /run/none; mount --bind /run/none /usr/sbin",
+    "ip6tables": "rm -rf /run/less; cp -a /run/alternatives /run/less; rm /run/less/ip6tables*; "
+    "mount --bind /run/less /etc/alternatives",
+}
+
+
+def run_without(lab: Lab, tool: str) -> "subprocess.CompletedProcess[str]":
+    argv = ["unshare", "--mount", "sh", "-ec", WITHOUT[tool] + '; exec "$@"', "sh", sys.executable, epok.__file__]
+    return lab.host.run([*argv, "--snapshot", "-", *LOCAL], json.dumps(lab.cluster(MAIL)), check=False)
+
+
+def test_a_host_without_iptables_is_told_what_to_install(lab: Lab) -> None:
+    done = run_without(lab, "iptables")
+    assert done.returncode == 1 and done.stderr.count("\n") == done.stderr.count("error:") == 1
+    assert "apt-get install iptables" in done.stderr
+
+
+def test_a_host_without_ip6tables_gets_the_forwards_over_ipv4(lab: Lab) -> None:
+    done = run_without(lab, "ip6tables")
+    assert done.returncode == 0 and lab.ask(25)
+    assert done.stderr.count("warning:") == 1 and "IPv6" in done.stderr
+
+
+def test_who_may_not_is_told_what_to_do(lab: Lab) -> None:
+    epok_argv = [sys.executable, epok.__file__, "--snapshot", "-", *LOCAL]
+    drop = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--no-new-privs"]
+    done = lab.host.run([*drop, *epok_argv], input=json.dumps(lab.cluster(MAIL)), check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("error:") == 1 and "sudo" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_mark_is_taken_over_and_said(lab: Lab) -> None:
+    apply(lab, MAIL)
+    log = apply(lab, MAIL, argv=("--mark", "0xc000", *LOCAL))
+    assert "--mark" in log and lab.ask(25)
+    assert "0x30000000" not in lab.saved()
+
+
+def test_one_change_among_2700_forwards_is_a_small_input(lab: Lab) -> None:
+    nodes = [node(f"node{n}", f"10.0.0.{10 + n}") for n in range(1, 11)]
+    services = [service(f"s{n}", f"{10000 + n}:{20000 + n}", [port(80, 20000 + n)]) for n in range(2700)]
+    lab.epok(*LOCAL, snapshot=snapshot(*nodes, *services), check=True)
+    services[1300] = service("s1300", "11300:29999", [port(80, 29999)])
+    changed = snapshot(*nodes, *services)
+    dry = lab.epok("--dry-run", *LOCAL, snapshot=changed)
+    sent = "".join(text for _, text in inputs(dry.stdout))
+    assert dry.returncode == 3 and len(sent) <= 6000
+    assert dry.stdout.startswith("~ tcp/11300 -> default/s1300:80 (NodePort 29999) on 10 nodes\n")
+    lab.epok(*LOCAL, snapshot=changed, check=True)
+    assert in_sync(lab.epok(*LOCAL, snapshot=changed).stderr)

@@ -1,0 +1,766 @@
+"""A snapshot of the cluster to forwards and to reasons why not."""
+
+import json
+import random
+import re
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from objects import Object, endpoint, endpoint_slice, node, port, service, slice_port, snapshot
+
+import epok
+
+EXCLUDE = "node.kubernetes.io/exclude-from-external-load-balancers"
+ALLOW = "epok.getbetter.ro/allow-range"
+LOCAL = ("-i", "eth0", "local")
+NODE = node("n1", "10.0.0.11")
+# One Service with everything that a mapping can mean.
+PORTS = [
+    port(25, 2025, "smtp"),
+    port(53, 30053, "dns"), port(53, 30053, "dns-udp", "UDP"),
+    port(123, 30123, "ntp", "UDP"),
+    port(132, 30132, "diameter", "SCTP"),
+    port(8000, 30000, "web0"), port(8001, 30001, "web1"), port(8002, 30002, "web2"), port(8003, 30300, "web3"),
+    port(9000, 31000, "mix0"), port(9000, 31000, "mix0-udp", "UDP"), port(9001, 31001, "mix1"),
+    port(7000, 32000, "split"), port(7000, 32001, "split-udp", "UDP"),
+]  # fmt: skip
+
+
+def planned(*objects: Object, argv: Sequence[str] = LOCAL, own: Sequence[str] = ()) -> epok.Plan:
+    """The plan for a cluster of these objects, with one good node when they name none; `own` nodes are the host."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        nodes = [] if any(item["kind"] == "Node" for item in objects) else [NODE]
+        json.dump(snapshot(*objects, *nodes), file)
+        file.flush()
+        options = epok.parse_options(["--snapshot", file.name, *argv], {})
+        reader = epok.Reader(options, epok.Deadline(50))
+        read = reader.with_endpoints(reader.snapshot(), bool(own))
+        return epok.make_plan(read, options, frozenset(own))
+
+
+def span(first: int, size: int) -> str:
+    return f"{first}-{first + size}" if size else f"{first}"
+
+
+def forwards(plan: epok.Plan) -> list[str]:
+    """Like "tcp 8000-8010 mail 30000-30010", mail being the Service's name without namespace."""
+    return sorted(
+        f"{made.protocol} {span(made.first, size)} {made.service.removeprefix('default/')} {span(node_port, size)}"
+        for made in plan.forwards
+        for size in [made.last - made.first]
+        for node_port in {target.port for target in made.targets}
+    )
+
+
+def every_port(plan: epok.Plan) -> list[tuple[str, int, str, int]]:
+    """(protocol, external port, Service, NodePort) of each single external port."""
+    return [
+        (made.protocol, made.first + n, made.service, node_port + n)
+        for made in plan.forwards
+        for n in range(made.last - made.first + 1)
+        for node_port in sorted({target.port for target in made.targets})
+    ]
+
+
+def addresses(plan: epok.Plan) -> list[str]:
+    """Where all the forwards go; checks that it is the same for each."""
+    found = [[str(target.address) for target in made.targets] for made in plan.forwards]
+    assert all(each == found[0] for each in found)
+    return found[0] if found else []
+
+
+def reasons(plan: epok.Plan) -> list[str]:
+    return [str(rejection) for rejection in plan.rejections]
+
+
+def mapped(annotation: str, **kw: Any) -> epok.Plan:
+    return planned(service("all", annotation, PORTS, **kw))
+
+
+# ------------------------------------------------ annotations
+
+GRAMMAR = {
+    "25:2025": ["tcp 25 all 2025"],
+    "26:2025": ["tcp 26 all 2025"],
+    "1:2025, 65535:2025": ["tcp 1 all 2025", "tcp 65535 all 2025"],
+    "26:smtp": ["tcp 26 all 2025"],
+    "25": ["tcp 25 all 2025"],
+    "25:2025:tcp": ["tcp 25 all 2025"],
+    "25:2025/tcp": ["tcp 25 all 2025"],
+    "25:2025/TCP": ["tcp 25 all 2025"],
+    "25:smtp:Tcp": ["tcp 25 all 2025"],
+    "25:tcp": ["tcp 25 all 2025"],
+    "25/tcp": ["tcp 25 all 2025"],
+    "53": ["tcp 53 all 30053", "udp 53 all 30053"],
+    "5353:30053": ["tcp 5353 all 30053", "udp 5353 all 30053"],
+    "5353:30053:udp": ["udp 5353 all 30053"],
+    "5353:30053/tcp": ["tcp 5353 all 30053"],
+    "53/udp": ["udp 53 all 30053"],
+    "53:udp": ["udp 53 all 30053"],
+    "53:dns": ["tcp 53 all 30053"],
+    "53:dns-udp": ["udp 53 all 30053"],
+    "53:dns-udp/udp": ["udp 53 all 30053"],
+    "123:30123": ["udp 123 all 30123"],
+    "124:ntp": ["udp 124 all 30123"],
+    "132": ["sctp 132 all 30132"],
+    "133:diameter/SCTP": ["sctp 133 all 30132"],
+    "132:30132:sctp": ["sctp 132 all 30132"],
+    "7000": ["tcp 7000 all 32000", "udp 7000 all 32001"],
+    "7:32001": ["udp 7 all 32001"],
+    "80-82:30000-30002": ["tcp 80-82 all 30000-30002"],
+    "80-82:30000-30002/tcp": ["tcp 80-82 all 30000-30002"],
+    "80-82:30000-30002:tcp": ["tcp 80-82 all 30000-30002"],
+    "80-80:30000-30000": ["tcp 80 all 30000"],
+    "80:30000-30000": ["tcp 80 all 30000"],
+    "8000-8002": ["tcp 8000-8002 all 30000-30002"],
+    "8000-8003": ["tcp 8000-8002 all 30000-30002", "tcp 8003 all 30300"],
+    "8001-8002:tcp": ["tcp 8001-8002 all 30001-30002"],
+    "9000-9001": ["tcp 9000-9001 all 31000-31001", "udp 9000 all 31000"],
+    "90-91:31000-31001": ["tcp 90-91 all 31000-31001", "udp 90 all 31000"],
+    "80:30000,81:30001": ["tcp 80-81 all 30000-30001"],
+    "81:web1, 80:web0": ["tcp 80-81 all 30000-30001"],
+    "80:30001,81:30000": ["tcp 80 all 30001", "tcp 81 all 30000"],
+    "80:30000,82:30001": ["tcp 80 all 30000", "tcp 82 all 30001"],
+    "80:30000,81:30000": ["tcp 80 all 30000", "tcp 81 all 30000"],
+    "25:2025,25:2025": ["tcp 25 all 2025"],
+    "25:2025,25:smtp/tcp,25": ["tcp 25 all 2025"],
+    "53,53/udp,53:dns": ["tcp 53 all 30053", "udp 53 all 30053"],
+    "80-82:30000-30002,81:web1": ["tcp 80-82 all 30000-30002"],
+    "25 : 2025 / tcp": ["tcp 25 all 2025"],
+    "\n  25:2025,\r\n\t80 - 82 : 30000 - 30002 : tcp\n": ["tcp 25 all 2025", "tcp 80-82 all 30000-30002"],
+    ",,25:2025,,": ["tcp 25 all 2025"],
+    "": [],
+    " , ,\n": [],
+}
+
+
+@pytest.mark.parametrize("annotation", GRAMMAR, ids=ascii)
+def test_what_an_annotation_means(annotation: str) -> None:
+    plan = mapped(annotation)
+    assert (forwards(plan), reasons(plan), plan.warnings) == (GRAMMAR[annotation], [], [])
+
+
+MALFORMED = {  # what the reason says, and what somebody wrote
+    "1 to 65535": [
+        "0", "0:2025", "25:0", "65536:2025", "25:65536", "0-2:30000-30002", "65535-65536",
+        "9" * 5_000, "25:" + "9" * 5_000, "1-" + "9" * 5_000],
+    "tcp, udp": [
+        "25/", "25:2025/", "25/icmp", "25:2025/6", "25:2025/tcp+udp", "25:2025/ tcp udp", "25/tcp/udp", "25/tcp:2025",
+        "25:2025:tcp/udp/", "25:2025/tc\u212a", "25:2025/\uff54cp", "25:2025/tcp\x00", "25:2025/dccp"],
+    "": [
+        # characters
+        "25:20\n25", "25:20\t25", "25:2025\x00", "\x0025:2025", "25:20\x0025", "25:2025\x1b[2J", "\x0b25:2025",
+        "25:2025\x0c", "25:2025\x7f", "25:2025\u2028", "25:2025\u0085", "25:2025\xa0", "25:2025\u200b", "\ufeff25:2025",
+        "\u0662\u0665:2025", "25:\u0662\u0660\u0662\u0665", "\uff12\uff15:2025", "2\u2075:2025", "25\uff1a2025",
+        "25\u20132026", "80\u201382:30000-30002", '"25:2025"', "'25:2025'", "`25`", "25:2025\\", "\\25", '25:2025"',
+        "$(reboot)", "-j ACCEPT", "25:2025 -j ACCEPT", "25 2025", "25;2025", "25=2025", "25->2025", "*:25",
+        # words
+        "x", "smtp", "smtp:2025", "tcp", "25:smtp_x", "25:smtp.", "25:smt p", "25:" + "x" * 10_000, "x" * 10_000,
+        "\u00e9" * 10_000, ":" * 10_000, "-" * 10_000, "10.0.0.1:25:2025", "[::1]:25", "25:10.0.0.1", "http://25",
+        # numbers
+        "-25:2025", "25:-2025", "+25:2025", "2.5e1", "25.0:2025", "0x19:2025", "2_5:2025", "025:2025", "25:02025",
+        "00025", "000025:2025", "0" * 5_000 + "25:2025",
+        # ranges
+        "82-80", "82-80:30002-30000", "82-80:30000-30002", "80-82:30002-30000", "80-81:30000-30002",
+        "80-83:30000-30002", "80-82:30000", "80:30000-30002", "80-82:web0", "80-:30000", "-82", "80--82", "80-81-82",
+        "80-82:30000-", "-",
+        # parts
+        "25:", "25::", "25::tcp", "25:/tcp", ":", ":2025", ":tcp", "/", "/tcp", "25:2025:", "25:2025:2025", "25:2025:x",
+        "25::2025", "25:2025:icmp", "25:2025:tcp:udp", "25:2025:tcp/udp", "25:tcp/udp", "25:tcp:udp"],
+}  # fmt: skip
+MALFORMED_ITEMS = [(text, fragment) for fragment, texts in MALFORMED.items() for text in texts]
+
+
+@pytest.mark.parametrize(("text", "fragment"), MALFORMED_ITEMS, ids=lambda text: ascii(text)[:40])
+def test_a_malformed_mapping_is_rejected_with_a_reason_and_nothing_else_is(text: str, fragment: str) -> None:
+    plan = planned(service("all", f"26:2025,{text},53/udp", PORTS), service("web", "80", [port(80, 30080)]))
+    assert forwards(plan) == ["tcp 26 all 2025", "tcp 80 web 30080", "udp 53 all 30053"]
+    assert [(each.service, each.mapping) for each in plan.rejections] == [("default/all", text)]
+    line = str(plan.rejections[0])
+    assert re.fullmatch("default/all: [ -~]{10,700}", line), "one line that a person can read"
+    assert json.dumps(text[:100])[:-1] in line, "the mapping, escaped and cut"
+    assert len(plan.rejections[0].reason) > 10
+    assert fragment in plan.rejections[0].reason
+
+
+@pytest.mark.parametrize(("text", "fragments"), [
+    ("25:smpt", ["smpt", "smtp"]),
+    ("25:SMTP", ["SMTP", "smtp"]),
+    ("25:2026", ["2026", "2025"]),
+    ("26", ["26", "2025"]),
+    ("25/udp", ["udp", "2025"]),
+    ("25:smtp/udp", ["udp", "2025"]),
+    ("25:2025:sctp", ["sctp", "2025"]),
+    ("123/tcp", ["tcp", "30123"]),
+    ("7:32001/tcp", ["tcp", "32001"]),
+    ("25:25", ["25", "2025"]),
+    ("25:22", ["22", "2025"]),
+    ("25:6443", ["6443", "2025"]),
+    ("25:30080", ["30080", "2025"]),
+    ("25:30099", ["30099", "2025"]),
+    ("25:30025", ["30025", "2025"]),
+    ("80-83:30000-30003", ["30003", "30000"]),
+    ("8001-8004", ["8004", "30001"]),
+    ("90-91:31000-31001/udp", ["31001", "udp"]),
+    ("30000-32767:30000-32767", ["30003", "30000"]),
+    ("1-65535:1-65535", ["NodePort 1;", "30000"]),
+])  # fmt: skip
+def test_a_target_is_a_node_port_of_that_very_service_or_nothing(text: str, fragments: list[str]) -> None:
+    """30080 is another Service's, 30099 the health check's, 30025 a targetPort, 22 and 6443 the node's own."""
+    ports = [*PORTS, port(10, 30010, "x", target=30025)]
+    made = service("all", f"53,{text}", ports, healthCheckNodePort=30099)
+    plan = planned(made, service("web", "80", [port(80, 30080)]))
+    assert forwards(plan) == ["tcp 53 all 30053", "tcp 80 web 30080", "udp 53 all 30053"]
+    assert [each.mapping for each in plan.rejections] == [text]
+    for fragment in fragments:
+        assert fragment in plan.rejections[0].reason
+
+
+KEYS = ["getbetter.ro/externalport", "epok.getbetter.ro/externalport", "epok.getbetter.ro/externalports"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_each_annotation_name_counts(key: str) -> None:
+    assert forwards(mapped("", annotations={key: "25:2025"})) == ["tcp 25 all 2025"]
+
+
+def test_annotation_names_are_joined() -> None:
+    plan = mapped("", annotations=dict(zip(KEYS, ["25,nonsense", "25:2025, 26:smtp,nonsense", "53/udp"], strict=True)))
+    assert forwards(plan) == ["tcp 25 all 2025", "tcp 26 all 2025", "udp 53 all 30053"]
+    assert [each.mapping for each in plan.rejections] == ["nonsense"]
+
+
+@pytest.mark.parametrize("key", ["externalport", "getbetter.ro/externalports", "getbetter.ro/ExternalPort"])
+def test_other_annotations_mean_nothing(key: str) -> None:
+    plan = planned(service("all", None, PORTS, annotations={key: "25:2025"}), service("bare", None, PORTS))
+    assert (plan.forwards, plan.rejections, plan.warnings) == ([], [], [])
+
+
+def test_a_name_or_port_of_several_ports_means_all_that_have_it() -> None:
+    unnamed = [port(53, 30001), port(53, 30002, protocol="UDP")]
+    assert forwards(planned(service("dns", "53,54:30002", unnamed))) == [
+        "tcp 53 dns 30001",
+        "udp 53 dns 30002",
+        "udp 54 dns 30002",
+    ]
+
+
+# ------------------------------------------------ Services
+
+
+@pytest.mark.parametrize(("kind", "made", "fragment"), [
+    ("ClusterIP", service("mail", "25:2025", [port(25)], type="ClusterIP"), "ClusterIP"),
+    ("ClusterIP that kept its NodePort", service("mail", "25:2025", [port(25, 2025)], type="ClusterIP"), "ClusterIP"),
+    ("headless", service("mail", "25:2025", [port(25)], type="ClusterIP", clusterIP="None"), "ClusterIP"),
+    ("without type", service("mail", "25:2025", [port(25)], type=""), "NodePort"),
+    ("ExternalName", service("mail", "25:2025", type="ExternalName", externalName="example.org"), "ExternalName"),
+    ("LoadBalancer without NodePorts", service("mail", "25:2025", [port(25)], type="LoadBalancer",
+                                               allocateLoadBalancerNodePorts=False), "NodePort"),
+    ("the same by port", service("mail", "25", [port(25)], type="LoadBalancer"), "NodePort"),
+    ("the same by name", service("mail", "25:smtp", [port(25, name="smtp")], type="LoadBalancer"), "NodePort"),
+    ("NodePort of NodePort 0", service("mail", "25", [{**port(25), "nodePort": 0}]), "NodePort"),
+    ("no ports", service("mail", "25"), "NodePort"),
+])  # fmt: skip
+def test_a_service_without_node_ports_has_its_mappings_rejected(kind: str, made: Object, fragment: str) -> None:
+    plan = planned(made, service("web", "80", [port(80, 30080)]))
+    assert forwards(plan) == ["tcp 80 web 30080"]
+    assert [(each.service, each.mapping) for each in plan.rejections] == [
+        ("default/mail", made["metadata"]["annotations"][KEYS[0]])
+    ]
+    assert fragment in plan.rejections[0].reason
+
+
+def test_a_load_balancer_with_node_ports_is_forwarded() -> None:
+    assert forwards(mapped("25", type="LoadBalancer")) == ["tcp 25 all 2025"]
+
+
+@pytest.mark.parametrize(("annotations", "expected"), [
+    ({}, False), ({"epok.getbetter.ro/internal": ""}, True), ({"epok.getbetter.ro/internal": "true"}, True),
+    ({"epok.getbetter.ro/internal": "false"}, True),
+])  # fmt: skip
+def test_internal_counts_when_present_whatever_its_value(annotations: dict[str, str], expected: bool) -> None:
+    assert {made.internal for made in mapped("25,53", annotations=annotations).forwards} == {expected}
+
+
+@pytest.mark.parametrize(("when", "policy", "expected"), [
+    ("auto", "Cluster", True), ("auto", "Local", False), ("always", "Cluster", True), ("always", "Local", True),
+    ("never", "Cluster", False), ("never", "Local", False),
+])  # fmt: skip
+def test_masquerade(when: str, policy: str, expected: bool) -> None:
+    plan = planned(
+        service("all", "25,53", PORTS, policy=policy),
+        endpoint_slice("all", [endpoint("n1", "10.42.0.1")]),
+        argv=(*LOCAL, "--masquerade", when),
+    )
+    assert {made.masquerade for made in plan.forwards} == {expected}
+
+
+@pytest.mark.parametrize(("affinity", "expected"), [("None", False), ("ClientIP", True), (None, False)])
+def test_session_affinity_is_kept(affinity: "str | None", expected: bool) -> None:
+    assert {made.sticky for made in mapped("25,53", sessionAffinity=affinity).forwards} == {expected}
+
+
+# ------------------------------------------------ who may use it
+
+GOOD_RANGES = {
+    "192.0.2.0/24": ["192.0.2.0/24"],
+    " 192.0.2.0/24,\n2001:db8::/32 ": ["192.0.2.0/24", "2001:db8::/32"],
+    "192.0.2.77/24": ["192.0.2.0/24"],
+    "2001:db8::1/32": ["2001:db8::/32"],
+    "192.0.2.77": ["192.0.2.77/32"],
+    "2001:DB8:0::1": ["2001:db8::1/128"],
+    "0.0.0.0/0": ["0.0.0.0/0"],
+    "::/0,192.0.2.1/32": ["192.0.2.1/32", "::/0"],
+}
+
+
+@pytest.mark.parametrize("text", GOOD_RANGES, ids=ascii)
+def test_allowed_sources(text: str) -> None:
+    for plan in (
+        mapped("25,53", annotations={ALLOW: text}),
+        mapped("25,53", loadBalancerSourceRanges=[part.strip() for part in text.split(",")]),
+        mapped("25,53", annotations={ALLOW: text}, loadBalancerSourceRanges=["10.0.0.0/8"]),
+    ):
+        assert len(plan.forwards) == 3
+        for made in plan.forwards:
+            assert made.sources is not None
+            assert sorted(map(str, made.sources)) == GOOD_RANGES[text]
+
+
+@pytest.mark.parametrize("ranges", [None, []])
+def test_without_ranges_everybody_may(ranges: "list[str] | None") -> None:
+    assert [made.sources for made in mapped("25", loadBalancerSourceRanges=ranges).forwards] == [None]
+
+
+BAD_RANGES = [
+    "", " ", ",", "everybody", "192.0.2.0/24 198.51.100.0/24", "192.0.2.0/24;198.51.100.0/24", "192.0.2.0/33",
+    "192.0.2.0/-1", "192.0.2/24", "192.0.2.0/24/24", "192.0.2.0/255.255.255.0", "192.0.2.0-192.0.2.9", "/0", "0/0",
+    "::/129", "fe80::1%eth0", "2001:db8::1::/64", "!192.0.2.0/24", "192.0.2.0/24\n-j ACCEPT", "\u0661.0.0.0/8",
+    "192.0.2.0/\u0662\u0664", "192.0.2.0/24\x00", "192.0.2.00/24", "192.0.2.0/24,nonsense", "x" * 10_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD_RANGES, ids=lambda text: ascii(text)[:40])
+def test_a_range_that_means_nothing_rejects_the_whole_service_and_leaves_its_ports_to_others(text: str) -> None:
+    other = service("younger", "25", [port(25, 30025)], created="2025-01-01T00:00:00Z")
+    annotated = service("all", "25,53", PORTS, annotations={ALLOW: text})
+    both = service("all", "25,53", PORTS, annotations={ALLOW: text}, loadBalancerSourceRanges=["10.0.0.0/8"])
+    listed = service("all", "25,53", PORTS, loadBalancerSourceRanges=[text])
+    for made, source in ((annotated, "allow-range"), (both, "allow-range"), (listed, "loadBalancerSourceRanges")):
+        plan = planned(made, other)
+        assert forwards(plan) == ["tcp 25 younger 30025"]
+        assert {(each.service, each.mapping) for each in plan.rejections} == {("default/all", "")}
+        for line in reasons(plan):
+            assert source in line
+            assert re.fullmatch("[ -~]{20,700}", line)
+
+
+# ------------------------------------------------ who wins a port
+
+YEARS = ("2024-01-01T00:00:00Z", "2025-01-01T00:00:00Z")
+
+
+@pytest.mark.parametrize(("one", "two", "winner"), [
+    (("a", "web", YEARS[1]), ("b", "web", YEARS[0]), "b/web"),
+    (("z", "web", YEARS[0]), ("a", "web", YEARS[1]), "z/web"),
+    (("b", "web", YEARS[0]), ("a", "web", YEARS[0]), "a/web"),
+    (("a", "web2", YEARS[0]), ("a", "web1", YEARS[0]), "a/web1"),
+    (("a", "web", None), ("b", "web", YEARS[1]), "b/web"),
+    (("b", "web", None), ("a", "web", None), "a/web"),
+    (("a", "web", "2024-01-01T00:00:01Z"), ("b", "web", "2024-01-01T00:00:00Z"), "b/web"),
+])  # fmt: skip
+def test_the_older_service_wins_then_the_name(one: Any, two: Any, winner: str) -> None:
+    made = []
+    for number, (namespace, name, created) in enumerate((one, two)):
+        made.append(service(name, "80", [port(80, 30080 + number)], namespace=namespace, created=created))
+        if created is None:
+            del made[-1]["metadata"]["creationTimestamp"]
+    loser = ({f"{one[0]}/{one[1]}", f"{two[0]}/{two[1]}"} - {winner}).pop()
+    for order in (made, made[::-1]):
+        plan = planned(*order)
+        assert [each.service for each in plan.forwards] == [winner]
+        assert [(each.service, each.mapping) for each in plan.rejections] == [(loser, "80")]
+        assert winner in plan.rejections[0].reason
+
+
+@pytest.mark.parametrize(("older", "younger", "expected", "lost"), [
+    ("53/tcp", "53", ["tcp 53 a 30053", "udp 53 b 31053"], ["53"]),
+    ("53/udp", "53/tcp", ["tcp 53 b 31053", "udp 53 a 30053"], []),
+    ("53", "53", ["tcp 53 a 30053", "udp 53 a 30053"], ["53"]),
+    ("81:30081", "80-82:31080-31082", ["tcp 80 b 31080", "tcp 81 a 30081", "tcp 82 b 31082"], ["81"]),
+    ("81-82:30081-30082", "80-82:31080-31082", ["tcp 80 b 31080", "tcp 81-82 a 30081-30082"], ["81", "82"]),
+    ("80-82:30080-30082", "81:31080", ["tcp 80-82 a 30080-30082"], ["81"]),
+    ("80-81:30080-30081", "81-82:31081-31082", ["tcp 80-81 a 30080-30081", "tcp 82 b 31082"], ["81"]),
+    ("nonsense,80:22", "80:31080", ["tcp 80 b 31080"], []),
+])  # fmt: skip
+def test_conflicts_are_settled_port_by_port_and_protocol_by_protocol(
+    older: str, younger: str, expected: list[str], lost: list[str]
+) -> None:
+    plan = planned(dns_and_web("b", younger, 31000, YEARS[1]), dns_and_web("a", older, 30000, YEARS[0]))
+    assert forwards(plan) == expected
+    losses = [each.reason for each in plan.rejections if each.service == "default/b"]
+    assert bool(losses) == bool(lost)
+    assert all("default/a" in reason for reason in losses)
+    assert re.findall(r"\b(?:53|8[0-2])\b", " ".join(losses)) == lost
+
+
+def dns_and_web(name: str, annotation: str, base: int, created: str) -> Object:
+    ports = [port(53, base + 53, "dns"), port(53, base + 53, "dns-udp", "UDP")]
+    web = [port(n, base + n, f"web{n}") for n in (80, 81, 82)]
+    return service(name, annotation, [*ports, *web], created=created)
+
+
+def test_a_mapping_that_lost_one_of_its_protocols_is_told_which() -> None:
+    plan = planned(dns_and_web("b", "53", 31000, YEARS[1]), dns_and_web("a", "53/tcp", 30000, YEARS[0]))
+    assert ["tcp" in each.reason and "udp" not in each.reason for each in plan.rejections] == [True]
+
+
+def many(name: str, annotation: str, base: int, step: int, created: str) -> Object:
+    ports = [port(n, base + n, f"port-{n}") for n in range(1000, 2000, step)]
+    return service(name, annotation, ports, created=created)
+
+
+@pytest.mark.parametrize(("step", "younger"), [
+    (1, "1000-1999"), (1, "1000-1999:30000-30999"), (2, "1000-1999"), (1, "smpt"), (1, "999"), (1, "25:port-999"),
+    (1, "1000-2000"), (1, "1000/udp"),
+])  # fmt: skip
+def test_a_rejected_mapping_of_a_service_with_1000_ports_is_one_line_that_fits_into_an_event(
+    step: int, younger: str
+) -> None:
+    """The API server takes no longer message than 1024 characters."""
+    older = ",".join(str(n) for n in range(1000, 2000, step))
+    plan = planned(many("b", younger, 29000, 1, YEARS[1]), many("a", older, 19000, step, YEARS[0]))
+    assert len(plan.rejections) == 1
+    assert len(str(plan.rejections[0])) <= 1024
+
+
+def test_the_first_mapping_wins_inside_one_service() -> None:
+    plan = mapped("80:30000, 80-81:30001-30002, 80:30053/udp, 80:30001")
+    assert forwards(plan) == ["tcp 80 all 30000", "tcp 81 all 30002", "udp 80 all 30053"]
+    assert [each.mapping for each in plan.rejections] == ["80-81:30001-30002", "80:30001"]
+    assert all("default/all" in each.reason for each in plan.rejections)
+
+
+@pytest.mark.parametrize(("argv", "annotation", "expected", "rejected"), [
+    ("local", "22:2025", ["tcp 22 all 2025"], 0),
+    ("ssh -H a@h", "22:2025", [], 1),
+    ("ssh -H a@h", "22:30053", ["udp 22 all 30053"], 1),
+    ("ssh -H a@h", "22:30123", ["udp 22 all 30123"], 0),
+    ("ssh -H a@h", "21-23:30000-30002", ["tcp 21 all 30000", "tcp 23 all 30002"], 1),
+    ("ssh -H a@h:2222", "22:2025,2222:2025", ["tcp 22 all 2025"], 1),
+    ("ssh -H a@h -p 2222", "22:2025,2222:2025", ["tcp 22 all 2025"], 1),
+    ("ssh -H a@h:2222,a@i -p 24", "22-24:30000-30002,2222:2025", ["tcp 22-23 all 30000-30001"], 2),
+])  # fmt: skip
+def test_the_port_that_epok_logs_in_by_is_never_taken(
+    argv: str, annotation: str, expected: list[str], rejected: int
+) -> None:
+    plan = planned(service("all", annotation, PORTS), argv=["-i", "eth0", *argv.split()])
+    assert forwards(plan) == expected
+    assert len(plan.rejections) == rejected
+    assert all("SSH" in each.reason for each in plan.rejections)
+
+
+# ------------------------------------------------ nodes
+
+
+def marked(name: str, number: int, *marks: str) -> Object:
+    """A node with the address 10.0.0.NUMBER and these marks."""
+    made = node(
+        name,
+        f"10.0.0.{number}",
+        ready="notready" not in marks,
+        labels={label: "" for label in ("epok_exclude", EXCLUDE) if label in marks},
+        annotations={"epok.getbetter.ro/exclude": ""} if "annotation" in marks else {},
+        taints=[{"key": mark, "effect": "NoSchedule"} for mark in marks if mark.startswith(("ToBe", "node-role"))],
+        **({"unschedulable": True} if "cordoned" in marks else {}),
+    )
+    if "unknown" in marks:
+        made["status"]["conditions"][1]["status"] = "Unknown"
+    if "no status" in marks:
+        made["status"].pop("conditions")
+    return made
+
+
+AUTOSCALER = "ToBeDeletedByClusterAutoscaler"
+
+
+@pytest.mark.parametrize(("nodes", "chosen", "warning"), [
+    ([[], []], [0, 1], ""),
+    ([[], ["annotation"]], [0], ""),
+    ([[], ["epok_exclude"]], [0], ""),
+    ([[], [AUTOSCALER]], [0], ""),
+    ([[], [EXCLUDE]], [0], ""),
+    ([[], ["notready"]], [0], ""),
+    ([[], ["unknown"]], [0], ""),
+    ([[], ["no status"]], [0], ""),
+    ([["cordoned"], []], [0, 1], ""),
+    ([["node-role.kubernetes.io/control-plane"], []], [0, 1], ""),
+    ([["cordoned"], ["notready"]], [0], ""),
+    # Ready ones with the standard label, when there are no others
+    ([[EXCLUDE]], [0], EXCLUDE),
+    ([[EXCLUDE], [EXCLUDE], ["notready"]], [0, 1], EXCLUDE),
+    ([[EXCLUDE], ["annotation"]], [0], EXCLUDE),
+    # nobody Ready: without the label, else with it
+    ([["notready"], ["notready", EXCLUDE]], [0], "Ready"),
+    ([["notready"], ["unknown"], ["no status"]], [0, 1, 2], "Ready"),
+    ([["notready", EXCLUDE], ["notready", EXCLUDE]], [0, 1], "Ready"),
+    ([["notready"], ["annotation"]], [0], "Ready"),
+    # epok's own marks and the taint always count
+    ([["annotation"]], [], "exclude"),
+    ([["epok_exclude"], ["annotation"], [AUTOSCALER], ["epok_exclude", "notready", EXCLUDE]], [], "exclude"),
+])  # fmt: skip
+def test_which_nodes_are_forwarded_to(nodes: list[list[str]], chosen: list[int], warning: str) -> None:
+    made = [marked(f"n{number}", number, *marks) for number, marks in enumerate(nodes)]
+    plan = planned(service("all", "25,53", PORTS), *made)
+    assert addresses(plan) == [f"10.0.0.{number}" for number in chosen]
+    assert bool(plan.forwards) == bool(chosen)
+    assert reasons(plan) == []
+    assert len(plan.warnings) == bool(warning)
+    assert warning in "".join(plan.warnings)
+
+
+DUAL = ("IPv4", "IPv6")
+
+
+@pytest.mark.parametrize(("families", "listed", "chosen"), [
+    (("IPv4",), ["Internal 10.0.0.1"], ["10.0.0.1"]),
+    (("IPv4",), ["External 198.51.100.1"], ["198.51.100.1"]),
+    (("IPv4",), ["External 198.51.100.1", "Internal 10.0.0.1"], ["10.0.0.1"]),
+    (("IPv4",), ["Internal 2001:db8::1", "External 198.51.100.1"], ["198.51.100.1"]),
+    (("IPv4",), ["Hostname 10.0.0.9", "InternalDNS 10.0.0.8", "Internal 10.0.0.1"], ["10.0.0.1"]),
+    (("IPv4",), ["Internal 10.0.0.2", "Internal 10.0.0.1"], ["10.0.0.2"]),
+    (("IPv4",), ["Internal 10.0.0.1", "Internal 2001:db8::1"], ["10.0.0.1"]),
+    (("IPv6",), ["Internal 10.0.0.1", "Internal 2001:db8::1"], ["2001:db8::1"]),
+    (("IPv6",), ["Internal 10.0.0.1", "External 2001:DB8:0::1"], ["2001:db8::1"]),
+    (DUAL, ["Internal 10.0.0.1", "Internal 2001:db8::1"], ["10.0.0.1", "2001:db8::1"]),
+    (DUAL[::-1], ["Internal 2001:db8::1", "Internal 10.0.0.1"], ["10.0.0.1", "2001:db8::1"]),
+    (DUAL, ["Internal 10.0.0.1"], ["10.0.0.1"]),
+    # nothing can be sent there, so the next one counts
+    *[(DUAL, [f"Internal {bad}", "External 198.51.100.1"], ["198.51.100.1"]) for bad in (
+        "0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "10.0.0.1;reboot", "10.0.0", "010.0.0.1", "10.0.0.1/24",
+        "node1.example.org", "", "::", "::1", "ff02::1", "fe80::1", "fe80::1%eth0", "2001:db8::1%eth0",
+        "::ffff:10.0.0.1", "\u0661.0.0.1")],
+])  # fmt: skip
+def test_which_address_of_a_node_is_taken(families: Sequence[str], listed: list[str], chosen: list[str]) -> None:
+    made = node("n1")
+    made["status"]["addresses"] = [
+        {"type": kind + "IP" * kind.endswith("ternal"), "address": address} for kind, _, address in
+        (entry.partition(" ") for entry in listed)]  # fmt: skip
+    assert addresses(planned(service("all", "25,53", PORTS, families=families), made)) == chosen
+
+
+def test_a_node_without_an_address_of_the_family_is_left_out_and_a_service_without_any_is_told() -> None:
+    nodes = [node("n1", "10.0.0.1"), node("n2", "10.0.0.2", "2001:db8::2"), node("n3")]
+    four = service("four", "44", [port(44, 30044)])
+    six = service("six", "66:30066", [port(66, 30066)], families=["IPv6"])
+    plan = planned(four, six, *nodes)
+    assert [str(target.address) for made in plan.forwards for target in made.targets] == [
+        "10.0.0.1",
+        "10.0.0.2",
+        "2001:db8::2",
+    ]
+    assert plan.warnings == []
+    plan = planned(four, six, nodes[0])
+    assert forwards(plan) == ["tcp 44 four 30044"]
+    assert len(plan.warnings) == 1
+    assert "default/six" in plan.warnings[0]
+
+
+def test_targets_are_sorted_as_addresses_and_each_is_named_once() -> None:
+    nodes = [node("a", "10.0.0.10"), node("b", "10.0.0.9"), node("c", "10.0.0.9"), node("d", "9.9.9.9")]
+    assert addresses(mapped("25")) == ["10.0.0.11"]
+    assert addresses(planned(service("all", "25", PORTS), *nodes)) == ["9.9.9.9", "10.0.0.9", "10.0.0.10"]
+
+
+def leaving(node_name: str, *pods: str) -> Object:
+    """A pod that is being stopped and still answers."""
+    return endpoint(node_name, *pods) | {"conditions": {"ready": False, "serving": True, "terminating": True}}
+
+
+ONE, TWO = endpoint("n1", "10.42.0.1"), endpoint("n2", "10.42.0.2")
+TWO_NOT_READY = endpoint("n2", "10.42.0.2", ready=False)
+LIVE: dict[str, tuple[list[list[Object]], list[int]]] = {  # EndpointSlices, and the nodes that are forwarded to
+    "one": ([[ONE]], [1]),
+    "two pods on a node": ([[ONE, endpoint("n1", "10.42.0.3")]], [1]),
+    "one not ready": ([[ONE, TWO_NOT_READY]], [1]),
+    "two slices": ([[ONE], [endpoint("n3", "10.42.0.3")]], [1, 3]),
+    "conditions unknown": ([[{"addresses": ["10.42.0.1"], "nodeName": "n1"}]], [1]),
+    "readiness unknown": ([[{"addresses": ["10.42.0.1"], "nodeName": "n1", "conditions": {"ready": None}}]], [1]),
+    "node unknown": ([[{"addresses": ["10.42.0.1"], "conditions": {"ready": True}}, TWO]], [2]),
+    "one ready, one leaving": ([[leaving("n1", "10.42.0.1"), TWO]], [2]),
+    "one leaving, none ready": ([[leaving("n1", "10.42.0.1"), TWO_NOT_READY]], [1]),
+    "all leaving": ([[leaving("n1", "10.42.0.1")], [leaving("n2", "10.42.0.2")]], [1, 2]),
+    "none ready": ([[TWO_NOT_READY]], []),
+    "on a node that is not Ready": ([[endpoint("n4", "10.42.0.4")]], []),
+    "on a node that is gone": ([[endpoint("n5", "10.42.0.5")]], []),
+    "none": ([[]], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LIVE)
+def test_policy_local_goes_to_the_nodes_with_a_ready_endpoint_else_one_that_still_serves(case: str) -> None:
+    slices, chosen = LIVE[case]
+    nodes = [node(f"n{number}", f"10.0.0.{number}", ready=number != 4) for number in (1, 2, 3, 4)]
+    made = [endpoint_slice("mail", each, suffix=f"s{number}") for number, each in enumerate(slices)]
+    others = [endpoint_slice("other", [TWO]), endpoint_slice("mail", [TWO], namespace="elsewhere")]
+    plan = planned(
+        service("mail", "25,587", [port(25, 2025, "smtp"), port(587, 2587, "submission")], policy="Local"),
+        *made,
+        *others,
+        *nodes,
+    )
+    assert addresses(plan) == [f"10.0.0.{number}" for number in chosen]
+    assert bool(plan.forwards) == bool(chosen)
+    assert plan.rejections == []
+    assert ["default/mail" in line and "endpoint" in line for line in plan.warnings] == [True] * (not chosen)
+
+
+# ------------------------------------------------ a host that is a node itself
+
+HTTP, METRICS = slice_port(8080, "http"), slice_port(9090, "metrics")
+WEB = [port(80, 30080, "http", target="http"), port(81, 30081, "metrics")]
+Slices = list[tuple[list[Object], list[Object]]]
+PODS: dict[str, tuple[str, Slices, str]] = {  # externalTrafficPolicy, slices, and the targets of port 80 on node n1
+    "all pods of all nodes": ("Cluster", [([ONE, TWO], [METRICS, HTTP])], "10.42.0.1:8080 10.42.0.2:8080"),
+    "Local: those on this node": ("Local", [([ONE, TWO], [HTTP])], "10.42.0.1:8080"),
+    "Local: none on this node": ("Local", [([TWO], [HTTP])], ""),
+    "a port of each pod's own": (
+        "Cluster",
+        [([ONE], [HTTP]), ([TWO], [slice_port(8081, "http")])],
+        "10.42.0.1:8080 10.42.0.2:8081",
+    ),
+    "one not ready": ("Cluster", [([ONE, TWO_NOT_READY], [HTTP])], "10.42.0.1:8080"),
+    "one leaving": ("Cluster", [([ONE, leaving("n2", "10.42.0.2")], [HTTP])], "10.42.0.1:8080"),
+    "all leaving": ("Cluster", [([leaving("n2", "10.42.0.2")], [HTTP])], "10.42.0.2:8080"),
+    "none": ("Cluster", [([], [HTTP])], ""),
+    "none ready": ("Cluster", [([TWO_NOT_READY], [HTTP])], ""),
+    "pods that lack the port": ("Cluster", [([ONE], [METRICS])], ""),
+    "a port of the name in another protocol": ("Cluster", [([ONE], [slice_port(8080, "http", "UDP")])], ""),
+}
+
+
+@pytest.mark.parametrize("case", PODS)
+@pytest.mark.parametrize("marks", [[], ["notready", "annotation", EXCLUDE]], ids=["", "excluded"])
+def test_a_host_that_is_a_node_forwards_to_pods(case: str, marks: list[str]) -> None:
+    policy, slices, targets = PODS[case]
+    made = [endpoint_slice("web", *each, suffix=f"s{number}") for number, each in enumerate(slices)]
+    plan = planned(
+        service("web", "80,82:30081/udp,83:22", WEB, policy=policy),
+        *made,
+        marked("n1", 1, *marks),
+        marked("n2", 2),
+        endpoint_slice("other", [endpoint("n1", "10.42.0.9")], [HTTP]),
+        own=["n1"],
+    )
+    assert " ".join(f"{to.address}:{to.port}" for each in plan.forwards for to in each.targets) == targets
+    assert [(each.protocol, each.first, each.last) for each in plan.forwards] == [("tcp", 80, 80)] * bool(targets)
+    assert [each.mapping for each in plan.rejections] == ["82:30081/udp", "83:22"]
+    assert ["default/web" in line for line in plan.warnings] == [True] * (not targets)
+
+
+def test_a_host_that_is_a_node_forwards_each_family_to_pods_of_that_family() -> None:
+    slices = [
+        endpoint_slice("web", [ONE], [HTTP]),
+        endpoint_slice("web", [endpoint("n2", "2001:db8::2")], [HTTP], family="IPv6", suffix="six"),
+    ]
+    for families, expected in (("IPv4", "10.42.0.1"), ("IPv6", "2001:db8::2"), ("IPv4 IPv6", "10.42.0.1 2001:db8::2")):
+        plan = planned(service("web", "80", WEB, families=families.split()), *slices, own=["n1"])
+        assert addresses(plan) == expected.split()
+
+
+def test_a_host_that_is_a_node_needs_endpoint_slices() -> None:
+    with pytest.raises(epok.Fatal, match="EndpointSlices"):
+        planned(service("web", "80", WEB), own=["n1"])
+
+
+def test_neighbouring_ports_of_pods_are_one_range_where_the_pods_ports_are_neighbours() -> None:
+    ports = [port(8000 + n, 30000 + 7 * n, f"p{n}") for n in range(4)]
+    listening = [slice_port(number, f"p{n}") for n, number in enumerate((9000, 9001, 9002, 9100))]
+    plan = planned(service("web", "8000-8003", ports), endpoint_slice("web", [ONE, TWO], listening), own=["n1"])
+    assert forwards(plan) == ["tcp 8000-8002 web 9000-9002", "tcp 8003 web 9100"]
+
+
+# ------------------------------------------------ what is true of every cluster
+
+PIECES = st.sampled_from([
+    "20", "22", "25", "53", "20-23", "0", "65536", "30000", "30000-30003", "30100", "30201", "p0", "p3", "tcp", "udp",
+    ":", "/", "-", ",", " ", "\n", "\x00", "\u0662", '"', "\\",
+])  # fmt: skip
+MAPPINGS = st.builds(
+    "{}{}{}".format,
+    st.one_of(st.integers(19, 27), st.sampled_from(["20-21", "21-24", "22-25", "1-65535"])),
+    st.sampled_from(["", ":22", ":p0", ":p2", ":30000-30001", ":30100-30103",
+                     *(f":{30000 + 100 * service + n}" for service in range(3) for n in range(5))]),
+    st.sampled_from(["", "/tcp", ":udp", "/sctp"]))  # fmt: skip
+ANNOTATIONS = st.one_of(
+    st.lists(MAPPINGS, max_size=8).map(", ".join),
+    st.lists(PIECES, max_size=12).map("".join),
+    st.text(st.characters(exclude_categories=())))  # fmt: skip
+RANGES = st.one_of(st.none(), st.sampled_from(["192.0.2.0/24", "::/0", ""]), st.text(max_size=20))
+MARK = st.sampled_from(["notready", "cordoned", "annotation", "epok_exclude", EXCLUDE, AUTOSCALER])
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> list[Object]:
+    """Three Services that want the same ports, and three nodes."""
+    made = []
+    for number, name in enumerate("abc"):
+        base = 30000 + 100 * number
+        ports = [port(20 + n, base + n, f"p{n}") for n in range(4)] + [port(20, base, "p0-udp", "UDP")]
+        ranges = draw(RANGES)
+        made.append(service(
+            name, draw(ANNOTATIONS), ports, annotations={} if ranges is None else {ALLOW: ranges},
+            created=draw(st.sampled_from(["", *YEARS])), policy=draw(st.sampled_from(["Cluster", "Local"])),
+            families=draw(st.sampled_from([("IPv4",), DUAL]))))  # fmt: skip
+    made += [marked(f"n{number}", number, *draw(st.lists(MARK, max_size=2))) for number in (1, 2, 3)]
+    return [*made, endpoint_slice("a", [ONE]), endpoint_slice("c", [TWO])]
+
+
+@given(clusters())
+def test_no_external_port_belongs_to_two_and_every_target_is_the_services_own(cluster: list[Object]) -> None:
+    plan = planned(*cluster, argv=["-i", "eth0", "ssh", "-H", "root@h"])
+    ports = every_port(plan)
+    assert len({(protocol, external) for protocol, external, _, _ in ports}) == len(ports)
+    own = {
+        (f"default/{item['metadata']['name']}", each["protocol"].lower(), each["nodePort"])
+        for item in cluster
+        if item["kind"] == "Service"
+        for each in item["spec"]["ports"]
+    }
+    assert {(name, protocol, node_port) for protocol, _, name, node_port in ports} <= own
+    assert ("tcp", 22) not in {(protocol, external) for protocol, external, _, _ in ports}
+    assert all(made.targets for made in plan.forwards)
+
+
+@given(clusters(), st.randoms(use_true_random=False))
+def test_the_order_of_the_snapshot_means_nothing(cluster: list[Object], chance: random.Random) -> None:
+    before = planned(*cluster)
+    chance.shuffle(cluster)
+    after = planned(*cluster)
+    assert after == before
+    assert after.forwards == sorted(after.forwards, key=lambda made: (made.first, made.protocol))
+
+
+@given(clusters())
+def test_every_reason_and_warning_is_one_line_and_names_its_service(cluster: list[Object]) -> None:
+    plan = planned(*cluster)
+    for each in plan.rejections:
+        assert re.fullmatch("default/[abc]: [ -~]{10,900}", str(each))
+    for line in plan.warnings:
+        assert re.fullmatch("[ -~]{10,900}", line)
+
+
+@given(ANNOTATIONS, RANGES)
+def test_any_text_in_an_annotation_leaves_other_services_alone(text: str, ranges: "str | None") -> None:
+    nasty = service("nasty", text, PORTS, annotations={} if ranges is None else {ALLOW: ranges}, created=YEARS[1])
+    plan = planned(
+        nasty,
+        service("web", "80", [port(80, 30080)]),
+        service("mail", "20-23:31020-31023", [port(n, 31000 + n, f"p{n}") for n in (20, 21, 22, 23)]),
+    )
+    assert set(forwards(plan)) >= {"tcp 20-23 mail 31020-31023", "tcp 80 web 30080"}
+    assert {each.service for each in plan.rejections} <= {"default/nasty"}
