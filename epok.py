@@ -85,6 +85,7 @@ import email.utils
 import functools
 import graphlib
 import hashlib
+import hmac
 import ipaddress
 import itertools
 import json
@@ -1688,13 +1689,15 @@ class SshHost:
                 return client
             except check.Refused:
                 client.close()
-            except paramiko.AuthenticationException as error:
+            except paramiko.SSHException as error:
+                transport = client.get_transport()
+                alive = transport is not None and transport.is_active()
                 client.close()
-                raise Fatal(self.how_to_let_in(key, error)) from None
-            except paramiko.ssh_exception.IncompatiblePeer as error:
-                client.close()
-                if "host key" not in str(error):
-                    raise
+                if alive and deadline.remaining() > 0.01:  # not the connection's fault, so the login's
+                    raise Fatal(self.how_to_let_in(key, error)) from None
+                if isinstance(error, paramiko.ssh_exception.IncompatiblePeer) and "host key" in str(error):
+                    continue
+                raise
         raise Fatal(check.advice())
 
     def log_in(self, client: Any, key: Any, key_types: Sequence[str], deadline: Deadline) -> None:
@@ -1739,7 +1742,7 @@ def load_key(name: str) -> Any:
         return None
     try:
         return paramiko.PKey.from_path(name)
-    except paramiko.PasswordRequiredException:
+    except (paramiko.PasswordRequiredException, TypeError):  # TypeError is what cryptography raises for it
         raise Fatal(f"--key {name} has a passphrase; give a key without one, or load it into ssh-agent") from None
     except Exception as error:  # what its parsers raise is not documented
         raise Fatal(f"--key {name}: {one_line(error)}; give a private key that ssh-keygen made") from None
@@ -1772,32 +1775,30 @@ class HostKeyCheck:
             self.read_known_hosts()
 
     def read_known_hosts(self) -> None:
-        import paramiko
-
         try:
             with open(self.file, encoding="utf-8", errors="replace") as file:
                 lines = file.read().splitlines()
         except OSError:
             return
-        for line in lines:
-            try:
-                entry = paramiko.hostkeys.HostKeyEntry.from_line(line.removeprefix("@revoked").strip())
-            except (paramiko.SSHException, paramiko.hostkeys.InvalidHostKey):
-                continue  # @cert-authority, or no key at all: nothing that could let somebody in
-            if entry is None or entry.key is None:
+        for words in (line.split() for line in lines):
+            mark = words.pop(0) if words and words[0].startswith("@") else ""
+            if len(words) < 3:
                 continue
-            if line.startswith("@revoked"):
-                self.revoked.add(entry.key.get_base64().rstrip("="))
-            elif any(self.names(hostname) for hostname in entry.hostnames):
-                self.accepted.add(entry.key.get_base64().rstrip("="))
-                self.types.add(entry.key.get_name())
+            if mark == "@revoked":
+                self.revoked.add(words[2].rstrip("="))
+            elif not mark and any(self.names(hostname) for hostname in words[0].split(",")):
+                self.accepted.add(words[2].rstrip("="))
+                self.types.add(words[1])
 
     def names(self, hostname: str) -> bool:
-        import paramiko
-
-        if hostname.startswith("|1|"):
-            return bool(paramiko.HostKeys.hash_host(self.name, hostname) == hostname)
-        return hostname == self.name
+        if not hostname.startswith("|1|"):
+            return hostname == self.name
+        salt, _, digest = hostname[3:].partition("|")
+        try:
+            made = hmac.digest(base64.b64decode(salt), self.name.encode(), "sha1")
+        except ValueError:
+            return False
+        return base64.b64encode(made).decode() == digest
 
     def attempts(self) -> list[Sequence[str]]:
         """The host key types to ask for, one set a connection; an empty one is whatever the server likes."""
@@ -1982,7 +1983,7 @@ def check_host(host: Host, options: Options, wanted: Wanted, state: State) -> No
             log.warning("%s does not forward IPv%d: sysctl -w %s=1", host.name, family.version, name)
     for interface in options.interfaces:
         if state.interfaces and not any(is_covered(name, interface) for name in state.interfaces):
-            log.warning("%s has no interface %s; it has %s", host.name, interface, ", ".join(state.interfaces))
+            log.warning("%s has no interface %s; it has %s", host.name, interface, quoted(", ".join(state.interfaces)))
 
 
 def is_covered(name: str, interface: str) -> bool:

@@ -1,0 +1,903 @@
+"""epok over SSH: a real sshd on the lab's host, and epok on the client's machine."""
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import need, until
+from lab import CHOOSE_BACKEND, EPOK, FORWARDING, HOST, HOST6, Lab
+from objects import node, port, service, snapshot
+from sshd import (
+    BROKEN_LOGIN,
+    DRIPPING_OUTPUT,
+    ENDLESS_OUTPUT,
+    KEY_TYPES,
+    STALLED_COMMAND,
+    STALLED_LOGIN,
+    USER,
+    Sshd,
+    impostor,
+    make_key,
+)
+
+SECOND = "203.0.113.10"  # another host, behind the first
+LATE, SILENT, NOBODY, IMPOSTORS_FROM = 2301, 2302, 2303, 2400  # ports where no sshd listens
+VOCABULARY = (
+    r"iptables-save -t nat",
+    r"iptables-save -t filter",
+    r"iptables-restore --noflush --wait 5",
+    r"ip6tables-save -t nat",
+    r"ip6tables-save -t filter",
+    r"ip6tables-restore --noflush --wait 5",
+    r"conntrack -D (-f ipv6 )?-p udp --orig-dst [0-9a-f.:]+ --orig-port-dst [0-9]+ --reply-src [0-9a-f.:]+",
+)
+WITHOUT_SUDO = (r"cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding", r"ip -br addr")
+SUDOERS = [f"{USER} ALL=(root) NOPASSWD: /usr/sbin/{words}" for words in VOCABULARY[:-1]]
+SUDOERS += [rf"{USER} ALL=(root) NOPASSWD: /usr/sbin/conntrack ^{VOCABULARY[-1].removeprefix('conntrack ')}$"]
+
+MAIL = service("mail", "25:2025", [port(25, 2025)])
+WEB = service("web", "80:30080", [port(80, 30080)])
+DUAL = service("web", "80:30080", [port(80, 30080)], families=("IPv4", "IPv6"))
+DNS = service("dns", "53:30053", [port(53, 30053, protocol="UDP")])
+
+# What does not depend on the rules' backend runs once.
+once = pytest.mark.parametrize("lab", ["nft"], indirect=True)
+as_root_and_user = pytest.mark.parametrize("user", ["root", USER])
+
+
+class Run(NamedTuple):
+    """What one run of epok left, and the commands that the lab's host got to see."""
+
+    status: int
+    out: str
+    err: str
+    seconds: float
+    commands: list[str]
+
+    def __str__(self) -> str:
+        return f"exit {self.status} after {self.seconds:.1f} s\n{self.err}{self.out}{self.commands}"
+
+    def lines(self, level: str) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith(f"{level}: ")]
+
+    @property
+    def error(self) -> str:
+        """The one error of a run that failed."""
+        assert self.status == 1, str(self)
+        errors = self.lines("error")
+        assert len(errors) == 1, str(self)
+        return errors[0]
+
+    @property
+    def swapped(self) -> bool:
+        return any("-restore" in command for command in self.commands)
+
+
+def check(run: Run, timeout: float) -> None:
+    """What holds for every run: it ends in time, its log is clean, its commands are those of the design."""
+    busy = max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
+    assert run.seconds < timeout + 2 * busy, str(run)
+    for line in run.err.splitlines():  # a traceback has other lines
+        assert re.fullmatch(r"(debug|info|warning|error): [ -~]+", line), f"{line!r} of {run}"
+        assert len(line) < 2000, str(run)
+    words = "|".join((rf"(sudo -n )?({'|'.join(VOCABULARY)})", *WITHOUT_SUDO))
+    for command in run.commands:
+        assert re.fullmatch(words, command), command
+
+
+class Operator:
+    """Somebody on the client's machine, with a home directory, who runs epok against the lab's host."""
+
+    def __init__(self, lab: Lab, server: Sshd, keys: dict[str, Path], home: Path) -> None:
+        self.lab, self.server, self.keys, self.home = lab, server, keys, home
+        self.known_hosts = home / ".ssh" / "known_hosts"
+        self.known_hosts.parent.mkdir(mode=0o700)
+        names = (HOST, f"[{HOST}]:2222", HOST6)
+        self.know(*(f"{name} {server.host_key(kind)}" for name in names for kind in KEY_TYPES))
+
+    def know(self, *lines: str) -> None:
+        text = "".join(f"{line}\n" for line in lines)
+        self.known_hosts.write_bytes(text.encode("utf-8", "surrogateescape"))
+
+    def start(
+        self,
+        *args: str,
+        services: "Sequence[dict[str, Any]] | dict[str, Any]" = (MAIL,),
+        key: str = "ed25519",
+        host: str = f"root@{HOST}",
+        timeout: float = 20,
+        env: "dict[str, str] | None" = None,
+    ) -> Run:
+        """Run epok with these Services or this snapshot; `key` is a name in `keys` or a file."""
+        cluster = services if isinstance(services, dict) else self.lab.cluster(*services)
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("EPOK_", "KUBE", "SSH_"))}
+        argv = ["env", "-C", str(EPOK.parent), sys.executable, str(EPOK), "--snapshot", "-", "-i", "eth0"]
+        argv += ["--timeout", str(timeout), "ssh", *(word for name in host.split() for word in ("--host", name))]
+        argv += ["--key", str(self.keys.get(key, key))] if key else []
+        noted = len(self.server.commands())
+        began = time.monotonic()
+        done = self.lab.client.run(
+            [*argv, *args],
+            json.dumps(cluster),
+            check=False,
+            env={**clean, "HOME": str(self.home), **(env or {})},
+            timeout=timeout + 30,
+        )
+        seconds = time.monotonic() - began
+        return Run(done.returncode, done.stdout, done.stderr, seconds, self.server.commands()[noted:])
+
+    def epok(self, *args: str, timeout: float = 20, **kw: Any) -> Run:
+        run = self.start(*args, timeout=timeout, **kw)
+        check(run, timeout)
+        return run
+
+    def succeeds(self, *args: str, **kw: Any) -> Run:
+        run = self.epok(*args, **kw)
+        assert run.status == 0, str(run)
+        assert not run.lines("error"), str(run)
+        return run
+
+    def fails(self, *args: str, **kw: Any) -> Run:
+        """A run that fails with one error, and leaves the rules as they are."""
+        before = rules(self.lab)
+        run = self.epok(*args, **kw)
+        assert run.error
+        assert rules(self.lab) == before
+        return run
+
+
+def rules(lab: Lab) -> str:
+    return lab.saved() + lab.saved(6)
+
+
+def answers(lab: Lab, number: int) -> bool:
+    try:
+        return lab.ask(number).name.startswith("node")
+    except ConnectionRefusedError:
+        return False
+
+
+def fingerprint(line: str) -> str:
+    digest = hashlib.sha256(base64.b64decode(line.split()[1])).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+def known_line(error: str, name: str) -> str:
+    """The line for known_hosts in a message."""
+    found = re.search(rf"(?<!\S){re.escape(name)} (ssh-ed25519|ecdsa-\S+|ssh-rsa) AAAA[A-Za-z0-9+/]+={{0,2}}", error)
+    assert found, error
+    return found[0]
+
+
+def large(services: int, nodes: int = 10) -> dict[str, Any]:
+    return snapshot(
+        *(node(f"node{n}", f"10.0.0.{10 + n}") for n in range(1, nodes + 1)),
+        *(service(f"s{n}", f"{10000 + n}:{30000 + n}", [port(80, 30000 + n)]) for n in range(services)),
+    )
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Private keys by name; each has its public key beside it."""
+    need("ssh-keygen", "apt-get install openssh-client")
+    place = tmp_path_factory.mktemp("keys")
+    made = {kind: make_key(place / kind, kind) for kind in KEY_TYPES}
+    for kind in ("ed25519", "rsa"):
+        made[f"{kind} stranger"] = make_key(place / f"{kind}-stranger", kind)
+    made["rsa in a PEM file"] = make_key(place / "pem", "rsa", "-m", "PEM")
+    made["with a passphrase"] = make_key(place / "locked", "ed25519", "-N", "secret")
+    return made
+
+
+def public(keys: dict[str, Path], name: str) -> str:
+    """Like "ssh-ed25519 AAAA..."."""
+    return " ".join(keys[name].with_suffix(".pub").read_text().split()[:2])
+
+
+def authorize(server: Sshd, keys: dict[str, Path]) -> None:
+    friends = (name for name in keys if "stranger" not in name)
+    server.authorize("# a comment", *(f"restrict {public(keys, name)} {name}" for name in friends))
+
+
+@pytest.fixture(scope="module")
+def server(lab: Lab) -> Sshd:
+    """The sshd of the lab's host; it ends with the lab."""
+    for tool, package in (("sshd", "openssh-server"), ("ssh", "openssh-client"), ("sudo", "sudo")):
+        need(tool, f"apt-get install {package}")
+    return Sshd(lab.host)
+
+
+@pytest.fixture
+def ssh(lab: Lab, server: Sshd, keys: dict[str, Path], tmp_path: Path) -> Operator:
+    server.reset()
+    authorize(server, keys)
+    return Operator(lab, server, keys, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def second(lab: Lab) -> tuple[Lab, Sshd]:
+    """Another host, that the client reaches through the first; its address is SECOND."""
+    other = Lab(backend=lab.backend)
+    other.host = lab.namespace("second", FORWARDING + CHOOSE_BACKEND.replace("BACKEND", lab.backend))
+    lab.link("eth3", other.host, (4, "203.0.113"), 10)
+    return other, Sshd(other.host)
+
+
+@pytest.fixture
+def both(ssh: Operator, second: tuple[Lab, Sshd]) -> Lab:
+    """The second host, as new, known, and with the same users."""
+    other, its = second
+    its.reset()
+    authorize(its, ssh.keys)
+    other.flush()
+    with ssh.known_hosts.open("a") as file:
+        file.writelines(f"{name} {its.host_key()}\n" for name in (SECOND, f"[{SECOND}]:2222"))
+    return other
+
+
+# ------------------------------------------------ a run, as a whole
+
+
+@as_root_and_user
+def test_a_forward_lives_from_annotation_to_clean(ssh: Operator, user: str) -> None:
+    ssh.server.sudoers(*SUDOERS)
+    host = f"{user}@{HOST}"
+    pristine = rules(ssh.lab)
+    assert not answers(ssh.lab, 25)
+    ssh.succeeds(host=host)
+    assert answers(ssh.lab, 25)
+    made = rules(ssh.lab)
+    again = ssh.succeeds(host=host)
+    assert len(again.err.splitlines()) == 1, str(again)
+    assert not again.swapped
+    assert rules(ssh.lab) == made
+    ssh.succeeds(host=host, services=(WEB,))
+    assert answers(ssh.lab, 80)
+    assert not answers(ssh.lab, 25)
+    ssh.succeeds("--clean", host=host)
+    assert rules(ssh.lab) == pristine
+    sudo = {command.startswith("sudo -n ") for command in ssh.server.commands() if "tables-" in command}
+    assert sudo == {user != "root"}
+
+
+@as_root_and_user
+@once
+def test_the_host_sees_the_words_of_the_design_and_nothing_else(ssh: Operator, user: str) -> None:
+    ssh.server.sudoers(*SUDOERS)
+    sudo = "" if user == "root" else "sudo -n "
+    run = ssh.succeeds(host=f"{user}@{HOST}", services=(MAIL, DUAL))
+    assert set(run.commands) == {*(sudo + words for words in VOCABULARY[:-1]), *WITHOUT_SUDO}
+
+
+@as_root_and_user
+@once
+def test_a_udp_client_that_was_there_before_meets_the_new_forward(ssh: Operator, user: str) -> None:
+    ssh.server.sudoers(*SUDOERS)
+    with ssh.lab.host.entered():
+        own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with own:  # a server of the host's own, so that the flow is one with replies
+        own.bind((HOST, 53))
+        with ssh.lab.connect(53, "udp", sport=40053) as client:
+            client.send(b"who?")
+            own.sendto(b"the host", own.recvfrom(100)[1])
+            assert client.recv(100) == b"the host"
+    run = ssh.succeeds(host=f"{user}@{HOST}", services=(DNS,))
+    deletion = f"conntrack -D -p udp --orig-dst {HOST} --orig-port-dst 53 --reply-src {HOST}"
+    assert any(command.endswith(deletion) for command in run.commands), str(run)
+    assert ssh.lab.ask(53, "udp", sport=40053).name.startswith("node")
+
+
+# 2,700 are 4 MB of input. With sudo one more process stands in the way, which on Debian gives the command a terminal.
+def test_2700_services_on_ten_nodes_go_through(ssh: Operator) -> None:
+    ssh.server.sudoers(*SUDOERS)
+    host = f"{'root' if ssh.lab.backend == 'legacy' else USER}@{HOST}"
+    cluster = large(2700)
+    ssh.succeeds(services=cluster, host=host, timeout=50)
+    assert len(set(re.findall(r"--dport (1[0-2]\d{3}) -m comment", ssh.lab.saved()))) == 2700
+    assert not ssh.succeeds(services=cluster, host=host, timeout=50).swapped
+
+
+@once
+def test_ipv6_reaches_the_host_too(ssh: Operator) -> None:
+    ssh.know(f"{HOST6} {ssh.server.host_key()}")
+    ssh.succeeds(host=f"root@[{HOST6}]")
+
+
+@once
+def test_settings_come_from_the_environment(ssh: Operator) -> None:
+    elsewhere = ssh.known_hosts.rename(ssh.home / "known")
+    settings = {"HOST": f"root@{HOST}", "PORT": "2222", "KEY": str(ssh.keys["rsa"]), "KNOWN_HOSTS": str(elsewhere)}
+    ssh.succeeds(host="", key="", env={f"EPOK_SSH_{name}": value for name, value in settings.items()})
+    assert answers(ssh.lab, 25)
+
+
+# ------------------------------------------------ the client's key
+
+
+@pytest.mark.parametrize("key", [*KEY_TYPES, "rsa in a PEM file"])
+@once
+def test_each_kind_of_client_key_lets_epok_in(ssh: Operator, key: str) -> None:
+    ssh.succeeds(key=key)
+    assert answers(ssh.lab, 25)
+
+
+@contextlib.contextmanager
+def agent(ssh: Operator, *names: str) -> Iterator[dict[str, str]]:
+    """ssh-agent with these keys, as the environment that finds it."""
+    need("ssh-agent", "apt-get install openssh-client")
+    env = {"SSH_AUTH_SOCK": str(ssh.home / "agent")}
+    running = ssh.lab.client.popen(["ssh-agent", "-D", "-a", env["SSH_AUTH_SOCK"]], stdout=subprocess.DEVNULL)
+    try:
+        until(lambda: os.path.exists(env["SSH_AUTH_SOCK"]), "ssh-agent")
+        argv = ["ssh-add", "-q", *(str(ssh.keys[name]) for name in names)]
+        subprocess.run(argv, check=True, env={**os.environ, **env}, stderr=subprocess.DEVNULL)
+        yield env
+    finally:
+        running.kill()
+        running.wait()
+
+
+@pytest.mark.parametrize("names", [["ed25519"], ["rsa"], ["ed25519 stranger", "rsa stranger", "ecdsa"]], ids=" ".join)
+@once
+def test_the_agents_keys_serve_without_a_key_option(ssh: Operator, names: list[str]) -> None:
+    with agent(ssh, *names) as env:
+        ssh.succeeds(key="", env=env)
+    assert answers(ssh.lab, 25)
+
+
+@once
+def test_a_key_in_the_home_directory_serves_without_a_key_option(ssh: Operator) -> None:
+    file = ssh.home / ".ssh" / "id_ed25519"
+    file.write_bytes(ssh.keys["ed25519"].read_bytes())
+    file.chmod(0o600)
+    ssh.succeeds(key="")
+
+
+@pytest.mark.parametrize("home", ["empty", "no key", "with a passphrase", "dead agent"])
+@once
+def test_no_key_at_all_is_an_error_at_once_that_names_the_option(ssh: Operator, home: str) -> None:
+    file = ssh.home / ".ssh" / "id_ed25519"
+    if home in ("no key", "with a passphrase"):
+        file.write_text(ssh.keys[home].read_text() if home in ssh.keys else "nothing\n")
+    run = ssh.fails(key="", env={"SSH_AUTH_SOCK": str(ssh.home / "agent")} if home == "dead agent" else {})
+    assert "--key" in run.error
+    assert ssh.server.connections() <= 1
+
+
+@once
+def test_the_key_given_is_the_only_one_that_is_tried(ssh: Operator) -> None:
+    with agent(ssh, "ed25519") as env:
+        ssh.fails(key="ed25519 stranger", env=env)
+
+
+@once
+def test_a_key_that_is_refused_is_an_error_at_once_with_the_line_that_lets_it_in(ssh: Operator) -> None:
+    run = ssh.fails(key="ed25519 stranger")
+    assert ssh.server.connections() == 1
+    line = re.search(r"ssh-ed25519 AAAA[A-Za-z0-9+/]+={0,2}", run.error)
+    assert line, str(run)
+    assert "authorized_keys" in run.error
+    ssh.server.authorize(line[0])
+    ssh.succeeds(key="ed25519 stranger")
+
+
+@pytest.mark.parametrize("content", [
+    "missing", "no key", "empty", "a directory", "a public key", "half a key", "with a passphrase",
+])  # fmt: skip
+@once
+def test_a_key_file_that_is_no_use_is_one_error_that_names_it(ssh: Operator, content: str) -> None:
+    file, good = ssh.home / "key", ssh.keys["ed25519"]
+    texts = {
+        "no key": "\x1b[31mnothing\n",
+        "empty": "",
+        "half a key": good.read_text()[:150],
+        "a public key": good.with_suffix(".pub").read_text(),
+        "with a passphrase": ssh.keys["with a passphrase"].read_text(),
+    }
+    if content == "a directory":
+        file.mkdir()
+    elif content != "missing":
+        file.write_text(texts[content])
+    run = ssh.fails(key=str(file))
+    assert str(file) in run.error
+    assert ("passphrase" in run.error) == (content == "with a passphrase")
+    assert not ssh.server.connections()
+
+
+# ------------------------------------------------ the host's key
+
+
+def strange_lines(ssh: Operator) -> list[str]:
+    """Lines that say nothing about the lab's host."""
+    stranger = public(ssh.keys, "ed25519 stranger")
+    lines = ["# a comment", "", "   ", "@revoked", "garbage", "\udcff\x00\x1b[31m binary", f"elsewhere {stranger}"]
+    lines += [f"{mark} {stranger}" for mark in ("@cert-authority *", "@revoked *", f"@unknown {HOST}", f"[{HOST}]:23")]
+    lines += [f"{name} {stranger}" for name in ("|1|bad|hash", "|1|", "|1||||", "|1", "|2|a|b")]
+    blobs = ("ssh-ed25519 no+base64!", "ssh-ed25519 AAAA", "ssh-ed25519", "ssh-unknown AAAAB3NzaC1kc3MAAACB")
+    return lines + [f"{HOST} {blob}" for blob in blobs]
+
+
+def hash_names(ssh: Operator) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-H", "-f", str(ssh.known_hosts)], check=True, capture_output=True)
+    assert HOST not in ssh.known_hosts.read_text()
+
+
+@pytest.mark.parametrize("line", [
+    "HOST ED25519", "HOST ECDSA", "HOST RSA", "elsewhere,HOST,192.0.2.2 ED25519", "HOST ED25519 a comment",
+    "  HOST \t ED25519", "HOST\tED25519\r",
+])  # fmt: skip
+@once
+def test_a_line_of_known_hosts_that_has_the_key_lets_epok_in(ssh: Operator, line: str) -> None:
+    values = {"HOST": HOST, **{kind.upper(): ssh.server.host_key(kind) for kind in KEY_TYPES}}
+    ssh.know(re.sub(r"\b(HOST|ED25519|ECDSA|RSA)\b", lambda word: values[word[0]], line))
+    ssh.succeeds()
+
+
+@pytest.mark.parametrize("number, kinds", [(22, KEY_TYPES), (2222, ["rsa"])], ids=["22", "2222"])
+@once
+def test_hashed_names_in_known_hosts_count(ssh: Operator, number: int, kinds: Sequence[str]) -> None:
+    name = HOST if number == 22 else f"[{HOST}]:{number}"
+    ssh.know(*(f"{name} {ssh.server.host_key(kind)}" for kind in kinds))
+    hash_names(ssh)
+    ssh.succeeds(host=f"root@{HOST}:{number}")
+
+
+@once
+def test_strange_lines_in_known_hosts_do_no_harm(ssh: Operator) -> None:
+    ssh.know(*strange_lines(ssh), f"{HOST} {ssh.server.host_key()}", *strange_lines(ssh))
+    ssh.succeeds()
+
+
+@pytest.mark.parametrize("known", ["no directory", "empty", "strange lines", "another port", "an authority"])
+@once
+def test_an_unknown_host_key_is_an_error_at_once_with_the_line_that_accepts_it(ssh: Operator, known: str) -> None:
+    keys = [ssh.server.host_key(kind) for kind in KEY_TYPES]
+    ssh.know(
+        *{
+            "strange lines": strange_lines(ssh),
+            "another port": [f"[{HOST}]:2222 {key}" for key in keys],
+            "an authority": [f"@cert-authority {HOST} {key}" for key in keys],
+        }.get(known, [])
+    )
+    if known == "no directory":
+        ssh.known_hosts.unlink()
+        ssh.known_hosts.parent.rmdir()
+    run = ssh.fails()
+    assert str(ssh.known_hosts) in run.error
+    assert ssh.server.connections() == 1
+    ssh.known_hosts.parent.mkdir(exist_ok=True)
+    with ssh.known_hosts.open("a") as file:
+        file.write(known_line(run.error, HOST) + "\n")
+    ssh.succeeds()
+
+
+@pytest.mark.parametrize("host, name, args", [
+    (f"root@{HOST}", f"[{HOST}]:2222", ["--port", "2222"]), (f"root@[{HOST6}]:2222", f"[{HOST6}]:2222", []),
+    (f"root@[{HOST6}]", HOST6, []),
+], ids=["--port", "[ipv6]:port", "[ipv6]"])  # fmt: skip
+@once
+def test_the_line_has_the_name_that_ssh_itself_would_use(ssh: Operator, host: str, name: str, args: list[str]) -> None:
+    ssh.know()
+    ssh.know(known_line(ssh.fails(*args, host=host).error, name))
+    ssh.succeeds(*args, host=host)
+
+
+@pytest.mark.parametrize("kind, hashed", [("ed25519", False), ("rsa", False), ("ed25519", True)])
+@once
+def test_a_wrong_host_key_is_refused_at_once(ssh: Operator, kind: str, hashed: bool) -> None:
+    ssh.know(f"{HOST} {public(ssh.keys, f'{kind} stranger')}")
+    if hashed:
+        hash_names(ssh)
+    run = ssh.fails()
+    assert fingerprint(ssh.server.host_key(kind)) in run.error
+    assert str(ssh.known_hosts) in run.error
+    assert not ssh.server.commands()
+    assert ssh.server.connections() == 1
+    ssh.know(known_line(run.error, HOST))
+    ssh.succeeds()
+
+
+@pytest.mark.parametrize("lines", [
+    "GOOD;@revoked HOST KEY", "@revoked * KEY;GOOD", "GOOD;@revoked\t192.0.2.*\tKEY a comment",
+    "GOOD;@revoked *  KEY", "GOOD; @revoked * KEY",
+])  # fmt: skip
+@once
+def test_a_revoked_host_key_is_refused_at_once(ssh: Operator, lines: str) -> None:
+    text = lines.replace("GOOD", "HOST KEY").replace("HOST", HOST).replace("KEY", ssh.server.host_key())
+    ssh.know(*text.split(";"))
+    run = ssh.fails()
+    assert "revoked" in run.error
+    assert not ssh.server.commands()
+    assert ssh.server.connections() == 1
+
+
+@pytest.mark.parametrize("kind, pin", [
+    ("ed25519", "LINE"), ("rsa", "LINE"), ("ecdsa", "LINE root@gateway"), ("ed25519", "FINGERPRINT"),
+    ("ecdsa", "FINGERPRINT="), ("rsa", "FINGERPRINT"), ("rsa", "STRANGER,FINGERPRINT"),
+])  # fmt: skip
+@once
+def test_a_pinned_host_key_is_enough(ssh: Operator, kind: str, pin: str) -> None:
+    line, stranger = ssh.server.host_key(kind), public(ssh.keys, "ed25519 stranger")
+    for word, value in (("LINE", line), ("FINGERPRINT", fingerprint(line)), ("STRANGER", stranger)):
+        pin = pin.replace(word, value)
+    ssh.know(f"{HOST} {stranger}")
+    run = ssh.succeeds("--host-key", pin)
+    assert not run.lines("warning"), str(run)
+
+
+@pytest.mark.parametrize(
+    "kind, form",
+    [("ed25519", str), ("rsa", str), ("ed25519", fingerprint)],
+    ids=["ed25519", "rsa", "fingerprint"],
+)
+@once
+def test_a_wrong_pin_is_refused_whatever_known_hosts_says(ssh: Operator, kind: str, form: Callable[[str], str]) -> None:
+    run = ssh.fails("--host-key", form(public(ssh.keys, f"{kind} stranger")))
+    assert "--host-key" in run.error
+    assert fingerprint(ssh.server.host_key(kind)) in run.error
+    assert not ssh.server.commands()
+    assert ssh.server.connections() <= len(KEY_TYPES)
+
+
+@once
+def test_any_host_key_is_accepted_with_a_warning_in_every_run(ssh: Operator) -> None:
+    ssh.know(f"{HOST} {public(ssh.keys, 'ed25519 stranger')}")
+    for _ in range(2):
+        run = ssh.succeeds(env={"EPOK_SSH_HOST_KEY": "any"})
+        assert len(run.lines("warning")) == 1, str(run)
+        assert re.search(rf"{re.escape(HOST)}.*host key", run.lines("warning")[0])
+
+
+@pytest.mark.parametrize("pin", ["ssh-ed25519", "SHA256:short", "md5", "any,none"])
+@once
+def test_a_pin_that_means_nothing_is_a_wrong_command_line(ssh: Operator, pin: str) -> None:
+    run = ssh.epok("--host-key", pin)
+    assert run.status == 2
+    assert len(run.err.splitlines()) == 1
+    assert not ssh.server.connections()
+
+
+# ------------------------------------------------ sudo
+
+
+@once
+def test_the_lines_for_sudoers_in_the_errors_are_all_that_it_takes(ssh: Operator) -> None:
+    lines: list[str] = []
+    run = ssh.epok(host=f"{USER}@{HOST}", services=(DUAL,))
+    while run.status and len(lines) < len(VOCABULARY):
+        found = re.search(rf"{USER} ALL=.*NOPASSWD: ?/[^;]*", run.error)
+        assert found, str(run)
+        lines.append(found[0])
+        ssh.server.sudoers(*lines)
+        ssh.lab.host.run(["visudo", "-c", "-q"])
+        run = ssh.epok(host=f"{USER}@{HOST}", services=(DUAL,))
+    assert run.status == 0, str(run)
+    assert "*" not in "".join(lines)
+    assert answers(ssh.lab, 80)
+
+
+@pytest.mark.parametrize("lines", [
+    [f"{USER} ALL=(root) ALL"], [f"{USER} ALL=(root) NOPASSWD: ALL, !/usr/sbin/iptables-save"],
+    [line for line in SUDOERS if "/iptables-save" not in line], ["Defaults requiretty", *SUDOERS],
+], ids=["a password is wanted", "the command is forbidden", "the command is not listed", "no terminal"])  # fmt: skip
+@once
+def test_sudo_that_says_no_is_an_error_at_once_with_the_line_for_sudoers(ssh: Operator, lines: list[str]) -> None:
+    ssh.server.sudoers(*lines)
+    run = ssh.fails(host=f"{USER}@{HOST}")
+    assert len(run.commands) == 1
+    assert "sudoers" in run.error
+    words = run.commands[0].removeprefix("sudo -n ")
+    assert f"{USER} ALL=(root) NOPASSWD: /usr/sbin/{words}" in run.error or "requiretty" in lines[0]
+
+
+@once
+def test_sudo_that_forbids_the_restore_alone_is_an_error_at_once_with_the_line_for_it(ssh: Operator) -> None:
+    line = f"{USER} ALL=(root) NOPASSWD: /usr/sbin/iptables-restore --noflush --wait 5"
+    ssh.server.sudoers(*(other for other in SUDOERS if other != line))
+    run = ssh.fails(host=f"{USER}@{HOST}")
+    assert line in run.error
+    assert sum("-restore" in command for command in run.commands) == 1
+
+
+@pytest.mark.parametrize("user, missing", [(USER, "sudo"), ("root", "iptables")])
+@once
+def test_a_tool_that_the_host_lacks_is_named(ssh: Operator, user: str, missing: str) -> None:
+    ssh.server.misbehave('PATH=/nonexistent exec /bin/bash -c "$SSH_ORIGINAL_COMMAND"')
+    run = ssh.fails(host=f"{user}@{HOST}")
+    assert re.search(rf"install.*\b{missing}", run.error), str(run)
+    assert len(run.commands) == 1
+
+
+# ------------------------------------------------ several hosts
+
+
+def test_several_hosts_get_the_same_rules(ssh: Operator, both: Lab) -> None:
+    pristine = rules(ssh.lab), rules(both)
+    run = ssh.succeeds(host=f"root@{HOST},root@{SECOND}")
+    assert ssh.lab.saved() == both.saved()
+    assert "--dport 25 " in both.saved()
+    assert {f"root@{HOST}", f"root@{SECOND}"} <= set(re.findall(r"root@[\d.]*\d", run.err))
+    again = ssh.succeeds(host=f"root@{HOST} root@{SECOND}")
+    assert len(again.err.splitlines()) == 2
+    ssh.succeeds("--clean", host=f"root@{HOST} root@{SECOND}")
+    assert (rules(ssh.lab), rules(both)) == pristine
+
+
+@once
+def test_a_host_that_fails_holds_none_of_the_others_back(ssh: Operator, both: Lab, second: tuple[Lab, Sshd]) -> None:
+    second[1].misbehave("echo no >&2; exit 1")
+    nothing = both.saved()
+    bad = [f"root@{HOST}:{NOBODY}", f"root@{HOST}:{SILENT}", f"root@{SECOND}"]
+    with impostor(ssh.lab.host, SILENT, lambda _: None):
+        run = ssh.epok(host=" ".join([*bad, f"root@{HOST}"]), timeout=6)
+    assert run.status == 1
+    assert len(run.lines("error")) == len(bad), str(run)
+    for name in bad:
+        assert sum(name in line for line in run.lines("error")) == 1, str(run)
+    assert answers(ssh.lab, 25)
+    assert both.saved() == nothing
+
+
+@once
+def test_dry_run_shows_what_each_host_would_get_and_changes_nothing(ssh: Operator, both: Lab) -> None:
+    hosts = {f"root@{HOST}": ssh.lab, f"root@{SECOND}": both}
+    ssh.succeeds(host=f"root@{SECOND}")
+    before = rules(ssh.lab), rules(both)
+    run = ssh.epok("--dry-run", host=" ".join(hosts), services=(MAIL, WEB))
+    assert run.status == 3, str(run)
+    assert (rules(ssh.lab), rules(both)) == before
+    assert not run.swapped
+    parts = dict(part.split("\n", 1) for part in re.split(r"(?m)^# on ", run.out)[1:])
+    assert parts.keys() == hosts.keys()
+    for name, lab in hosts.items():
+        forwards, heading, text = parts[name].partition("# iptables-restore --noflush --wait 5\n")
+        assert ("25" in forwards) == (lab is ssh.lab)
+        assert "80" in forwards
+        assert heading
+        lab.host.run(["iptables-restore", "--noflush", "--wait", "5"], text)
+    again = ssh.epok("--dry-run", host=" ".join(hosts), services=(MAIL, WEB))
+    assert again.status == 0, str(again)
+
+
+@once
+def test_dry_run_of_one_host_has_no_heading_for_it(ssh: Operator) -> None:
+    run = ssh.epok("--dry-run")
+    assert run.status == 3
+    assert "# on " not in run.out
+
+
+# ------------------------------------------------ the port that epok itself uses
+
+
+@pytest.mark.parametrize("host, args, guarded", [
+    (f"root@{HOST}", [], 22), (f"root@{HOST}", ["--port", "2222"], 2222), (f"root@{HOST}:2222", [], 2222),
+    (f"root@{HOST}:2222", ["--port", "22"], 2222),
+], ids=["default", "--port", "host:port", "host:port wins"])  # fmt: skip
+@once
+def test_a_service_cannot_take_the_port_that_epok_comes_in_by(
+    ssh: Operator, host: str, args: list[str], guarded: int
+) -> None:
+    shell = service("shell", f"{guarded}:30000", [port(22, 30000)])
+    run = ssh.succeeds(*args, host=host, services=(shell, MAIL))
+    warnings = run.lines("warning")
+    assert len(warnings) == 1, str(run)
+    assert re.search(rf"default/shell.*\b{guarded}\b", warnings[0])
+    assert f"--dport {guarded} " not in ssh.lab.saved()
+    assert answers(ssh.lab, 25)
+
+
+@pytest.mark.parametrize("args, guarded", [([], 22), (["--port", "2222"], 2222)], ids=["22", "2222"])
+@once
+def test_of_a_range_that_port_alone_is_rejected(ssh: Operator, args: list[str], guarded: int) -> None:
+    first = guarded - 2
+    ports = [port(number, 30000 + number, f"p{number}") for number in range(5)]
+    run = ssh.succeeds(*args, services=(service("range", f"{first}-{first + 4}:30000-30004", ports),))
+    assert len(run.lines("warning")) == 1, str(run)
+    assert {number: ssh.lab.ask(first + number).port for number in (0, 1, 3, 4)} == {n: 30000 + n for n in (0, 1, 3, 4)}
+    ssh.succeeds(*args)
+
+
+@once
+def test_with_several_hosts_the_ports_of_all_of_them_are_guarded(ssh: Operator, both: Lab) -> None:
+    greedy = [service(f"s{number}", f"{number}:30000", [port(22, 30000)]) for number in (22, 2222)]
+    run = ssh.succeeds(host=f"root@{HOST} root@{SECOND}:2222", services=(*greedy, MAIL))
+    assert len(run.lines("warning")) == 2
+    assert not re.search("--dport 22(22)? ", ssh.lab.saved() + both.saved())
+    assert answers(ssh.lab, 25)
+
+
+@once
+def test_udp_of_that_number_and_the_port_of_another_sshd_are_free(ssh: Operator) -> None:
+    shell = service("shell", "22:30000", [port(22, 30000)])
+    dns = service("dns", "2222:30053", [port(53, 30053, protocol="UDP")])
+    run = ssh.succeeds("--port", "2222", services=(shell, dns))
+    assert not run.lines("warning")
+    assert ssh.lab.ask(22).port == 30000
+    assert ssh.lab.ask(2222, "udp").port == 30053
+
+
+# ------------------------------------------------ servers that do not play along
+
+
+@once
+def test_a_refused_connection_is_tried_again(ssh: Operator) -> None:
+    ssh.know(f"[{HOST}]:{LATE} {ssh.server.host_key()}")
+    timer = threading.Timer(2, ssh.server.start, [LATE])
+    timer.start()
+    try:
+        run = ssh.succeeds(host=f"root@{HOST}:{LATE}")
+    finally:
+        timer.join()
+    assert run.seconds > 2
+    assert answers(ssh.lab, 25)
+
+
+def drip(connection: socket.socket) -> None:
+    while True:
+        connection.sendall(b"x")
+        time.sleep(0.1)
+
+
+def flood(connection: socket.socket) -> None:
+    while True:
+        connection.sendall(b"\x1b[31mnot SSH\r\n" * 1000)
+
+
+IMPOSTORS: dict[str, Callable[[socket.socket], object] | None] = {
+    "nobody listens": None,
+    "silent": lambda connection: None,
+    "closes at once": socket.socket.close,
+    "drips": drip,
+    "floods": flood,
+    "another protocol": lambda connection: connection.sendall(b"HTTP/1.1 400 Bad\x1b[31m\xff\r\nerror: none\r\n\r\n"),
+    "half a banner": lambda connection: connection.sendall(b"SSH-2.0-Open"),
+    "a banner alone": lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n"),
+    "garbage after it": lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n" + bytes(range(256)) * 99),
+}
+STALLS = {
+    "login stalls": STALLED_LOGIN,
+    "login breaks off": BROKEN_LOGIN,
+    "command stalls": STALLED_COMMAND,
+    "output without end": ENDLESS_OUTPUT,
+    "output drips": DRIPPING_OUTPUT,
+}
+SHORT, AT_ONCE = 4.0, 7
+
+
+@pytest.fixture(scope="module")
+def bad_servers(
+    lab: Lab, server: Sshd, keys: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Run]:
+    """One run against each, several at the same time, since each takes its whole --timeout."""
+    server.reset()
+    authorize(server, keys)
+    ports = {**{name: number for number, name in enumerate(IMPOSTORS, IMPOSTORS_FROM)}, **STALLS}
+    before = rules(lab)
+
+    def one(name: str) -> Run:
+        ssh = Operator(lab, server, keys, tmp_path_factory.mktemp("home"))
+        ssh.know(f"[{HOST}]:{ports[name]} {server.host_key()}")
+        return ssh.start(host=f"root@{HOST}:{ports[name]}", timeout=SHORT)
+
+    with contextlib.ExitStack() as stack:
+        for name, say in IMPOSTORS.items():
+            if say:
+                stack.enter_context(impostor(lab.host, ports[name], say))
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            runs = dict(zip(ports, pool.map(one, ports), strict=True))
+    assert rules(lab) == before
+    return runs
+
+
+@pytest.mark.parametrize("name", [*IMPOSTORS, *STALLS])
+@once
+def test_a_server_that_does_not_play_along_is_one_error_in_time(bad_servers: dict[str, Run], name: str) -> None:
+    run = bad_servers[name]
+    assert HOST in run.error
+    assert "authorized_keys" not in run.error, "nothing is wrong with the key"
+    check(run, SHORT)
+
+
+# ------------------------------------------------ connections that break
+
+
+CUTS = {
+    "before it reads": "kill -9 $PPID; exit",
+    "in the middle": 'head -c 700 | sh -c "$SSH_ORIGINAL_COMMAND"; kill -9 $PPID; exit',
+    "in the middle of a lot": 'head -c 300000 | sh -c "$SSH_ORIGINAL_COMMAND"; kill -9 $PPID; exit',
+    "when all is done": 'sh -c "$SSH_ORIGINAL_COMMAND"; kill -9 $PPID; exit',
+    "in the middle, without exit status": 'head -c 700 | sh -c "$SSH_ORIGINAL_COMMAND"; kill -9 $$',
+    "nothing done, without exit status": "kill -9 $$",
+    "all done, without exit status": 'sh -c "$SSH_ORIGINAL_COMMAND"; kill -9 $$',
+}
+
+
+def cut_restore(server: Sshd, cut: str, when: str = "") -> None:
+    """Each iptables-restore ends like that, or those when the shell command `when` succeeds."""
+    server.misbehave(f"""case "$SSH_ORIGINAL_COMMAND" in *iptables-restore*) {when} {{ {CUTS[cut]}; }} ;; esac
+        exec sh -c "$SSH_ORIGINAL_COMMAND"
+    """)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@once
+def test_a_swap_that_is_cut_off_is_made_good_in_the_same_run(ssh: Operator, cut: str) -> None:
+    cluster = snapshot(*large(1200)["items"], MAIL) if "a lot" in cut else ssh.lab.cluster(MAIL)
+    cut_restore(ssh.server, cut, when="mkdir /run/epok/cut 2>/dev/null &&")
+    run = ssh.succeeds(services=cluster)
+    restores = [number for number, command in enumerate(run.commands) if "-restore" in command]
+    assert "iptables-save" in run.commands[restores[0] + 1], "what was done is read before anything else"
+    if "all" in cut:
+        assert len(restores) == 1, str(run)
+    assert "--dport 25 " in ssh.lab.saved()
+    ssh.server.reset()
+    assert not ssh.succeeds(services=cluster).swapped
+
+
+@pytest.mark.parametrize("cut", ["in the middle", "in the middle of a lot", "nothing done, without exit status"])
+def test_a_swap_that_is_cut_off_each_time_leaves_the_old_rules_for_the_next_run(ssh: Operator, cut: str) -> None:
+    ssh.succeeds()
+    cluster = large(1200) if "a lot" in cut else ssh.lab.cluster(WEB)
+    cut_restore(ssh.server, cut)
+    run = ssh.fails(services=cluster, timeout=4)
+    assert HOST in run.error
+    assert run.swapped
+    assert answers(ssh.lab, 25)
+    ssh.server.reset()
+    ssh.succeeds(services=cluster)
+    assert not answers(ssh.lab, 25)
+
+
+@once
+def test_a_status_that_never_comes_is_an_error_in_time(ssh: Operator) -> None:
+    ssh.server.misbehave("kill -9 $$")
+    run = ssh.fails(timeout=3)
+    assert HOST in run.error
+
+
+# ------------------------------------------------ what the host prints
+
+
+HOSTILE = r"""printf '\033]0;owned\007\033[2J\nerror: fake\r\n\377\000\302\233\n' >&STREAM
+head -c 1000000 /dev/zero | tr '\0' '\033' >&STREAM
+"""
+
+
+@pytest.mark.parametrize("command, status, stream, fatal", [
+    ("iptables-save", 0, "1", True), ("iptables-save", 127, "2", True), ("ip6tables-save", 1, "2", True),
+    ("iptables-restore", 0, "1", True), ("iptables-restore", 1, "2", True), ("iptables-restore", 2, "1", True),
+    ("cat", 0, "1", False), ("cat", 1, "2", False), ("ip?-br", 0, "1", False), ("ip?-br", 1, "2", False),
+])  # fmt: skip
+@once
+def test_whatever_the_host_prints_the_log_stays_clean(
+    ssh: Operator, command: str, status: int, stream: str, fatal: bool
+) -> None:
+    ssh.server.misbehave(f"""case "$SSH_ORIGINAL_COMMAND" in {command}*)
+        cat >/dev/null; {HOSTILE.replace("STREAM", stream)} exit {status} ;;
+        esac
+        exec sh -c "$SSH_ORIGINAL_COMMAND"
+    """)
+    _ = ssh.fails() if fatal else ssh.succeeds()
+    assert answers(ssh.lab, 25) != fatal
+
+
+@once
+def test_a_shell_that_says_hello_is_no_matter(ssh: Operator) -> None:
+    ssh.server.misbehave('echo "Welcome to gateway 0 0"; echo "motd" >&2; exec sh -c "$SSH_ORIGINAL_COMMAND"')
+    run = ssh.succeeds()
+    assert not run.lines("warning"), str(run)
+    assert answers(ssh.lab, 25)
+    assert not ssh.succeeds().swapped
