@@ -83,7 +83,6 @@ import dataclasses
 import datetime
 import email.utils
 import functools
-import graphlib
 import hashlib
 import hmac
 import ipaddress
@@ -1233,7 +1232,7 @@ def follows(before: Forward, after: Forward) -> bool:
 # Each rule below was printed back by iptables-save as it stands here, by nft and legacy, IPv4 and IPv6.
 
 ROOT, FORWARD, POSTROUTING = "EPOK", "EPOK-FORWARD", "EPOK-POSTROUTING"
-BUILT_IN = {"filter": ("FORWARD",), "nat": ("PREROUTING", "OUTPUT", "POSTROUTING")}
+BUILT_IN = {"filter": ("INPUT", "FORWARD", "OUTPUT"), "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING")}
 # The trie over the 16 bits of a port is cut at these bits: fewer bits a level send less when a port changes,
 # more bits a level make fewer chains.
 CUTS = (13, 10, 8, 6, 4, 2, 0)
@@ -1455,22 +1454,28 @@ def owned(chain: str) -> bool:
 def parse_table(text: str, name: str) -> Table | None:
     """Reads what iptables-save -t prints of one table; None unless it is whole."""
     table = Table()
-    state = "before"
-    for line in text.splitlines():
-        if line.startswith("-A "):
+    seen = inside = False
+    for line in text.split("\n"):  # splitlines() would also split at some characters of a comment
+        if line.startswith("*"):
+            if inside or (line == f"*{name}" and seen):
+                return None
+            inside = line == f"*{name}"
+            seen = seen or inside
+        elif "incompatible" in line and not line.startswith("-A "):
+            return None  # nft cannot print native rules: what it prints is not what is there
+        elif not inside:
+            continue
+        elif line == "COMMIT":
+            inside = False
+        elif line.startswith("-A "):
             chain, _, rule = line[3:].partition(" ")
             read_rule(table, name, chain, rule)
-        elif line.startswith(":"):
-            chain = line[1:].split(" ", 1)[0]
-            if owned(chain):
-                table.chains[chain] = []
-        elif line == f"*{name}":
-            state = "inside"
-        elif line == "COMMIT" and state == "inside":
-            state = "whole"
-        elif "incompatible" in line:  # nft cannot print native rules: what it prints is not what is there
-            return None
-    return table if state == "whole" else None
+        elif line.startswith(":") and owned(chain := line[1:].split(" ", 1)[0]):
+            table.chains[chain] = []
+    return table if seen and not inside else None
+
+
+OLDER_COMMENT = re.compile(r"epok_rule_id\b|.*\bepok_rule_id\b\W{0,3}\w")
 
 
 def read_rule(table: Table, name: str, chain: str, rule: str) -> None:
@@ -1485,7 +1490,7 @@ def read_rule(table: Table, name: str, chain: str, rule: str) -> None:
         elif target:
             table.held.add(target)
     elif "epok_rule_id" in rule and any(
-        a == "--comment" and "epok_rule_id" in b for a, b in itertools.pairwise(split(rule))
+        a == "--comment" and OLDER_COMMENT.match(b) for a, b in itertools.pairwise(split(rule))
     ):
         table.older.append((chain, rule))
 
@@ -1511,35 +1516,31 @@ def restore_inputs(wanted: Tables, found: Tables, limit: int) -> list[str]:
         return [whole] if whole else []
     new, old = wanted["nat"], found["nat"]
     ahead = {chain: rules for chain, rules in new.chains.items() if chain not in (ROOT, POSTROUTING, *old.chains)}
-    stale = {chain: old.chains[chain] for chain in parents_first(old.chains) if chain not in new.chains}
+    stale = {chain: old.chains[chain] for chain in old.chains if chain not in new.chains}
     flip = restore_input(
         {**wanted, "nat": dataclasses.replace(new, chains={**new.chains, **stale})},
         {**found, "nat": dataclasses.replace(old, chains={**old.chains, **ahead})},
     )
-    additions = [restore_input({"nat": Table(part)}, {"nat": Table()}) for part in parts(ahead, limit)]
-    removals = [restore_input({"nat": Table()}, {"nat": Table(part, held=old.held)}) for part in parts(stale, limit)]
-    return [text for text in (*additions, flip, *removals) if text]
+    additions = [[f":{chain} - [0:0]", *(f"-A {chain} {rule}" for rule in rules)] for chain, rules in ahead.items()]
+    flushes = [[f":{chain} - [0:0]"] for chain, rules in stale.items() if rules or chain not in old.held]
+    removals = [[f"-X {chain}"] for chain in stale if chain not in old.held]
+    return [
+        *pack(additions, limit),
+        *([flip] if flip else []),
+        *pack(flushes, limit),  # all of them first: a chain that is still referred to cannot be deleted
+        *pack(removals, limit),
+    ]
 
 
-def parts(chains: Mapping[str, list[str]], limit: int) -> Iterator[dict[str, list[str]]]:
-    """Chains in as few parts as fit into inputs of `limit` bytes; a larger chain is a part of its own."""
-    part: dict[str, list[str]] = {}
-    size = 0
-    for chain, rules in chains.items():
-        needed = sum(len(rule) + len(chain) + 5 for rule in rules) + 2 * len(chain) + 15
-        if part and size + needed > limit - len("*nat\nCOMMIT\n"):
-            yield part
-            part, size = {}, 0
-        part[chain] = rules
-        size += needed
-    if part:
-        yield part
-
-
-def parents_first(chains: Mapping[str, list[str]]) -> list[str]:
-    """The chains in an order in which each comes before those that it refers to."""
-    graph = {chain: [last for rule in rules if (last := rule.split()[-1]) in chains] for chain, rules in chains.items()}
-    return list(graphlib.TopologicalSorter(graph).static_order())[::-1]
+def pack(blocks: Iterable[list[str]], limit: int) -> list[str]:
+    """Blocks of lines for table nat in as few inputs of at most `limit` bytes as their order allows."""
+    bodies: list[str] = []
+    for block in ("".join(f"{line}\n" for line in lines) for lines in blocks):
+        if bodies and len("*nat\nCOMMIT\n") + len(bodies[-1]) + len(block) <= limit:
+            bodies[-1] += block
+        else:
+            bodies.append(block)
+    return [f"*nat\n{body}COMMIT\n" for body in bodies]
 
 
 def restore_input(wanted: Tables, found: Tables) -> str:
