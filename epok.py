@@ -79,6 +79,7 @@ done; 2 the command line is wrong; 3 --dry-run and the host differs.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import email.utils
@@ -90,6 +91,7 @@ import itertools
 import json
 import logging
 import os
+import pwd
 import re
 import shlex
 import socket
@@ -1579,6 +1581,9 @@ def hook_changes(chain: str, wanted: list[str], found: list[str]) -> list[str]:
 # ------------------------------------------------ hosts: the only part that runs anything
 
 
+CODING = ("utf-8", "surrogateescape")  # a foreign comment may have any bytes, and they must come back as they were
+
+
 class Result(NamedTuple):
     """What a command left: its exit status (127: not found) and both outputs."""
 
@@ -1598,6 +1603,9 @@ class LocalHost:
     sudo: tuple[str, ...] = ()
 
     def __init__(self) -> None:
+        self.user = f"#{os.geteuid()}"
+        with contextlib.suppress(KeyError):
+            self.user = pwd.getpwuid(os.geteuid()).pw_name
         if os.geteuid() != 0 and not self.may_pass_on_net_admin():
             self.sudo = ("sudo", "-n")
 
@@ -1616,7 +1624,7 @@ class LocalHost:
         try:
             done = subprocess.run(
                 argv,
-                input=text.encode(),
+                input=text.encode(*CODING),
                 capture_output=True,
                 timeout=deadline.remaining(),
                 env={**os.environ, "LC_ALL": "C", "PATH": path},
@@ -1626,7 +1634,7 @@ class LocalHost:
             return Result(127, "", f"{argv[0]}: command not found")
         except subprocess.TimeoutExpired:
             raise deadline.missed(f"{self.name}: {shlex.join(argv)}") from None
-        return Result(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
+        return Result(done.returncode, done.stdout.decode(*CODING), done.stderr.decode(*CODING))
 
     def close(self) -> None:
         pass
@@ -1640,7 +1648,7 @@ class SshHost:
 
     def __init__(self, login: Login, options: Options) -> None:
         self.login, self.options = login, options
-        self.name = str(login)
+        self.name, self.user = str(login), login.user
         self.sudo = () if login.user == "root" else ("sudo", "-n")
         self.client: Any = None
 
@@ -1655,9 +1663,9 @@ class SshHost:
             channel.settimeout(deadline.remaining())
             channel.exec_command(shlex.join(argv))
             # all three at once: neither side may wait for the other with full buffers
-            Background(self.send, channel, text.encode())
+            Background(self.send, channel, text.encode(*CODING))
             streams = [Background(file.read, OUTPUT_LIMIT) for file in (channel.makefile(), channel.makefile_stderr())]
-            out, err = (stream.result(deadline, doing).decode("utf-8", "replace") for stream in streams)
+            out, err = (stream.result(deadline, doing).decode(*CODING) for stream in streams)
             if not channel.status_event.wait(deadline.remaining()):
                 raise deadline.missed(doing)
             if channel.exit_status == -1:
@@ -1914,8 +1922,7 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
         package = "sudo, or let epok log in as root" if "sudo" in result.err else "iptables"
         return Fatal(f"{failed}; install it on the host: apt-get install {package}")
     if "sudo" in argv and ("sudo:" in result.err or "not allowed" in result.err):
-        user = getattr(host, "login", ("$USER",))[0]
-        return Fatal(f"{failed}; add to sudoers: {user} ALL=(root) NOPASSWD: /usr/sbin/{shlex.join(argv[2:])}")
+        return Fatal(f"{failed}; add to sudoers: {host.user} ALL=(root) NOPASSWD: /usr/sbin/{shlex.join(argv[2:])}")
     if "must be root" in result.err or "Permission denied" in result.err or "not permitted" in result.err:
         return Fatal(f"{failed}; run epok as root, or let it log in as a user that may use sudo")
     if "temporarily unavailable" in result.err or "xtables lock" in result.err or result.status < 0:
@@ -1962,13 +1969,21 @@ def converge(host: Host, wanted: Wanted, found: Found, options: Options, deadlin
             result = host.run((*host.sudo, *argv), text, deadline)
             if result.status != 0:
                 raise refusal(host, (*host.sudo, *argv), result, text)
-        done.extend(inputs)
+            done.append(Input(argv, text))
         left = next_inputs(wanted, read_all_tables(host, deadline), options) if inputs else []
         if left:
             example = quoted(left[0].text.splitlines()[1])
             raise Transient(f"{host.name}: the rules differ again after the swap, at {example}", attempts=3)
 
-    persist(deadline, attempt)
+    try:
+        persist(deadline, attempt)
+    except Fatal as error:
+        if done:
+            tools = ", ".join(dict.fromkeys(argv[0] for argv, _ in done))
+            raise Fatal(
+                f"{error}; before that {len(done)} {plural(len(done), 'input')} of {tools} took effect"
+            ) from None
+        raise
     return done
 
 
@@ -2163,7 +2178,8 @@ def dry_run_text(host: Host, options: Options, before: Found, wanted: Wanted) ->
 def show(text: str) -> None:
     """Prints what was asked for; a reader that has seen enough, like head, is no error."""
     try:
-        print(text, end="\n" if text else "", flush=True)
+        sys.stdout.buffer.write(f"{text}\n".encode(*CODING) if text else b"")
+        sys.stdout.buffer.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
 

@@ -206,6 +206,42 @@ def test_damage_is_mended_by_the_next_run(lab: Lab, how: str) -> None:
     assert len(dry.stdout) < 1000  # that alone was sent
 
 
+def test_a_wrong_hook_with_any_bytes_in_its_comment_is_deleted(lab: Lab) -> None:
+    apply(lab, MAIL)
+    before = lab.saved()
+    text = '*nat\n-A PREROUTING -m comment --comment "L\\351on" -j EPOK\nCOMMIT\n'  # an e acute in Latin-1
+    lab.host.run(["sh", "-c", f"printf '{text}' | iptables-restore --noflush"])
+    apply(lab, MAIL)
+    assert lab.saved() == before
+
+
+def test_runs_at_the_same_time_end_with_one_set_of_rules(lab: Lab) -> None:
+    argv = [sys.executable, epok.__file__, "--snapshot", "-", *LOCAL]
+    runs = [lab.host.popen(argv, stdin=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
+    text = json.dumps(lab.cluster(*EVERY_FORM))
+    for child in runs:
+        assert child.stdin
+        child.stdin.write(text)
+        child.stdin.close()
+    logs = [child.stderr.read() for child in runs if child.stderr]
+    assert [child.wait() for child in runs] == [0] * 4, logs
+    assert in_sync(apply(lab, *EVERY_FORM))
+
+
+def test_what_was_done_before_a_failure_is_said(lab: Lab) -> None:
+    script = "printf '#!/bin/sh\\necho no way >&2; exit 1\\n' >/run/no; chmod +x /run/no; ln -sfn /run/no {}"
+    tool = "/run/alternatives/ip6tables-restore"
+    real = lab.host.run(["readlink", tool]).stdout.strip()
+    lab.host.run(["sh", "-c", script.format(tool)])
+    try:
+        done = lab.epok(*LOCAL, snapshot=lab.cluster(MAIL))
+    finally:
+        lab.host.run(["ln", "-sfn", real, tool])
+    assert done.returncode == 1 and done.stderr.count("error:") == 1
+    assert "before that 1 input of iptables-restore took effect" in done.stderr
+    assert lab.ask(25)
+
+
 def test_a_rule_that_was_put_in_front_of_the_hook_stays_there(lab: Lab) -> None:
     apply(lab, MAIL)
     lab.host.run(["iptables", "-t", "nat", "-I", "PREROUTING", "-p", "tcp", "--dport", "9", "-j", "ACCEPT"])
@@ -330,6 +366,7 @@ def test_who_may_not_is_told_what_to_do(lab: Lab) -> None:
     done = lab.host.run([*drop, *epok_argv], input=json.dumps(lab.cluster(MAIL)), check=False)
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("error:") == 1 and "sudo" in done.stderr and "Traceback" not in done.stderr
+    assert "apt-get install sudo" in done.stderr or "nobody ALL=(root) NOPASSWD: " in done.stderr
 
 
 def test_another_mark_is_taken_over_and_said(lab: Lab) -> None:
