@@ -1484,16 +1484,14 @@ def read_rule(table: Table, name: str, chain: str, rule: str) -> None:
     if owned(chain):
         table.chains.setdefault(chain, []).append(rule)
         return
-    if ROOT in rule:
-        words = split(rule)
-        target = next((b for a, b in itertools.pairwise(words) if a in ("-j", "-g") and owned(b)), "")
-        if target and chain in BUILT_IN[name]:
-            table.hooks.setdefault(chain, []).append(rule)
-        elif target:
-            table.held.add(target)
-    elif "epok_rule_id" in rule and any(
-        a == "--comment" and OLDER_COMMENT.match(b) for a, b in itertools.pairwise(split(rule))
-    ):
+    words = split(rule) if ROOT in rule or "epok_rule_id" in rule else []
+    pairs = list(itertools.pairwise(words))
+    target = next((value for option, value in pairs if option in ("-j", "-g") and owned(value)), "")
+    if target and chain in BUILT_IN[name]:
+        table.hooks.setdefault(chain, []).append(rule)
+    elif target:
+        table.held.add(target)
+    elif any(option == "--comment" and OLDER_COMMENT.match(value) for option, value in pairs):
         table.older.append((chain, rule))
 
 
@@ -1517,8 +1515,10 @@ def restore_inputs(wanted: Tables, found: Tables, limit: int) -> list[str]:
     if len(whole) <= limit:
         return [whole] if whole else []
     new, old = wanted["nat"], found["nat"]
-    ahead = {chain: rules for chain, rules in new.chains.items() if chain not in (ROOT, POSTROUTING, *old.chains)}
-    stale = {chain: old.chains[chain] for chain in old.chains if chain not in new.chains}
+    ahead = {
+        chain: new.chains[chain] for chain in new.chains if chain not in old.chains and chain not in (ROOT, POSTROUTING)
+    }
+    stale = {chain: rules for chain, rules in old.chains.items() if chain not in new.chains}
     flip = restore_input(
         {**wanted, "nat": dataclasses.replace(new, chains={**new.chains, **stale})},
         {**found, "nat": dataclasses.replace(old, chains={**old.chains, **ahead})},
@@ -2152,7 +2152,7 @@ def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Inp
         log.info("%sin sync, %s, nothing changed", prefix, total)
     elif not changes:
         lines = sum(len(text.splitlines()) - 2 for _, text in inputs)
-        log.info("%sput rules of epok's right with %d %s, %s", prefix, lines, plural(lines, "line"), total)
+        log.info("%srules of epok's were put right with %d %s, %s", prefix, lines, plural(lines, "line"), total)
     for version, name in itertools.product(wanted, BUILT_IN):
         held = (before[version] or NOTHING)[name].held - wanted[version][name].chains.keys()
         if held:
@@ -2238,7 +2238,7 @@ def serve(host: Host, reader: Background, planner: Planner | None, options: Opti
         inputs = converge(host, wanted, state.tables, options, deadline)
         changes = changes_between(state.tables, wanted) if inputs else []
         report_swap(prefix, state.tables, wanted, inputs, changes)
-        end_stale_flows(host, changes, state, deadline)
+        persist(deadline, end_stale_flows, host, changes, state, deadline)
         return 0
     except Fatal as error:
         log.error("%s", error)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import need, need_lab, until
-from lab import CLIENT, CLIENT6, HOST, HOST6, INSIDE, INSIDE6, Answer, Lab, has_sctp, read_answer
+from lab import CLIENT, CLIENT6, HOST, HOST6, INSIDE, INSIDE6, Answer, Lab, read_answer
 
 TESTS = Path(__file__).resolve().parent
 DNAT = {4: ("iptables-restore", "10.0.0.13:2025", HOST), 6: ("ip6tables-restore", "[2001:db8:2::13]:2025", HOST6)}
@@ -98,13 +98,6 @@ def test_a_port_is_free_again_when_its_echo_server_was_left(lab: Lab) -> None:
             assert lab.ask(26).name == name
     with pytest.raises(ConnectionRefusedError):
         lab.ask(26)
-
-
-@pytest.mark.parametrize("to", ["10.0.0.12", "2001:db8:2::12"])
-def test_sctp_is_answered_where_the_kernel_has_it(lab: Lab, to: str) -> None:
-    if not has_sctp():
-        pytest.skip("this kernel has no SCTP: try modprobe sctp")
-    assert lab.ask(2025, "sctp", to).name == "node2"
 
 
 @pytest.mark.parametrize("version", [4, 6])
