@@ -1,4 +1,4 @@
-"""Prints what a run costs: wall time, peak memory and size of the swap. Run it as root: tests/bench
+"""Prints what a run costs: wall time, peak memory and size of the swap. Must be run as root.
 
 Times are medians of several runs in the lab, the cluster read from a file; iptables-save alone stands beside them.
 """
@@ -22,13 +22,12 @@ RUNS = 7
 NODES = [node(f"node{number}", f"10.0.0.{10 + number}") for number in range(1, 11)]
 
 
-def cluster(forwards: int, skip: int = -1) -> dict[str, Any]:
-    """Ten nodes, and as many Services with one forward each; `skip` leaves one of them out."""
-    services = [
-        service(f"service-{number}", f"{10000 + number}:{20000 + number}", [port(80, 20000 + number, "http")])
-        for number in range(forwards)
-        if number != skip
-    ]
+def cluster(forwards: int, changed: int = -1) -> dict[str, Any]:
+    """Ten nodes, and as many Services with one forward each; that of `changed` has another NodePort."""
+    services = []
+    for number in range(forwards):
+        node_port = 29999 if number == changed else 20000 + number
+        services.append(service(f"service-{number}", f"{10000 + number}:{node_port}", [port(80, node_port, "http")]))
     return snapshot(*NODES, *services)
 
 
@@ -49,8 +48,8 @@ def median(lab: Lab, argv: Sequence[str]) -> tuple[float, float]:
 
 
 def run(lab: Lab, forwards: int, folder: Path) -> None:
-    names = [folder / f"{forwards}-{what}.json" for what in ("all", "less")]
-    for name, content in zip(names, (cluster(forwards), cluster(forwards, skip=forwards // 2)), strict=True):
+    names = [folder / f"{forwards}-{what}.json" for what in ("before", "after")]
+    for name, content in zip(names, (cluster(forwards), cluster(forwards, changed=forwards // 2)), strict=True):
         name.write_text(json.dumps(content))
     epok = [[sys.executable, str(EPOK), "-i", "eth0", "--snapshot", str(name), "local"] for name in names]
     lab.flush()

@@ -434,3 +434,11 @@ def test_no_option_is_accepted_and_then_ignored() -> None:
     program = Path(epok.__file__).read_text(encoding="utf-8")
     read_after_checks = program.partition("def check_combination")[2].partition("\n# -----")[2]
     assert [name for name in sorted(fields) if not re.search(rf"\boptions\.{name}\b", read_after_checks)] == []
+
+
+def test_the_readme_lists_every_option_and_variable() -> None:
+    readme = (Path(epok.__file__).parent / "README.md").read_text()
+    usage = set(re.findall(r"--[a-z-]+", epok.__doc__ or ""))
+    for setting in epok.SETTINGS:
+        assert f"`{setting.variable}`" in readme
+    assert {option for option in usage if f"`{option}`" not in readme} == {"--help", "--version"}
