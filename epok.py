@@ -45,7 +45,8 @@ Options (the command line wins, then the environment, then the default):
   --clean                      Remove every rule that epok, or the older epok in Rust, put on the host.
                                Needs no cluster.
   -q                           Log warnings and errors only.
-  -v                           Log more. [EPOK_LOG_LEVEL: debug, info, warning or error]
+  -v                           Log every command and request too. [EPOK_LOG_LEVEL: debug, info, warning or
+                               error]
   -h, --help                   Print this.
   -V, --version                Print the version.
 
@@ -816,6 +817,7 @@ class Cluster:
             raise Fatal(f"{self.name}: {one_line(error.reason)}; check the cluster's address and CA") from None
         except ValueError:  # its text would show the token
             raise Fatal(f"{self.name}: the address or the token has characters that no request can have") from None
+        log.debug("%s: %s: status %d, %d bytes", self.name, kind.path, response.status, len(body))
         if response.status == 410:
             return None
         self.check_status(response.status, response.headers, body, kind)
@@ -1634,6 +1636,7 @@ class LocalHost:
             return Result(127, "", f"{argv[0]}: command not found")
         except subprocess.TimeoutExpired:
             raise deadline.missed(f"{self.name}: {shlex.join(argv)}") from None
+        log.debug("%s: %s: exit status %d", self.name, shlex.join(argv), done.returncode)
         return Result(done.returncode, done.stdout.decode(*CODING), done.stderr.decode(*CODING))
 
     def close(self) -> None:
@@ -1671,6 +1674,7 @@ class SshHost:
             if channel.exit_status == -1:
                 raise EOFError("the connection was lost before the exit status came")
             channel.close()
+            log.debug("%s: exit status %d", doing, channel.exit_status)
             return Result(channel.exit_status, out, err)
         except (paramiko.SSHException, OSError, EOFError) as error:
             self.close()

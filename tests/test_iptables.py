@@ -284,6 +284,13 @@ only_legacy = pytest.mark.parametrize("lab", ["legacy"], indirect=True)  # nft h
 only_nft = pytest.mark.parametrize("lab", ["nft"], indirect=True)  # legacy tables are no nft tables
 
 
+def test_verbose_names_every_command_and_quiet_nothing_that_is_well(lab: Lab) -> None:
+    log = apply(lab, MAIL, argv=("-v", *LOCAL))
+    assert log.count("debug: this host: iptables-restore --noflush --wait 5: exit status 0\n") == 1
+    assert "debug: this host: ip6tables-save -t filter: exit status 0\n" in log
+    assert apply(lab, MAIL, argv=("-q", *LOCAL)) == ""
+
+
 @only_legacy
 def test_a_lock_that_is_held_for_a_while_is_waited_for(lab: Lab) -> None:
     with held_lock(lab, 2):
