@@ -161,10 +161,10 @@ def one_line(error: object) -> str:
 
 
 class Deadline:
-    """The end of the time that the whole run has."""
+    """The end of the time that the whole run, or a part of it, has."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, name: str = "--timeout") -> None:
+        self.seconds, self.name = seconds, name
         self.end = time.monotonic() + seconds
 
     def remaining(self) -> float:
@@ -172,7 +172,7 @@ class Deadline:
         return max(self.end - time.monotonic(), 0.001)
 
     def missed(self, doing: str) -> Fatal:
-        return Fatal(f"{doing}: no answer within --timeout {self.seconds:g} seconds")
+        return Fatal(f"{doing}: no answer within {self.name} {self.seconds:g} seconds")
 
 
 def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
@@ -486,6 +486,7 @@ class Service:
     """What matters of a Service that carries an annotation of epok's."""
 
     key: str
+    uid: str
     created: str
     type: str
     annotations: Mapping[str, str]
@@ -598,6 +599,7 @@ def to_service(item: Any) -> Service | None:
     families = spec.texts("ipFamilies") or tuple("IPv6" if ":" in ip else "IPv4" for ip in spec.texts("clusterIPs"))
     return Service(
         key=key,
+        uid=meta.get("uid", ""),
         created=meta.get("creationTimestamp", ""),
         type=spec.get("type", "ClusterIP"),
         annotations=wanted,
@@ -667,6 +669,7 @@ class Kind(NamedTuple):
 
 
 SERVICES = Kind("Service", "/api/v1/services", "", to_service)
+SERVICE_UIDS = SERVICES._replace(convert=lambda item: object_name("Service", item)[0].get("uid", ""))
 NODES = Kind("Node", "/api/v1/nodes", "", to_node)
 ENDPOINT_SLICES = Kind("EndpointSlice", "/apis/discovery.k8s.io/v1/endpointslices", "discovery.k8s.io", to_endpoints)
 
@@ -709,8 +712,8 @@ class SnapshotFile:
         except (yaml.YAMLError, ValueError) as error:
             raise Fatal(f"{self.name} is neither JSON nor YAML: {one_line(error)}; {HOW_TO_WRITE}") from None
 
-    def read(self, kind: Kind, selector: str = "") -> list[Any]:
-        """All that the file has of a kind; the selector only saves the API work."""
+    def read(self, kind: Kind, **_: str) -> list[Any]:
+        """All that the file has of a kind; a selector only saves the API work."""
         found = [item for item in self.objects if item.get("kind") == kind.name]
         if kind is ENDPOINT_SLICES and not found:
             why = "which externalTrafficPolicy Local, and a host that is itself a node, need"
@@ -742,8 +745,28 @@ class Heard(logging.Handler):
         self.errors.append(one_line(record.exc_info[1] if record.exc_info else record.getMessage()))
 
 
+EVENT_SECONDS = 5  # for all of a run's, so that many rejections cannot make it a long one
+
+
+class Answer(NamedTuple):
+    """What the API answers to a request."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Event(NamedTuple):
+    """News about a Service, as `kubectl describe service` shows them."""
+
+    service: str
+    type: str
+    reason: str
+    message: str
+
+
 class Cluster:
-    """The Kubernetes API, read with plain JSON: typed models cost a second of start-up."""
+    """The Kubernetes API, with plain JSON: typed models cost a second of start-up."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
         from kubernetes import client, config
@@ -777,73 +800,133 @@ class Cluster:
         if not configuration.verify_ssl:
             log.warning("%s: its certificate is not checked (insecure-skip-tls-verify)", self.name)
 
-    def read(self, kind: Kind, selector: str = "") -> list[Any]:
-        """All objects of a kind, complete or Fatal."""
+    def read(self, kind: Kind, **selector: str) -> list[Any]:
+        """All objects of a kind, or those that a labelSelector or fieldSelector takes, complete or Fatal."""
         return persist(self.deadline, self.all_pages, kind, selector)
 
-    def all_pages(self, kind: Kind, selector: str) -> list[Any]:
+    def all_pages(self, kind: Kind, selector: Mapping[str, str]) -> list[Any]:
         found: list[Any] = []
-        token = ""
+        query = {"limit": "500", **selector}
         while True:
-            query = [("limit", "500"), ("labelSelector", selector), ("continue", token)]
-            page = persist(self.deadline, self.page, kind, [(name, value) for name, value in query if value])
+            page = persist(self.deadline, self.page, kind, query)
             if page is None:
                 raise Transient(f"{self.name}: the list of {kind.path} expired between two pages")
             found += [keep for item in page.objects("items") if (keep := kind.convert(item))]
-            token = page.inner("metadata").get("continue", "")
-            if not token:
+            query["continue"] = page.inner("metadata").get("continue", "")
+            if not query["continue"]:
                 return found
 
-    def page(self, kind: Kind, query: list[tuple[str, str]]) -> Fields | None:
+    def page(self, kind: Kind, query: Mapping[str, str]) -> Fields | None:
         """One page; None when its continue token has expired."""
+        answer = self.request("GET", kind.path, self.deadline, query)
+        if answer.status == 410:
+            return None
+        if answer.status != 200:
+            raise self.refusal(answer, "list", kind.path.rsplit("/", 1)[1], kind.group)
+        listed = self.decode(answer.body)
+        if not isinstance(listed, dict) or listed.get("kind") != f"{kind.name}List" or listed.get("items") is None:
+            raise Fatal(f"{self.name} answers no {kind.name}List, but {quoted(status_message(answer.body))}")
+        return Fields(listed, f"{kind.name}List")
+
+    def request(
+        self, method: str, path: str, deadline: Deadline, query: Mapping[str, str] | None = None, body: Any = None
+    ) -> Answer:
+        """Sends one request; `body` is an object, or for PATCH the fields to merge in. Raises Transient or Fatal."""
         import urllib3
         from kubernetes.client.exceptions import ApiException
 
+        content = {"Content-Type": "application/merge-patch+json" if method == "PATCH" else "application/json"}
         request = self.client.param_serialize(
-            "GET",
-            kind.path,
-            query_params=query,
-            header_params={"Accept": "application/json"},
+            method,
+            path,
+            query_params=list((query or {}).items()),
+            header_params={"Accept": "application/json", **(content if body is not None else {})},
+            body=body,
             auth_settings=["BearerToken"],
         )
         for header in list(request[2]):
             request[2][header] = request[2][header].strip()  # a token file may end in a newline
         try:
-            response = self.client.call_api(*request, _request_timeout=self.deadline.remaining())
-            body = response.read()
+            response = self.client.call_api(*request, _request_timeout=deadline.remaining())
+            answer = Answer(response.status, response.headers, response.read())
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise Transient(f"{self.name}: {one_line(error)}") from None
         except ApiException as error:  # TLS
             raise Fatal(f"{self.name}: {one_line(error.reason)}; check the cluster's address and CA") from None
         except ValueError:  # its text would show the token
             raise Fatal(f"{self.name}: the address or the token has characters that no request can have") from None
-        log.debug("%s: %s: status %d, %d bytes", self.name, kind.path, response.status, len(body))
-        if response.status == 410:
-            return None
-        self.check_status(response.status, response.headers, body, kind)
-        return self.parse(body, kind)
+        log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, len(answer.body))
+        return answer
 
-    def check_status(self, status: int, headers: Mapping[str, str], body: bytes, kind: Kind) -> None:
-        resource = kind.path.rsplit("/", 1)[1]
-        told = f"{self.name} answers {status} to the list of {resource} ({status_message(body)})"
-        if status == 200:
+    def refusal(self, answer: Answer, verb: str, resource: str, group: str = "") -> Exception:
+        """What an answer other than the one that was wished for means: Fatal with what to do, or Transient."""
+        told = f"{self.name} answers {answer.status} to {verb} {resource} ({status_message(answer.body)})"
+        if answer.status == 429 or answer.status >= 500:
+            return Transient(told, retry_after(answer.headers.get("Retry-After", "")))
+        if answer.status == 401:
+            return Fatal(f"{told}: the credentials are not accepted; renew the token or certificate of the account")
+        if answer.status == 403:
+            return Fatal(f"{told}: allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole")
+        return Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
+
+    def record(self, event: Event, uid: str, deadline: Deadline) -> None:
+        """Writes an Event about a Service, or counts up the one that says the same. Raises Transient or Fatal."""
+        namespace, _, service = event.service.partition("/")
+        name = f"{service}.{hashlib.sha256(repr((uid, event)).encode()).hexdigest()[:16]}"
+        path = f"/api/v1/namespaces/{namespace}/events"
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        # an empty patch changes nothing and tells what is there, without the permission to get
+        known = self.send("PATCH", f"{path}/{name}", {}, deadline)
+        if known:
+            count = {"count": known.get("count", 1) + 1, "lastTimestamp": now}
+            self.send("PATCH", f"{path}/{name}", count, deadline)
             return
-        if status == 429 or status >= 500:
-            raise Transient(told, retry_after(headers.get("Retry-After", "")))
-        if status == 401:
-            raise Fatal(f"{told}: the credentials are not accepted; renew the token or certificate of the account")
-        if status == 403:
-            raise Fatal(f"{told}: allow verb list on {resource} of apiGroup {quoted(kind.group)} in its ClusterRole")
-        raise Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
+        regarding = {"apiVersion": "v1", "kind": "Service", "namespace": namespace, "name": service, "uid": uid}
+        made = {
+            "metadata": {"name": name, "namespace": namespace},
+            "involvedObject": regarding,
+            "type": event.type,
+            "reason": event.reason,
+            "message": event.message,
+            "source": {"component": "epok"},
+            "count": 1,
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+        }
+        self.send("POST", path, made, deadline)
 
-    def parse(self, body: bytes, kind: Kind) -> Fields:
+    def record_all(self, events: Iterable[Event], uids: Mapping[str, str], deadline: Deadline) -> None:
+        """Writes Events, in other namespaces also when one refuses them. Raises Fatal when any was not written."""
+        failed: dict[str, str] = {}
+        for event in events:
+            namespace, _, name = event.service.partition("/")
+            if namespace in failed:
+                continue
+            try:
+                one = f"metadata.namespace={namespace},metadata.name={name}"
+                uid = uids.get(event.service) or next(iter(self.read(SERVICE_UIDS, fieldSelector=one)), "")
+                if uid:  # else the Service is gone, and nobody would look
+                    persist(deadline, self.record, event, uid, deadline)
+            except Fatal as error:
+                failed[namespace] = str(error)
+        if failed:
+            raise Fatal(f"{next(iter(failed.values()))}; no Events in namespace {enumerated(failed)}")
+
+    def send(self, method: str, path: str, body: Any, deadline: Deadline) -> Fields | None:
+        """Creates or patches an Event; None where it, or its namespace, is not there, or where it is there already."""
+        answer = self.request(method, path, deadline, body=body)
+        ending = answer.status == 403 and b"is being terminated" in answer.body
+        if answer.status in (404, 409) or ending:
+            return None
+        if answer.status not in (200, 201):
+            raise self.refusal(answer, "create" if method == "POST" else "patch", "events")
+        return Fields(self.decode(answer.body), "Event")
+
+    def decode(self, body: bytes) -> Any:
         try:
-            answer = json.loads(body)
+            return json.loads(body)
         except (ValueError, RecursionError):
             raise Fatal(f"{self.name} answers no JSON, but {quoted(status_message(body))}") from None
-        if not isinstance(answer, dict) or answer.get("kind") != f"{kind.name}List" or answer.get("items") is None:
-            raise Fatal(f"{self.name} answers no {kind.name}List, but {quoted(status_message(body))}")
-        return Fields(answer, f"{kind.name}List")
 
 
 def status_message(body: bytes) -> str:
@@ -876,8 +959,8 @@ class Reader:
         )
         self.source = make.result(deadline, "logging in to the cluster, or reading the snapshot")
 
-    def read(self, kind: Kind, selector: str = "") -> list[Any]:
-        reading = Background(self.source.read, kind, selector)
+    def read(self, kind: Kind, **selector: str) -> list[Any]:
+        reading = Background(functools.partial(self.source.read, kind, **selector))
         return reading.result(self.deadline, f"{self.source.name}: the list of {kind.name}s")  # type: ignore[no-any-return]
 
     def snapshot(self) -> Snapshot:
@@ -888,15 +971,27 @@ class Reader:
             raise Fatal(f"{self.source.name} has no node at all, so it cannot be whole; nothing was changed")
         return Snapshot(tuple(services.values()), tuple(nodes.values()), {})
 
+    def tell(self, events: Iterable[Event], snapshot: Snapshot) -> None:
+        """Writes Events to the API; that they cannot be written is a warning, since the host is right without them."""
+        if not isinstance(self.source, Cluster):
+            return
+        deadline = Deadline(min(EVENT_SECONDS, self.deadline.remaining()), "the time for Events,")
+        uids = {service.key: service.uid for service in snapshot.services}
+        try:
+            writing = Background(self.source.record_all, events, uids, deadline)
+            writing.result(deadline, f"{self.source.name}: writing Events")
+        except Fatal as error:
+            log.warning("%s", error)
+
     def with_endpoints(self, snapshot: Snapshot, on_node: bool) -> Snapshot:
         """Adds endpoints where they are needed: for all Services when the host is a node, else with policy Local."""
         names = sorted({service.key.split("/")[-1] for service in snapshot.services if on_node or service.local})
         if not names:
             return snapshot
         # a long selector would not fit into a URL; then all are listed
-        selector = f"kubernetes.io/service-name in ({','.join(names)})" if len(names) <= 50 else ""
+        few = {"labelSelector": f"kubernetes.io/service-name in ({','.join(names)})"} if len(names) <= 50 else {}
         endpoints: dict[str, list[Endpoint]] = {}
-        for endpoint in itertools.chain.from_iterable(self.read(ENDPOINT_SLICES, selector)):
+        for endpoint in itertools.chain.from_iterable(self.read(ENDPOINT_SLICES, **few)):
             endpoints.setdefault(endpoint.service, []).append(endpoint)
         return dataclasses.replace(snapshot, endpoints=endpoints)
 
@@ -939,7 +1034,20 @@ class Rejection(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.service}: {self.mapping and quoted(self.mapping) + ': '}{self.reason}"
+        return f"{self.service}: {self.message}"
+
+    @property
+    def message(self) -> str:
+        return f"{self.mapping and quoted(self.mapping) + ': '}{self.reason}"
+
+
+def brief(rejections: Iterable[Rejection]) -> Iterator[Rejection]:
+    """The first ten of each Service, and how many more there are."""
+    for service, group in itertools.groupby(rejections, lambda rejection: rejection.service):
+        its = list(group)
+        yield from its[:10]
+        if len(its) > 10:
+            yield Rejection(service, "", f"{len(its) - 10} more mappings")
 
 
 @dataclass
@@ -1605,6 +1713,7 @@ class LocalHost:
     sudo: tuple[str, ...] = ()
 
     def __init__(self) -> None:
+        self.machine = socket.gethostname()
         self.user = f"#{os.geteuid()}"
         with contextlib.suppress(KeyError):
             self.user = pwd.getpwuid(os.geteuid()).pw_name
@@ -1651,7 +1760,7 @@ class SshHost:
 
     def __init__(self, login: Login, options: Options) -> None:
         self.login, self.options = login, options
-        self.name, self.user = str(login), login.user
+        self.name, self.machine, self.user = str(login), str(login), login.user
         self.sudo = () if login.user == "root" else ("sudo", "-n")
         self.client: Any = None
 
@@ -2020,24 +2129,37 @@ def count_forwards(tables: Tables) -> int:
 
 
 class Live(NamedTuple):
-    """A forward as rules say it: its ports, whose they are, and the leaf that sends connections on."""
+    """A forward as rules say it: its ports, the leaf that sends connections on, where they go, and that as a text."""
 
     first: int
     last: int
     protocol: str
-    label: str
-    pods: bool
+    version: int
     chain: str
+    targets: tuple[str, ...]
+    text: str
 
     def __str__(self) -> str:
         return f"{self.protocol}/{Range(self.first, self.last)}"
+
+    def ports(self) -> range:
+        return range(self.first, self.last + 1)
+
+    @property
+    def nodes(self) -> set[str]:
+        return {target.rpartition(":")[0].strip("[]") for target in self.targets}
+
+    @property
+    def service(self) -> str:
+        return self.text.partition(":")[0]
 
 
 DISPATCH = re.compile(r'-p (\w+) -m \w+ --dport (\d+)(?::(\d+))? -m comment --comment "(\S+) (\S+)( pods)?" -g (\S+)')
 
 
-def forwards_in(chains: Mapping[str, list[str]]) -> dict[tuple[int, int, str], Live]:
-    """What a nat table forwards, by ports and protocol."""
+def forwards_in(tables: Tables | None, version: int) -> dict[tuple[int, int, str], Live]:
+    """What rules forward, by ports and protocol."""
+    chains = (tables or NOTHING)["nat"].chains
     forwards = {}
     todo, seen = [ROOT], {ROOT}
     while todo:
@@ -2045,7 +2167,12 @@ def forwards_in(chains: Mapping[str, list[str]]) -> dict[tuple[int, int, str], L
             jump = rule.rpartition(" -g ")[2]
             if match := DISPATCH.match(rule):
                 protocol, first, last, service, port, pods, chain = match.groups()
-                live = Live(int(first), int(last or first), protocol, f"{service}:{port}", bool(pods), chain)
+                sources, rules = leaf_rules(chain, chains)
+                # each target once, like 10.0.0.1:2025
+                targets = tuple(dict.fromkeys(rule.split()[-1] for rule in rules if " --to-destination " in rule))
+                text = f"{service}:{port} {describe(sources, rules, targets, bool(pods))}"
+                over = " over IPv6" if version == 6 else ""
+                live = Live(int(first), int(last or first), protocol, version, chain, targets, text + over)
                 forwards[live[:3]] = live
             elif jump not in seen:
                 seen.add(jump)
@@ -2060,65 +2187,69 @@ def leaf_rules(chain: str, chains: Mapping[str, list[str]]) -> tuple[list[str], 
     return sources, chains.get(rules[0].split()[-1], []) if sources else rules
 
 
-def targets_in(rules: Iterable[str]) -> list[str]:
-    """Where a leaf sends connections, like 10.0.0.1:2025, each once."""
-    return list(dict.fromkeys(rule.split()[-1] for rule in rules if " --to-destination " in rule))
-
-
-def describe(live: Live, chains: Mapping[str, list[str]]) -> str:
-    """For a person: "default/mail:smtp (NodePort 2025) on 3 nodes, client address kept"."""
-    sources, rules = leaf_rules(live.chain, chains)
-    targets = targets_in(rules)
+def describe(sources: list[str], rules: list[str], targets: Sequence[str], pods: bool) -> str:
+    """For a person: "(NodePort 2025) on 3 nodes, client address kept"."""
     ports = ", ".join(dict.fromkeys(target.rpartition(":")[2].split("/")[0] for target in targets))
     marks = re.search(r"--set-xmark (\w+)/(\w+)", " ".join(rules))
     kept = ", client address kept" if marks and marks[1] != marks[2] else ""
     only = f", for {enumerated(sources)} only" if sources else ""
-    what, place = ("port", "pod") if live.pods else ("NodePort", "node")
-    return f"{live.label} ({what} {ports}) on {len(targets)} {plural(len(targets), place)}{kept}{only}"
+    what, place = ("port", "pod") if pods else ("NodePort", "node")
+    return f"({what} {ports}) on {len(targets)} {plural(len(targets), place)}{kept}{only}"
 
 
 class Change(NamedTuple):
-    """A forward that came (+), went (-) or is another now (~), and the targets that it has no more."""
+    """A forward that came (nothing before), went (nothing after), or is another now."""
 
-    sign: str
-    live: Live
-    text: str
-    version: int
-    gone: tuple[str, ...]
+    before: Live | None
+    after: Live | None
+
+    @property
+    def sign(self) -> str:
+        return "+" if not self.before else "~" if self.after else "-"
+
+    @property
+    def live(self) -> Live:
+        return self.after or self.before  # type: ignore[return-value]
 
     def __str__(self) -> str:
-        return f"{self.sign} {self.live} -> {self.text}"
+        return f"{self.sign} {self.live} -> {self.live.text}"
 
 
 def changes_between(before: Found | Wanted, after: Found | Wanted) -> list[Change]:
     changes = []
-    for family in FAMILIES:
-        was, shall = ((tables[family.version] or NOTHING)["nat"].chains for tables in (before, after))
-        old, new = forwards_in(was), forwards_in(shall)
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) == new.get(key):
-                continue
-            sign = "+" if key not in old else "~" if key in new else "-"
-            text = describe(new[key], shall) if key in new else describe(old[key], was)
-            had = targets_in(leaf_rules(old[key].chain, was)[1]) if key in old else []
-            has = targets_in(leaf_rules(new[key].chain, shall)[1]) if key in new else []
-            gone = [target for target in had if target not in has]
-            over = " over IPv6" if family.version == 6 else ""
-            changes.append(Change(sign, new.get(key) or old[key], text + over, family.version, tuple(gone)))
+    for version in (family.version for family in FAMILIES):
+        old, new = (forwards_in(tables[version], version) for tables in (before, after))
+        both = (Change(old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()))
+        changes += [change for change in both if change.before != change.after]
     return changes
+
+
+def events_of(changes: Iterable[Change], machine: str) -> list[Event]:
+    """An Event for each Service that has got or lost a forward, in one IP version or both."""
+    events: dict[tuple[object, ...], Event] = {}
+    for old, new in changes:
+        if new and new.service != (old and old.service):
+            message = f"{machine}: now forwarding {new} to {new.text}"
+            events.setdefault((new.service, new[:3], 1), Event(new.service, "Normal", "ExternalPortForwarded", message))
+        if old and old.service != (new and new.service):
+            message = f"{machine}: no longer forwarding {old} to {old.text}"
+            events.setdefault((old.service, old[:3], 0), Event(old.service, "Normal", "ExternalPortRemoved", message))
+    return list(events.values())
 
 
 def end_stale_flows(host: Host, changes: Iterable[Change], state: State, deadline: Deadline) -> None:
     """Lets UDP clients that keep their port, and so the way of their first packet, go the new way."""
-    for change in changes:
-        if change.live.protocol != "udp":
-            continue
-        nodes = {target.rpartition(":")[0].strip("[]") for target in change.gone}
-        for address in (str(address) for address in state.addresses if address.version == change.version):
-            for port in range(change.live.first, change.live.last + 1):
-                for reply in sorted(nodes) or ([address] if change.sign == "+" else []):
-                    if not end_flows(host, change.version, address, port, reply, deadline):
-                        return
+    had, has = (
+        {(live.version, port): live.nodes for live in side if live and live.protocol == "udp" for port in live.ports()}
+        for side in ([change.before for change in changes], [change.after for change in changes])
+    )
+    for version, port in sorted(had.keys() | has.keys()):
+        gone = had.get((version, port), set()) - has.get((version, port), set())
+        for address in (str(address) for address in state.addresses if address.version == version):
+            # to a port that is new, flows are answered by the host itself
+            for reply in sorted(gone) or ([address] if (version, port) not in had else []):
+                if not end_flows(host, version, address, port, reply, deadline):
+                    return
 
 
 def end_flows(host: Host, version: int, address: str, port: int, reply: str, deadline: Deadline) -> bool:
@@ -2138,18 +2269,14 @@ def end_flows(host: Host, version: int, address: str, port: int, reply: str, dea
 def report_plan(plan: Plan) -> None:
     for warning in plan.warnings:
         log.warning("%s", warning)
-    for service, rejections in itertools.groupby(plan.rejections, lambda rejection: rejection.service):
-        reasons = list(rejections)
-        for rejection in reasons[:10]:
-            log.warning("rejected: %s", rejection)
-        if len(reasons) > 10:
-            log.warning("rejected: %s: %d more mappings", service, len(reasons) - 10)
+    for rejection in brief(plan.rejections):
+        log.warning("rejected: %s", rejection)
 
 
 def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Input], changes: Sequence[Change]) -> None:
     verbs = {"+": "now forwarding", "-": "no longer forwarding", "~": "changed:"}
     for change in changes:
-        log.info("%s%s %s to %s", prefix, verbs[change.sign], change.live, change.text)
+        log.info("%s%s %s to %s", prefix, verbs[change.sign], change.live, change.live.text)
     count = sum(count_forwards(tables) for tables in wanted.values())
     total = f"{count} {plural(count, 'forward')}"
     if not inputs:
@@ -2214,6 +2341,7 @@ class Planner:
         self.reader = Reader(options, deadline)
         self.snapshot = self.reader.snapshot()
         self.made: dict[Set[str], Wanted] = {}
+        self.events: list[Event] = []
         self.lock = threading.Lock()
 
     def wanted(self, state: State) -> Wanted:
@@ -2223,8 +2351,16 @@ class Planner:
                 snapshot = self.reader.with_endpoints(self.snapshot, bool(own))
                 plan = make_plan(snapshot, self.options, own)
                 report_plan(plan)
+                self.events += [
+                    Event(rejection.service, "Warning", "ExternalPortRejected", rejection.message)
+                    for rejection in brief(plan.rejections)
+                ]
                 self.made[own] = {family.version: render(plan.forwards, family, self.options) for family in FAMILIES}
             return self.made[own]
+
+    def tell(self) -> None:
+        """Writes the Events of the run, news before what is repeated each minute."""
+        self.reader.tell(sorted(dict.fromkeys(self.events), key=lambda event: event.type), self.snapshot)
 
 
 def serve(host: Host, reader: Background, planner: Planner | None, options: Options, deadline: Deadline) -> int:
@@ -2242,6 +2378,8 @@ def serve(host: Host, reader: Background, planner: Planner | None, options: Opti
         inputs = converge(host, wanted, state.tables, options, deadline)
         changes = changes_between(state.tables, wanted) if inputs else []
         report_swap(prefix, state.tables, wanted, inputs, changes)
+        if planner:
+            planner.events.extend(events_of(changes, host.machine))
         persist(deadline, end_stale_flows, host, changes, state, deadline)
         return 0
     except Fatal as error:
@@ -2268,6 +2406,8 @@ def run(options: Options) -> int:
         except Fatal as error:
             log.error("%s", error)
             statuses.append(error.status)
+    if planner and not options.dry_run:
+        planner.tell()
     return 1 if 1 in statuses else max(statuses)
 
 

@@ -35,7 +35,7 @@ MISSING = object()
 
 
 class Request(NamedTuple):
-    """A GET that came; `resource` is the path when it is none of the lists."""
+    """A request that came; `resource` is the path when it is neither a list nor about Events."""
 
     resource: str
     query: dict[str, str]
@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        failure(403, "Forbidden", "this API cannot be written to")(Exchange(self, self.server.api, b""))
+        self.server.api.answer(self)
 
     protocol_version = "HTTP/1.1"
     do_PUT = do_PATCH = do_DELETE = do_POST
@@ -238,7 +238,8 @@ class FakeApi:
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         url = urlsplit(handler.path)
-        resource, version, kind = LISTS.get(url.path, (url.path, "", ""))
+        events = re.fullmatch("/api/v1/namespaces/[^/]+/events(/[^/]+)?", url.path)
+        resource, version, kind = LISTS.get(url.path, ("events" if events else url.path, "", ""))
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         self.requests.append(
             Request(resource, query, handler.path, handler.headers.get("Authorization", ""), time.monotonic())
@@ -250,11 +251,11 @@ class FakeApi:
         for faulty, behaviour, at in self.faults:
             if faulty == resource and number in at:
                 return behaviour(exchange)
-        return answer(200, body)(exchange) if kind else failure(403, "Forbidden", "no such thing")(exchange)
+        return answer(200, body)(exchange) if kind else failure(403, "Forbidden", "not allowed")(exchange)
 
     def page(self, version: str, kind: str, query: dict[str, str]) -> bytes:
         """One page as the API writes it: items without apiVersion and kind; a token that a URL must quote."""
-        found = [item for item in self.objects if item["kind"] == kind and selected(item, query.get("labelSelector"))]
+        found = [item for item in self.objects if item["kind"] == kind and selected(item, query)]
         start = int(query.get("continue", "0=").split("=")[0])
         end = start + min(int(query.get("limit", "10000")), self.page_size)
         left = len(found) - end
@@ -273,12 +274,16 @@ class FakeApi:
         ).encode()
 
 
-def selected(item: Object, selector: "str | None") -> bool:
-    """Whether a selector of the form `label=value` or `label in (value,value)` takes an object."""
-    if not selector:
+def selected(item: Object, query: dict[str, str]) -> bool:
+    """Whether selectors take an object: `label=value`, `label in (value,value)`, `metadata.field=value,...`."""
+    for term in filter(None, query.get("fieldSelector", "").split(",")):
+        field, value = term.removeprefix("metadata.").split("=")
+        if item["metadata"].get(field) != value:
+            return False
+    if "labelSelector" not in query:
         return True
-    match = re.fullmatch(r"([\w./-]+)(?: in \((.*)\)|==?(.*))", selector)
-    assert match, f"this fake knows no such selector: {selector}"
+    match = re.fullmatch(r"([\w./-]+)(?: in \((.*)\)|==?(.*))", query["labelSelector"])
+    assert match, f"this fake knows no such selector: {query}"
     values = [value.strip() for value in (match[2] or match[3]).split(",")]
     return (item["metadata"].get("labels") or {}).get(match[1]) in values
 

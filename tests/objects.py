@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 CREATED = "2024-01-01T00:00:00Z"
+CLUSTER_IP = "10.96.0.10"
 Object = dict[str, Any]
 
 
@@ -30,6 +31,11 @@ def service(
 ) -> Object:
     """A Service; `externalport` is the annotation that epok reads, `spec` adds to or replaces the spec's fields."""
     asked = {} if externalport is None else {"getbetter.ro/externalport": externalport}
+    internal = {
+        "clusterIP": CLUSTER_IP,
+        "ipFamilies": list(families),
+        "ipFamilyPolicy": "SingleStack" if len(families) == 1 else "PreferDualStack",
+    }
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -43,10 +49,8 @@ def service(
         "spec": {
             "type": type,
             "ports": list(ports),
-            "clusterIP": "10.96.0.10",
-            "ipFamilies": list(families),
-            "ipFamilyPolicy": "SingleStack" if len(families) == 1 else "PreferDualStack",
-            "externalTrafficPolicy": policy,
+            **({} if type == "ExternalName" else internal),
+            **({"externalTrafficPolicy": policy} if type in ("NodePort", "LoadBalancer") else {}),
             "internalTrafficPolicy": "Cluster",
             "sessionAffinity": "None",
             "selector": {"app": name},
@@ -88,12 +92,12 @@ def node(
     }
 
 
-def endpoint(node_name: str, *addresses: str, ready: bool = True) -> Object:
-    """A pod behind a Service, on that node."""
+def endpoint(node_name: str, *addresses: str, ready: bool = True, terminating: bool = False) -> Object:
+    """A pod behind a Service, on that node. One that is `ready` to the end serves while it is terminating."""
     return {
         "addresses": list(addresses),
         "nodeName": node_name,
-        "conditions": {"ready": ready, "serving": ready, "terminating": False},
+        "conditions": {"ready": ready and not terminating, "serving": ready, "terminating": terminating},
     }
 
 

@@ -9,7 +9,6 @@ import copy
 import datetime
 import email.utils
 import functools
-import ipaddress
 import json
 import os
 import re
@@ -24,9 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from authority import Authority
 from fake_api import (
     ALWAYS,
     MISSING,
@@ -316,6 +313,48 @@ def test_a_dry_run_that_cannot_read_the_cluster_fails_too(lab: Lab, api: FakeApi
     assert not done.out
 
 
+EVENT_FAULTS = {
+    "silence": (silent, "(?i)time"),
+    "an answer that drips": (dripping_head, "(?i)time"),
+    "500": (answer(500), "500"),
+    "429 for an hour": (answer(429, "", Retry_After=3600), "429"),
+    "401": (failure(401, "Unauthorized", "Unauthorized"), "401"),
+    "403": (failure(403, "Forbidden", "events is forbidden"), r"403.*\bpatch\b.*\bevents\b"),
+    "422": (failure(422, "Invalid", "no good Event"), "422.*no good Event"),
+    "a connection closed at once": (hanging_up, "(?i)clos|abort|connection"),
+    "HTML": (answer(200, HTML), "JSON"),
+    "nothing": (answer(200), "JSON"),
+    "a list": (answer(200, "[]"), "Event"),
+    "a count that is none": (answer(200, {"count": "many"}), "Event.count"),
+}
+
+
+@pytest.mark.parametrize("behaviour, says", EVENT_FAULTS.values(), ids=EVENT_FAULTS)
+def test_events_that_cannot_be_written_are_one_warning_in_time(
+    lab: Lab, api: FakeApi, config: str, behaviour: Behaviour, says: str
+) -> None:
+    api.objects.append(service("typo", "443:htps", [port(443, 30443, "https")]))
+    api.misbehave("events", behaviour)
+    done = run(lab, "--kubeconfig", config)
+    assert done.status == 0, done.log
+    rejected, warning = [line for line in done.log.splitlines() if line.startswith("warning: ")]
+    assert "rejected" in rejected
+    assert re.search(says, warning), warning
+    assert targets(lab) == on_nodes(2025)
+    assert done.seconds < PLENTY / 2
+
+
+@pytest.mark.parametrize("behaviour", [answer(404), answer(409)], ids=["namespace gone", "told by another"])
+def test_an_event_that_has_no_place_any_more_is_no_warning(
+    lab: Lab, api: FakeApi, config: str, behaviour: Behaviour
+) -> None:
+    api.misbehave("events", behaviour)
+    done = run(lab, "--kubeconfig", config)
+    assert done.status == 0
+    assert "warning: " not in done.log
+    assert len(api.asked("events")) == 2
+
+
 def test_clean_asks_no_cluster(lab: Lab, api: FakeApi, config: str) -> None:
     api.misbehave("services", silent)
     assert run(lab, "--clean", "--kubeconfig", config).status == 0
@@ -400,29 +439,13 @@ def test_an_expired_token_starts_the_list_over(lab: Lab, api: FakeApi, config: s
 
 
 def certificate(directory: Path, name: str = "127.0.0.1", days: int = 1) -> tuple[str, ssl.SSLContext]:
-    """The file of a new self-signed certificate, and what a server needs to show it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder(
-            subject,
-            subject,
-            key.public_key(),
-            x509.random_serial_number(),
-            now - datetime.timedelta(days=9),
-            now + datetime.timedelta(days=days),
-        )
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(name))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    file, context = directory / "server.pem", ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    file.write_bytes(made.public_bytes(serialization.Encoding.PEM) + private)
-    context.load_cert_chain(file)
+    """The file of a new authority, and what a server needs to show a certificate of it."""
+    authority = Authority()
+    file, server = directory / "ca.pem", directory / "server.pem"
+    file.write_bytes(authority.pem)
+    server.write_bytes(authority.issue("server", address=name, days=days))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server)
     return str(file), context
 
 

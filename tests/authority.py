@@ -1,0 +1,47 @@
+"""Certificates for servers and users of the tests."""
+
+import datetime
+import ipaddress
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
+
+PEM = serialization.Encoding.PEM
+
+
+def private_pem(key: PrivateKeyTypes) -> bytes:
+    return key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+
+
+def public_pem(key: PublicKeyTypes) -> bytes:
+    return key.public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+class Authority:
+    """Signs certificates; `pem` is its own."""
+
+    def __init__(self) -> None:
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "epok tests")])
+        self.pem = self.sign(self.name, self.key.public_key(), x509.BasicConstraints(ca=True, path_length=None))
+
+    def issue(self, name: str, organisation: str = "", address: str = "", days: int = 1) -> bytes:
+        """A certificate and its private key: of a server at that address, or of a user."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        attributes = [x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]
+        if organisation:
+            attributes.append(x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, organisation))
+        alternative = [x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])] if address else []
+        return self.sign(x509.Name(attributes), key.public_key(), *alternative, days=days) + private_pem(key)
+
+    def sign(
+        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *extensions: x509.ExtensionType, days: int = 1
+    ) -> bytes:
+        now = datetime.datetime.now(datetime.UTC)
+        start, end = now - datetime.timedelta(days=9), now + datetime.timedelta(days=days)
+        made = x509.CertificateBuilder(self.name, subject, key, x509.random_serial_number(), start, end)
+        for extension in extensions:
+            made = made.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+        return made.sign(self.key, hashes.SHA256()).public_bytes(PEM)

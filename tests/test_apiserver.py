@@ -1,0 +1,464 @@
+"""epok and a real kube-apiserver: what it reads there with the role that cron/ ships, and the Events that it writes."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from apiserver import ADDRESS, PORT, ApiServer
+from conftest import BACKENDS
+from fake_api import write_kubeconfig
+from lab import CLIENT, EPOK, HOST6, Lab, Namespace
+from objects import endpoint, endpoint_slice, port, service
+
+pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
+
+ACCOUNT = "system:serviceaccount:kube-system:epok"
+RBAC = (EPOK.parent / "cron" / "rbac.yaml").read_text().replace("$EPOK_NS", "kube-system")
+ROLE = next(item for item in yaml.safe_load_all(RBAC) if item["kind"] == "ClusterRole")
+SMTP = port(25, 2025, "smtp")
+MAIL = service("mail", "25:2025", [SMTP])
+WEB = service("web", "80:30080", [port(80, 30080)])
+LOCAL_MAIL = service("mail", "25:2025", [SMTP], policy="Local")
+NODES = {"node1", "node2", "node3"}
+TRIES = 60  # one of three nodes is missed about once in ten thousand million times
+Done = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def server(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> ApiServer:
+    made = ApiServer(lab.host, tmp_path_factory.mktemp("apiserver"))
+    made.kubectl("apply", "-f", "-", input=RBAC)
+    return made
+
+
+@pytest.fixture
+def api(lab: Lab, server: ApiServer) -> ApiServer:
+    """The server with the lab's nodes and nothing else."""
+    server.clear()
+    server.create(*lab.node_objects())
+    return server
+
+
+@pytest.fixture(scope="module")
+def config(server: ApiServer) -> str:
+    """The kubeconfig of the account that has the role of cron/."""
+    return server.kubeconfig("epok", token=server.token())
+
+
+def epok(lab: Lab, config: str, *args: str, **how: Any) -> Done:
+    done = lab.epok("-i", "eth0", "--timeout", "20", "--kubeconfig", config, *args, "local", **how)
+    assert all(re.match("(debug|info|warning|error): ", line) for line in done.stderr.splitlines()), done.stderr
+    return done
+
+
+def succeeds(lab: Lab, config: str, *args: str, **how: Any) -> Done:
+    done = epok(lab, config, *args, **how)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def fails(lab: Lab, config: str, *says: str) -> None:
+    """Exit status 1, one error that matches all of `says`, and the rules as they were."""
+    before = lab.saved() + lab.saved(6)
+    done = epok(lab, config)
+    assert done.returncode == 1, done.stderr
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for words in says:
+        assert re.search(words, error), f"not in the error: {words}\n{error}"
+    assert lab.saved() + lab.saved(6) == before
+
+
+def warnings(done: Done) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+
+
+def account_without(server: ApiServer, resource: str) -> str:
+    """The kubeconfig of an account whose role lacks all verbs on that resource."""
+    name = f"no-{resource}"
+    rules = [{**rule, "resources": [r for r in rule["resources"] if r != resource]} for rule in ROLE["rules"]]
+    grant = {"roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name}}
+    grant["subjects"] = [{"kind": "ServiceAccount", "name": name, "namespace": "kube-system"}]
+    made = [
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": "kube-system"}},
+        {**ROLE, "metadata": {"name": name}, "rules": [rule for rule in rules if rule["resources"]]},
+        {"apiVersion": ROLE["apiVersion"], "kind": "ClusterRoleBinding", "metadata": {"name": name}, **grant},
+    ]
+    server.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(made))
+    return server.kubeconfig(name, token=server.token(name))
+
+
+def who(lab: Lab, number: int, **how: Any) -> set[str]:
+    return {lab.ask(number, **how).name for _ in range(TRIES)}
+
+
+def targets(lab: Lab, version: int = 4) -> set[str]:
+    return set(re.findall(r"--to-destination (\S+)", lab.saved(version)))
+
+
+# ---- reading
+
+
+def test_the_role_is_no_larger_than_what_epok_asks_for(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(service("mail", "25:2025, 26:nope", [SMTP], policy="Local"), WEB)
+    api.create(endpoint_slice("mail", [endpoint("node1", "10.244.1.5")]))
+    succeeds(lab, config)
+    api.patch("/api/v1/namespaces/default/services/web", metadata={"annotations": {"getbetter.ro/externalport": None}})
+    succeeds(lab, config)
+    granted = {(verb, name) for rule in ROLE["rules"] for name in rule["resources"] for verb in rule["verbs"]}
+    assert {asked[:2] for asked in api.asked()} == granted
+
+
+def test_1200_services_of_every_kind_are_read_in_pages(lab: Lab, api: ApiServer, config: str) -> None:
+    ports = [(n, 3000 + n) for n in range(300)]
+    api.create(
+        *(service(f"node-port-{n}", f"{n + 1}:{node_port}", [port(80, node_port)]) for n, node_port in ports[:200]),
+        *(
+            service(f"balanced-{n}", f"{n + 1}:web", [port(80, node_port, "web")], type="LoadBalancer")
+            for n, node_port in ports[200:]
+        ),
+        *(service(f"cluster-ip-{n}", None, [port(80)], type="ClusterIP") for n in range(300)),
+        *(service(f"named-{n}", None, type="ExternalName", externalName="example.org") for n in range(300)),
+        *(service(f"not-annotated-{n}", None, [port(80)]) for n in range(297)),
+        service("cluster-ip", "1001:80", [port(80)], type="ClusterIP"),
+        service("headless", "1002", [port(1002)], type="ClusterIP", clusterIP="None"),
+        service("named", "1003:80", [port(80)], type="ExternalName", externalName="example.org"),
+    )
+    done = succeeds(lab, config)
+    assert targets(lab) == {f"10.0.0.{number}:{node_port}" for number in (11, 12, 13) for _, node_port in ports}
+    assert {re.search(r"default/(\S+):", line)[1] for line in warnings(done)} == {"cluster-ip", "headless", "named"}
+    pages = [asked.uri for asked in api.asked() if asked.resource == "services"]
+    assert len(pages) == 3
+    assert all(uri.startswith("/api/v1/services?limit=500") for uri in pages)
+
+
+def test_every_field_of_a_real_service_counts(lab: Lab, api: ApiServer, config: str) -> None:
+    dual = ("IPv4", "IPv6")
+    api.create(
+        service("dual", "81:30001", [port(81, 30001)], families=dual),
+        service("six", "82:30002", [port(82, 30002)], families=("IPv6",)),
+        service("sticky", "83:30003", [port(83, 30003)], sessionAffinity="ClientIP"),
+        service("dns", "53:30053", [port(53, 30053, "dns", "UDP"), port(53, 30053, "dns-tcp")]),
+        service("range", "8004-8005:30004-30005", [port(n, 30000 + n, f"p{n}") for n in (4, 5)]),
+        service("some", "86:30006", [port(86, 30006)], type="LoadBalancer", loadBalancerSourceRanges=["192.0.2.11/32"]),
+    )
+    done = succeeds(lab, config)
+    assert not warnings(done)
+    assert who(lab, 81) == who(lab, 81, to=HOST6) == who(lab, 82, to=HOST6) == NODES
+    assert len(who(lab, 83)) == 1
+    assert lab.ask(53).port == lab.ask(53, "udp").port == 30053
+    assert [lab.ask(8004).port, lab.ask(8005).port] == [30004, 30005]
+    assert lab.ask(86, source=CLIENT[1]).port == 30006
+    for refused in ({"port": 82}, {"port": 83, "to": HOST6}, {"port": 86, "source": CLIENT[0]}):
+        with pytest.raises(ConnectionRefusedError):
+            lab.ask(**refused)
+
+
+@pytest.mark.parametrize("output", ["json", "yaml"])
+def test_what_kubectl_prints_serves_as_well(lab: Lab, api: ApiServer, config: str, output: str) -> None:
+    api.create(LOCAL_MAIL, WEB, endpoint_slice("mail", [endpoint("node2", "10.244.1.5")]))
+    succeeds(lab, config)
+    before = lab.saved()
+    printed = api.kubectl("get", "services,nodes,endpointslices", "-A", "-o", output)
+    done = lab.host.run(
+        ["env", "-C", str(EPOK.parent), ".venv/bin/python", str(EPOK), "-i", "eth0", "--snapshot", "-", "local"],
+        printed,
+    )
+    assert "in sync, 2 forwards" in done.stderr
+    assert lab.saved() == before
+
+
+def test_local_asks_for_the_endpoints_of_its_own_services_and_keeps_the_client(
+    lab: Lab, api: ApiServer, config: str
+) -> None:
+    api.create(MAIL, WEB)
+    succeeds(lab, config)
+    assert "endpointslices" not in {asked.resource for asked in api.asked()}
+    api.patch("/api/v1/namespaces/default/services/mail", spec={"externalTrafficPolicy": "Local"})
+    api.create(endpoint_slice("mail", [endpoint("node2", "10.244.1.5"), endpoint("node3", "10.244.2.5", ready=False)]))
+    succeeds(lab, config)
+    [uri] = [asked.uri for asked in api.asked() if asked.resource == "endpointslices"]
+    assert "labelSelector=kubernetes.io/service-name%20in%20%28mail%29" in uri
+    assert {lab.ask(25)[:2] for _ in range(TRIES)} == {("node2", CLIENT[0])}
+    assert {lab.ask(80).saw for _ in range(TRIES)} == {"10.0.0.1"}
+
+
+def test_local_without_any_endpoint_goes_away_with_a_warning(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(LOCAL_MAIL, WEB, endpoint_slice("mail", [endpoint("node2", "10.244.1.5")]))
+    succeeds(lab, config)
+    assert lab.ask(25).name == "node2"
+    api.patch(
+        "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/mail-abcde",
+        endpoints=[endpoint("node2", "10.244.1.5", ready=False) | {"conditions": {"ready": False, "serving": False}}],
+    )
+    [warning] = warnings(succeeds(lab, config))
+    assert re.search("default/mail.*endpoint", warning)
+    assert who(lab, 80) == NODES
+    with pytest.raises(ConnectionRefusedError):
+        lab.ask(25)
+
+
+# ---- who may
+
+
+@pytest.mark.parametrize("resource, group", [("services", ""), ("nodes", ""), ("endpointslices", "discovery.k8s.io")])
+def test_a_role_without_a_verb_is_told_which_and_leaves_the_rules_alone(
+    lab: Lab, api: ApiServer, config: str, resource: str, group: str
+) -> None:
+    api.create(WEB)
+    succeeds(lab, config)
+    api.create(LOCAL_MAIL)
+    fails(lab, account_without(api, resource), "403", r"\blist\b", rf"\b{resource}\b", rf'"{group}"', f"no-{resource}")
+
+
+def test_an_expired_token_leaves_the_rules_alone(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(WEB)
+    succeeds(lab, config)
+    api.create(MAIL)
+    fails(lab, api.kubeconfig("expired", token=api.expired(api.token())), "401", "token")
+
+
+def test_a_pod_needs_no_kubeconfig(lab: Lab, api: ApiServer) -> None:
+    api.create(MAIL)
+    mounted = Path(f"/proc/{lab.host.pid}/root/run/secrets/kubernetes.io/serviceaccount")
+    mounted.mkdir(parents=True)
+    (mounted / "token").write_text(api.token())
+    (mounted / "ca.crt").write_bytes(api.authority.pem)
+    pod = {"KUBERNETES_SERVICE_HOST": ADDRESS, "KUBERNETES_SERVICE_PORT": str(PORT), "HOME": "/nowhere"}
+    done = lab.epok("-i", "eth0", "local", env=pod)
+    assert done.returncode == 0, done.stderr
+    assert who(lab, 25) == NODES
+    assert api.asked()
+
+
+def test_a_client_certificate_serves_as_well_as_a_token(lab: Lab, api: ApiServer) -> None:
+    api.create(MAIL)
+    succeeds(lab, api.kubeconfig("certificate", certificate=api.admin))
+    assert who(lab, 25) == NODES
+
+
+def test_certificates_inside_a_kubeconfig_leave_no_files(lab: Lab, api: ApiServer, tmp_path: Path) -> None:
+    api.create(MAIL)
+    config = api.kubectl("config", "view", "--raw", "--flatten")
+    (tmp_path / "config").write_text(config)
+    (tmp_path / "tmp").mkdir()
+    succeeds(lab, str(tmp_path / "config"), env={"TMPDIR": str(tmp_path / "tmp")})
+    assert "client-key-data" in config
+    assert not os.listdir(tmp_path / "tmp")
+
+
+def test_a_context_chooses_the_user(lab: Lab, api: ApiServer, config: str, tmp_path: Path) -> None:
+    api.create(MAIL)
+    merged = json.loads(Path(config).read_text())
+    stranger = {"name": "stranger", "user": {"token": "nobody"}}
+    named = {"name": "strange", "context": {"cluster": "cluster-one", "user": "stranger"}}
+    merged |= {"users": [*merged["users"], stranger], "contexts": [*merged["contexts"], named]}
+    (tmp_path / "config").write_text(json.dumps({**merged, "current-context": "strange"}))
+    fails(lab, str(tmp_path / "config"), "401")
+    succeeds(lab, str(tmp_path / "config"), "--context", "one")
+    assert who(lab, 25) == NODES
+
+
+# ---- a server that goes away
+
+
+class Relay:
+    """Passes connections on to the server, until a client asks again after a long answer: for the next page.
+
+    That request never arrives: its connection is closed, and `gone` is called while all others wait.
+    """
+
+    def __init__(self, space: Namespace, gone: Callable[[], object]) -> None:
+        self.gone, self.space = gone, space
+        self.used, self.lock = False, threading.Lock()
+        with space.entered():
+            self.listener = socket.create_server((ADDRESS, 0))
+        self.url = f"https://{ADDRESS}:{self.listener.getsockname()[1]}"
+        in_background(self.accept)
+
+    def accept(self) -> None:
+        while True:
+            in_background(self.pass_on, self.listener.accept()[0])
+
+    def pass_on(self, client: socket.socket) -> None:
+        with client, self.space.entered(), socket.create_connection((ADDRESS, PORT)) as server:
+            answered: list[int] = []
+            in_background(self.answer, server, client, answered)
+            while data := client.recv(65536):
+                with self.lock:
+                    if sum(answered) > 100_000 and not self.used:
+                        self.used = True
+                        client.shutdown(socket.SHUT_RDWR)
+                        self.gone()
+                        return
+                server.sendall(data)
+
+    @staticmethod
+    def answer(server: socket.socket, client: socket.socket, answered: list[int]) -> None:
+        try:
+            while data := server.recv(65536):
+                answered.append(len(data))
+                client.sendall(data)
+        finally:
+            client.shutdown(socket.SHUT_RDWR)
+
+
+def in_background(work: Callable[..., object], *args: object) -> None:
+    def run() -> None:
+        with contextlib.suppress(OSError):  # one of the sides is gone, as they shall be
+            work(*args)
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+@pytest.fixture
+def many(lab: Lab, api: ApiServer) -> ApiServer:
+    """More Services than a page has; the last one alone is forwarded."""
+    api.create(*(service(f"a{n}", None, [port(80)]) for n in range(600)), service("z", "25:2025", [SMTP]))
+    return api
+
+
+def through(relay: Relay, api: ApiServer) -> str:
+    """A kubeconfig of epok's account, by way of the relay."""
+    authority = {"certificate-authority": api.ca}
+    return write_kubeconfig(api.folder / "relay", relay.url, user={"token": api.token()}, cluster=authority)
+
+
+def test_a_server_that_goes_away_between_two_pages_and_comes_back_is_read_whole(lab: Lab, many: ApiServer) -> None:
+    def restart() -> None:
+        many.kill()
+        many.start()
+
+    relay = Relay(lab.host, restart)
+    done = succeeds(lab, through(relay, many))
+    assert relay.used
+    assert "trying again" in done.stderr
+    assert targets(lab) == {f"10.0.0.{number}:2025" for number in (11, 12, 13)}
+
+
+def test_a_server_that_goes_away_between_two_pages_leaves_the_rules_alone(
+    lab: Lab, many: ApiServer, config: str
+) -> None:
+    many.create(WEB)
+    succeeds(lab, config)
+    many.patch("/api/v1/namespaces/default/services/web", metadata={"annotations": {"getbetter.ro/externalport": None}})
+    relay = Relay(lab.host, many.kill)
+    try:
+        fails(lab, through(relay, many), re.escape(relay.url))
+        assert relay.used
+    finally:
+        many.start()
+    assert who(lab, 80) == NODES
+
+
+# ---- Events
+
+
+def events(api: ApiServer, namespace: str = "default") -> list[tuple[str, str, str, int]]:
+    """Service, type, reason and count of each."""
+    items = api.request("GET", f"/api/v1/namespaces/{namespace}/events")["items"]
+    assert all(item["source"] == {"component": "epok"} for item in items)
+    return sorted((item["involvedObject"]["name"], item["type"], item["reason"], item["count"]) for item in items)
+
+
+def test_kubectl_describe_tells_a_services_story(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(service("mail", "25:2025, 443:htps", [SMTP]))
+    succeeds(lab, config)
+    succeeds(lab, config)
+    told = api.kubectl("describe", "service", "mail").partition("Events:")[2]
+    assert re.search(r"Normal +ExternalPortForwarded .* epok .*tcp/25 .*NodePort 2025\) on 3 nodes", told)
+    assert re.search(r"Warning +ExternalPortRejected .*x2 over .* epok .*443:htps.*no port named htps", told)
+
+
+def test_a_rejection_that_stays_counts_up_one_event(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(service("mail", "25:smpt", [SMTP]))
+    for count in (1, 2, 3):
+        succeeds(lab, config)
+        assert events(api) == [("mail", "Warning", "ExternalPortRejected", count)]
+    api.patch("/api/v1/namespaces/default/services/mail", metadata={"annotations": {"getbetter.ro/externalport": "x"}})
+    succeeds(lab, config)
+    assert events(api) == [("mail", "Warning", "ExternalPortRejected", count) for count in (1, 3)]
+
+
+def test_a_forward_that_comes_and_goes_is_told_once_each_time(lab: Lab, api: ApiServer, config: str) -> None:
+    forwarded, removed = "ExternalPortForwarded", "ExternalPortRemoved"
+    path, name = "/api/v1/namespaces/default/services/mail", "getbetter.ro/externalport"
+    api.create(service("mail", "25:2025", [SMTP], families=("IPv4", "IPv6")))
+    for _ in range(2):
+        succeeds(lab, config)
+        assert events(api) == [("mail", "Normal", forwarded, 1)]
+    api.request("DELETE", "/api/v1/nodes/node3")
+    succeeds(lab, config)
+    assert events(api) == [("mail", "Normal", forwarded, 1)]
+    api.patch(path, metadata={"annotations": {name: None}})
+    for _ in range(2):
+        succeeds(lab, config)
+        assert events(api) == [("mail", "Normal", forwarded, 1), ("mail", "Normal", removed, 1)]
+
+
+def test_a_port_that_another_service_takes_over_is_told_to_both(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(MAIL)
+    succeeds(lab, config)
+    api.patch(
+        "/api/v1/namespaces/default/services/mail", metadata={"annotations": {"getbetter.ro/externalport": "26:2025"}}
+    )
+    api.create(service("new", "25:30000", [port(25, 30000)]))
+    succeeds(lab, config)
+    assert events(api) == [
+        ("mail", "Normal", "ExternalPortForwarded", 1),
+        ("mail", "Normal", "ExternalPortForwarded", 1),
+        ("mail", "Normal", "ExternalPortRemoved", 1),
+        ("new", "Normal", "ExternalPortForwarded", 1),
+    ]
+
+
+def test_a_service_that_is_deleted_is_no_event_and_no_trouble(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(MAIL)
+    succeeds(lab, config)
+    api.request("DELETE", "/api/v1/namespaces/default/services/mail")
+    assert not warnings(succeeds(lab, config))
+    assert [reason for _, _, reason, _ in events(api)] == ["ExternalPortForwarded"]
+
+
+def test_many_rejections_of_a_service_are_a_handful_of_events(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(service("greedy", ",".join(f"{n}:nope" for n in range(1, 500)), [SMTP]))
+    succeeds(lab, config)
+    assert events(api) == [("greedy", "Warning", "ExternalPortRejected", 1)] * 11
+
+
+def test_without_the_permission_events_are_one_warning(lab: Lab, api: ApiServer) -> None:
+    api.create(MAIL, service("web", "80:nope", [port(80, 30080)]))
+    done = succeeds(lab, account_without(api, "events"))
+    rejected, warning = warnings(done)
+    assert "default/web" in rejected
+    assert re.search(r"403.*\bpatch\b.*\bevents\b", warning)
+    assert who(lab, 25) == NODES
+    assert not events(api)
+
+
+def test_a_namespace_that_takes_no_events_silences_no_other(lab: Lab, api: ApiServer, config: str) -> None:
+    api.kubectl("create", "namespace", "closed")
+    api.create(service("first", "80:nope", [port(80)], namespace="closed"), service("second", "81:nope", [port(81)]))
+    here_alone = account_without(api, "events")
+    account = "--serviceaccount=kube-system:no-events"
+    api.kubectl("create", "rolebinding", "here-alone", "-n", "default", "--clusterrole=epok", account)
+    *_, warning = warnings(succeeds(lab, here_alone))
+    assert re.search(r"403.*\bevents\b.*namespace closed$", warning)
+    assert events(api) == [("second", "Warning", "ExternalPortRejected", 1)]
+    api.kubectl("delete", "namespace", "closed", "--wait=false")
+    assert all("rejected: " in warning for warning in warnings(succeeds(lab, config)))
+    assert events(api) == [("second", "Warning", "ExternalPortRejected", 2)]
+
+
+def test_runs_that_change_nothing_write_no_events(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(service("mail", "25:2025, 26:nope", [SMTP]))
+    assert epok(lab, config, "--dry-run").returncode == 3
+    assert not events(api)
