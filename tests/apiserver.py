@@ -149,6 +149,10 @@ class ApiServer:
             "/api/v1/namespaces/default/events",
         ):
             self.request("DELETE", f"{path}?fieldSelector=metadata.name!=kubernetes")
+        self.forget()
+
+    def forget(self) -> None:
+        """What was asked for until now."""
         with open(self.flags["audit-log-path"], "w"):
             pass
 

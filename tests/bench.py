@@ -1,24 +1,26 @@
 """Prints what a run costs: wall time, peak memory and size of the swap. Must be run as root.
 
 Times are medians of several runs in the lab, the cluster read from a file; iptables-save alone stands beside them.
+Then the cluster is a real kube-apiserver, and beside each run stands what a shell script would begin with: kubectl
+piped into jq, and iptables-save.
 """
 
+import itertools
 import json
-import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from apiserver import ApiServer
+from conftest import BACKENDS
 from lab import EPOK, Lab
 from objects import node, port, service, snapshot
 
 RUNS = 7
+ROLE = EPOK.parent / "cron" / "rbac.yaml"
 NODES = [node(f"node{number}", f"10.0.0.{10 + number}") for number in range(1, 11)]
 
 
@@ -31,15 +33,18 @@ def cluster(forwards: int, changed: int = -1) -> dict[str, Any]:
     return snapshot(*NODES, *services)
 
 
+# A process of its own: the peak memory of a child is never less than its parent's when it was forked.
+METER = """import resource, subprocess, sys, time
+start = time.perf_counter()
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+sys.exit(status)"""
+
+
 def measure(lab: Lab, argv: Sequence[str]) -> tuple[float, float]:
     """Seconds and peak megabytes of a command in the host's namespaces."""
-    start = time.perf_counter()
-    child = subprocess.Popen(lab.host.command(argv), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"exit status {child.returncode}: {argv}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    seconds, megabytes = lab.host.run([sys.executable, "-ISc", METER, *argv]).stdout.split()
+    return float(seconds), float(megabytes)
 
 
 def median(lab: Lab, argv: Sequence[str]) -> tuple[float, float]:
@@ -66,15 +71,47 @@ def run(lab: Lab, forwards: int, folder: Path) -> None:
     )
 
 
+JQ = """[.items[] | select(.kind == "Service" and .metadata.annotations["getbetter.ro/externalport"]) |
+  [.metadata.namespace, .metadata.name, .metadata.annotations["getbetter.ro/externalport"], .spec.ports]],
+  [.items[] | select(.kind == "Node") | .status.addresses]"""
+SCRIPT = """kubectl=$1 config=$2 jq=$3
+$kubectl --kubeconfig "$config" get services,nodes -A -o json | jq "$jq"
+for table in nat filter; do iptables-save -t $table; ip6tables-save -t $table; done"""
+
+
+def beside_kubectl(lab: Lab, forwards: int, folder: Path) -> None:
+    """A run with nothing to change, of the account that has the role of cron/, and the script, in turn."""
+    server = ApiServer(lab.host, folder)
+    server.create(*cluster(forwards)["items"])
+    server.kubectl("apply", "-f", "-", input=ROLE.read_text().replace("$EPOK_NS", "kube-system"))
+    config = server.kubeconfig("epok", token=server.token())
+    epok = [sys.executable, str(EPOK), "-i", "eth0", "--kubeconfig", config, "local"]
+    script = ["sh", "-ec", SCRIPT, "sh", server.programs["kubectl"], config, JQ]
+    measure(lab, epok)
+    server.forget()
+    measure(lab, epok)
+    requests = len(server.asked())
+    own, its = zip(*((measure(lab, epok), measure(lab, script)) for _ in range(RUNS)), strict=True)
+    seconds = [statistics.median(second for second, _ in side) for side in (own, its)]
+    memory = max(megabytes for _, megabytes in own)
+    print(
+        f"{lab.backend:7} {forwards:6} {seconds[0]:8.2f} s {memory:6.0f} MB {requests:8} {seconds[1]:18.2f} s"
+        f" {seconds[0] / seconds[1]:8.2f}",
+        flush=True,
+    )
+
+
 def main() -> None:
     print("backend forwards first run   in sync    peak  iptables-save one change  its input")
     with tempfile.TemporaryDirectory() as folder:
-        for backend in ("nft", "legacy"):
+        for backend in BACKENDS:
             with Lab(backend, nodes=0) as lab:
                 for forwards in (10, 2700):
                     run(lab, forwards, Path(folder))
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"(the benchmark itself: {own:.0f} MB; a figure below that would be its own)")
+    print("backend forwards    in sync    peak requests   kubectl, jq, save    ratio")
+    for backend, forwards in itertools.product(BACKENDS, (10, 2700)):
+        with Lab(backend, nodes=0) as lab, tempfile.TemporaryDirectory() as folder:
+            beside_kubectl(lab, forwards, Path(folder))
 
 
 if __name__ == "__main__":
