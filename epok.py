@@ -2112,7 +2112,8 @@ def check_host(host: Host, options: Options, wanted: Wanted, state: State) -> No
             log.warning("%s does not forward IPv%d: sysctl -w %s=1", host.name, family.version, name)
     for interface in options.interfaces:
         if state.interfaces and not any(is_covered(name, interface) for name in state.interfaces):
-            log.warning("%s has no interface %s; it has %s", host.name, interface, quoted(", ".join(state.interfaces)))
+            known = quoted(", ".join(state.interfaces))
+            log.warning("%s has no interface %s: give -i those it has, of %s", host.name, interface, known)
 
 
 def is_covered(name: str, interface: str) -> bool:

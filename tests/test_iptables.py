@@ -7,10 +7,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import Lab
+from lab import HOST, HOST6, Lab
 from objects import node, port, service, snapshot
 
 import epok
@@ -395,3 +396,38 @@ def test_one_change_among_2700_forwards_is_a_small_input(lab: Lab) -> None:
     assert dry.stdout.startswith("~ tcp/11300 -> default/s1300:80 (NodePort 29999) on 10 nodes\n")
     lab.epok(*LOCAL, snapshot=changed, check=True)
     assert in_sync(lab.epok(*LOCAL, snapshot=changed).stderr)
+
+
+# ---- what would make forwards fail without a word
+
+
+@pytest.mark.parametrize("version, sysctl", [(4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")])
+def test_a_host_that_does_not_forward_is_told_the_command_that_mends_it(lab: Lab, version: int, sysctl: str) -> None:
+    setting = Path("/proc/sys", *sysctl.split("."))
+    lab.host.run(["sh", "-c", f"echo 0 >{setting}"])
+    try:
+        assert not warnings(lab.epok("-i", "eth0", "local", snapshot=lab.cluster()))
+        other = service("mail", "25:2025", [port(25, 2025)], families=["IPv6" if version == 4 else "IPv4"])
+        assert not warnings(lab.epok("-i", "eth0", "local", snapshot=lab.cluster(other)))
+        mail = lab.cluster(service("mail", "25:2025", [port(25, 2025)], families=["IPv4", "IPv6"]))
+        [warning] = warnings(lab.epok("-i", "eth0", "local", snapshot=mail))
+        command = re.search(r"sysctl -w (\S+)=(1)$", warning)
+        assert command
+        assert command[1] == sysctl
+        lab.host.run(["sh", "-c", f"echo {command[2]} >/proc/sys/{command[1].replace('.', '/')}"])
+        assert not warnings(lab.epok("-i", "eth0", "local", snapshot=mail))
+        assert lab.ask(25, to=HOST if version == 4 else HOST6).port == 2025
+    finally:
+        lab.host.run(["sh", "-c", f"echo 1 >{setting}"])
+
+
+@pytest.mark.parametrize("interfaces, missing", [("eth0,eth9", "eth9"), ("wlan+", r"wlan\+"), ("eth0,eth+,lo", "")])
+def test_an_interface_that_is_not_there_is_told_with_those_that_are(lab: Lab, interfaces: str, missing: str) -> None:
+    found = warnings(lab.epok("-i", interfaces, "local", snapshot=lab.cluster()))
+    assert len(found) == bool(missing)
+    assert all(re.search(rf"no interface {missing}: .*-i .*lo, eth1, eth0, eth2", line) for line in found)
+
+
+def warnings(done: "subprocess.CompletedProcess[str]") -> list[str]:
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
