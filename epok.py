@@ -80,6 +80,7 @@ done; 2 the command line is wrong; 3 --dry-run and the host differs.
 from __future__ import annotations
 
 import base64
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -1010,7 +1011,8 @@ class Target(NamedTuple):
 class Forward:
     """External ports `first` to `last` go to the targets; the n-th port to the n-th after the target's port.
 
-    `direct` targets are pods, not NodePorts; `sources` the networks that may use it, None for everybody.
+    `direct` targets are pods, not NodePorts; `sources` the networks that may use it, None for everybody. `known` are
+    the addresses of targets, present ones and, with affinity, those that may come back.
     """
 
     protocol: str
@@ -1024,6 +1026,7 @@ class Forward:
     masquerade: bool
     internal: bool
     sources: tuple[Network, ...] | None
+    known: tuple[Address, ...] = ()
 
 
 class Rejection(NamedTuple):
@@ -1214,10 +1217,11 @@ def choose_nodes(nodes: Iterable[Node], plan: Plan) -> list[Node]:
 
 
 class Place(NamedTuple):
-    """Where a Service can be reached: a pod with its ports by name and protocol, or with None a node."""
+    """Where a Service is reached, now (`live`) or later: a pod and its ports by name and protocol, with None a node."""
 
     address: Address
     ports: Mapping[tuple[str, str], int] | None
+    live: bool
 
     def target(self, port: Port) -> Target:
         return Target(
@@ -1230,15 +1234,16 @@ def places_of(service: Service, snapshot: Snapshot, nodes: Sequence[Node], own: 
 
     On such a host a NodePort cannot be the target: a connection is translated once, so kube-proxy would not see it.
     """
-    known = snapshot.endpoints.get(service.key, ())
-    live = [endpoint for endpoint in known if not own or not service.local or endpoint.node in own]
-    live = [e for e in live if e.ready] or [e for e in live if e.serving]
+    known = [e for e in snapshot.endpoints.get(service.key, ()) if not own or not service.local or e.node in own]
+    live = [e.ready for e in known] if any(e.ready for e in known) else [e.serving for e in known]
     if own:
-        found = [Place(endpoint.address, endpoint.ports) for endpoint in live if endpoint.address]
+        found = [Place(e.address, e.ports, is_live) for e, is_live in zip(known, live, strict=True) if e.address]
     else:
-        names = {endpoint.node for endpoint in live}
-        used = [node for node in nodes if not service.local or node.name in names]
-        found = [Place(address, None) for node in used for address in node.addresses]
+        having, using = {e.node for e in known}, {e.node for e in itertools.compress(known, live)}
+        chosen = {node.name for node in nodes if not service.local or node.name in using}
+        used = [node for node in snapshot.nodes if not service.local or node.name in having]
+        found = [Place(address, None, node.name in chosen) for node in used for address in node.addresses]
+    found.sort(key=lambda place: place.live)  # of one address that two have, the live one counts
     unique = {place.address: place for place in found if place.address.version in service.versions}
     return sorted(unique.values(), key=lambda place: (place.address.version, place.address))
 
@@ -1254,11 +1259,12 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
     for service in sorted(snapshot.services, key=lambda service: (service.created or "~", service.key)):
         claims = list(granted(service, taken, plan))
         places = places_of(service, snapshot, nodes, own)
-        if claims and not places and (nodes or own):
+        live = any(place.live for place in places)
+        if claims and not live and (nodes or own):
             what = "ready endpoint" if own or service.local else "node"
             plan.warnings.append(f"{service.key}: not forwarded, there is no {what} of its IP families to forward to")
         forwards = [forward_of(service, claim, places, options, bool(own)) for claim in claims]
-        lacking = [forward.port for forward in forwards if places and not forward.targets]
+        lacking = [forward.port for forward in forwards if live and not forward.targets]
         if lacking:
             plan.warnings.append(f"{service.key}: not forwarded, no ready pod has the port {enumerated(lacking)}")
         plan.forwards += merge(forward for forward in forwards if forward.targets)
@@ -1309,12 +1315,13 @@ def forward_of(service: Service, claim: Claim, places: Sequence[Place], options:
         last=claim.external,
         service=service.key,
         port=claim.port.name or str(claim.port.port),
-        targets=tuple(target for place in places if (target := place.target(claim.port)).port),
+        targets=tuple(target for place in places if place.live and (target := place.target(claim.port)).port),
         direct=direct,
         sticky=service.sticky,
         masquerade=options.masquerade == "always" or (options.masquerade == "auto" and not service.local),
         internal=INTERNAL_ANNOTATION in service.annotations,
         sources=allowed_sources(service),
+        known=tuple(place.address for place in places) if service.sticky else (),
     )
 
 
@@ -1502,7 +1509,7 @@ def add_leaf(forward: Forward, family: Family, options: Options, nat: Table) -> 
     forwarded, masquerade = options.mark
     bits = forwarded | masquerade if forward.masquerade else forwarded
     rules = [f"-j CONNMARK --set-xmark {bits:#x}/{forwarded | masquerade:#x}"]
-    for target, before, after in shares(targets, forward.sticky):
+    for target, before, after in shares(targets, forward):
         rules.append(f"{before}-p {forward.protocol}{after} -j DNAT --to-destination {destination(forward, target)}")
     prefix = f"EPOK-{forward.protocol}-{Range(forward.first, forward.last)}"
     chain = nat.add(prefix, rules)
@@ -1514,13 +1521,15 @@ def add_leaf(forward: Forward, family: Family, options: Options, nat: Table) -> 
     return [Leaf(forward.first, forward.last, forward.protocol, chain, comment, forward.internal)]
 
 
-def shares(targets: Sequence[Target], sticky: bool) -> Iterator[tuple[Target, str, str]]:
+def shares(targets: Sequence[Target], forward: Forward) -> Iterator[tuple[Target, str, str]]:
     """The targets with what a packet must match to get there, the words before and after the protocol."""
-    if sticky and len(targets) > 1:
+    if forward.sticky and len(targets) > 1:
         make = type(targets[0].address)
-        owners = buckets_of(tuple(str(target.address) for target in targets))
+        by_name = {str(target.address): target for target in targets}
+        known = {str(address) for address in forward.known if isinstance(address, make)}
+        owners = buckets_of(tuple(sorted(known | by_name.keys())), tuple(by_name))
         for bucket, owner in enumerate(owners):
-            yield targets[owner], f"-s {make(bucket)}/{make(len(owners) - 1)} ", ""
+            yield by_name[owner], f"-s {make(bucket)}/{make(len(owners) - 1)} ", ""
         return
     for left, target in zip(range(len(targets), 0, -1), targets, strict=True):
         # 1/left as iptables-save prints it: the kernel keeps 31 bits of a probability
@@ -1529,23 +1538,27 @@ def shares(targets: Sequence[Target], sticky: bool) -> Iterator[tuple[Target, st
 
 
 @functools.lru_cache
-def buckets_of(names: tuple[str, ...]) -> list[int]:
-    """Shares the low bits of client addresses out evenly: the index of a name for each bucket.
+def buckets_of(known: tuple[str, ...], live: tuple[str, ...]) -> list[str]:
+    """Shares the low bits of client addresses out evenly: one of the `live` names for each bucket.
 
-    The names take in turn what they like best, as in Maglev (Eisenbud et al., NSDI 2016): when one comes or goes,
-    few buckets of the others move.
+    Those that are known take in turn what they like best, as in Maglev (Eisenbud et al., NSDI 2016); then the buckets
+    of those that are not live are given away. So while one is gone, the clients of the others stay where they are.
     """
     count = 64
-    while count < 4 * len(names):
+    while count < 4 * len(known):
         count *= 2
-    likes = [
-        sorted(range(count), key=lambda bucket: hashlib.sha256(f"{name} {bucket}".encode()).digest()) for name in names
-    ]
-    wishes = [iter(liked) for liked in likes]
-    owners: dict[int, int] = {}
-    for turn in range(count):
-        index = turn % len(names)
-        owners[next(bucket for bucket in wishes[index] if bucket not in owners)] = index
+    liked = {
+        name: sorted(range(count), key=lambda n: hashlib.sha256(f"{name} {n}".encode()).digest()) for name in known
+    }
+    owners: dict[int, str] = {}
+    for names in (known, live):
+        owners = {bucket: name for bucket, name in owners.items() if name in names}
+        held = collections.Counter(owners.values())
+        wishes = {name: iter(liked[name]) for name in names}
+        while len(owners) < count:
+            poorest = min(names, key=lambda name: held[name])
+            owners[next(bucket for bucket in wishes[poorest] if bucket not in owners)] = poorest
+            held[poorest] += 1
     return [owners[bucket] for bucket in range(count)]
 
 
@@ -2030,7 +2043,8 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
     command = shlex.join(argv)
     failed = f"{host.name}: {command}: {result.said}"
     if "incompatible" in result.err + result.out:
-        return Fatal(f"{failed}; native nft rules share the table: move them to a table of their own")
+        # also seen while another process made the tables of a host that had none
+        return Transient(f"{failed}; native nft rules share the table: move them to a table of their own", attempts=3)
     if result.status == 127 or "not found" in result.err:
         package = "sudo, or let epok log in as root" if "sudo" in result.err else "iptables"
         return Fatal(f"{failed}; install it on the host: apt-get install {package}")

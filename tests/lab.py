@@ -1,10 +1,11 @@
 """A client, a host machine and a cluster's nodes, as network namespaces of this machine. Needs root.
 
     client eth0  192.0.2.10, .11   --  eth0 192.0.2.1    \\
-                                                          host  eth1 10.0.0.1  --  eth0 10.0.0.11.. node1..
-    inside eth0  198.51.100.10     --  eth2 198.51.100.1 /      (a bridge)
+           lo    198.18.0.0/24                           host  eth1 10.0.0.1  --  eth0 10.0.0.11.. node1..
+    inside eth0  198.51.100.10     --  eth2 198.51.100.1 /      (a bridge)         lo   10.244.1.5.. its pod
 
-and the same in IPv6: 2001:db8:1:: to the client, 2001:db8:2:: to the nodes, 2001:db8:3:: to inside. Every
+and the same in IPv6: 2001:db8:1:: to the client, 2001:db8:2:: to the nodes, 2001:db8:3:: to inside,
+2001:db8:18::/120 for the crowd that the client is, 2001:db8:244:1::5 and so on for the pods. Every
 namespace lives as long as the process that holds it, and that one as long as ours: a killed test run leaves
 nothing behind, and the machine's own network, mounts and iptables are never touched.
 
@@ -15,6 +16,9 @@ nothing behind, and the machine's own network, mounts and iptables are never tou
 
 import contextlib
 import ctypes
+import errno
+import ipaddress
+import itertools
 import json
 import os
 import re
@@ -27,19 +31,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from echo import INIT, INIT_ACK, KINDS, Sctp, has_sctp, open_raw_sctp, unpacked, without_ip_header
 from objects import node, snapshot
 
 EPOK = Path(__file__).resolve().parent.parent / "epok.py"
 ECHO = Path(__file__).resolve().parent / "echo.py"
 HOST, HOST6 = "192.0.2.1", "2001:db8:1::1"
 CLIENT, CLIENT6 = ("192.0.2.10", "192.0.2.11"), ("2001:db8:1::10", "2001:db8:1::11")
+CROWD, CROWD6 = ipaddress.ip_network("198.18.0.0/24"), ipaddress.ip_network("2001:db8:18::/120")
 INSIDE, INSIDE6 = "198.51.100.10", "2001:db8:3::10"
 NODE_PORTS = (2025, *range(30000, 30010), 30053, 30080, 30443)
 TABLES = ("nat", "filter")
 
 CLONE_NEWNET = 0x40000000
-IPPROTO_SCTP = 132
-KINDS = {"tcp": (socket.SOCK_STREAM, 0), "udp": (socket.SOCK_DGRAM, 0), "sctp": (socket.SOCK_STREAM, IPPROTO_SCTP)}
+SCTP_PORTS = itertools.cycle(range(20000, 60000))
 
 # The signal is for when the thread that made the lab ends in whatever way; --kill-child passes it on.
 HOLD = [
@@ -177,13 +182,9 @@ def setns(descriptor: int) -> None:
         raise OSError(ctypes.get_errno(), "setns: " + os.strerror(ctypes.get_errno()))
 
 
-def has_sctp() -> bool:
-    """Whether this kernel speaks SCTP."""
-    try:
-        socket.socket(socket.AF_INET, *KINDS["sctp"]).close()
-    except OSError:
-        return False
-    return True
+def pod(number: int) -> tuple[str, str]:
+    """The addresses of the pod on node1, node2 and so on."""
+    return f"10.244.{number}.5", f"2001:db8:244:{number}::5"
 
 
 class Lab:
@@ -215,10 +216,12 @@ class Lab:
         self.address(self.host, "eth1", "10.0.0.1/24", "2001:db8:2::1/64")
         self.link("eth0", self.client, (1, "192.0.2"), 10, 11)
         self.link("eth2", self.inside, (3, "198.51.100"), 10)
-        protocols = ("tcp", "udp", "sctp") if has_sctp() else ("tcp", "udp")
+        self.crowd()
         for number, space in enumerate(self.nodes, 1):
             self.link(space.name, space, (2, "10.0.0"), 10 + number)
-        servers = [self.start_server(space, space.name, self.ports, protocols) for space in self.nodes if self.ports]
+            self.address(space, "lo", *pod(number))
+            self.route(*pod(number), via=(f"10.0.0.{10 + number}", f"2001:db8:2::{10 + number}"))
+        servers = [self.start_server(space, space.name, self.ports, tuple(KINDS)) for space in self.nodes if self.ports]
         for server in servers:
             await_banner(server)
 
@@ -250,6 +253,15 @@ class Lab:
             f"link set {device} up",
             *(f"addr add {address} dev {device}{nodad[':' in address]}" for address in addresses),
         )
+
+    def route(self, *networks: Any, via: tuple[str, str]) -> None:
+        self.host.wire(*(f"route add {network} via {via[':' in str(network)]}" for network in networks))
+
+    def crowd(self) -> None:
+        """Let the client have all addresses of CROWD and CROWD6."""
+        self.client.wire(f"route add local {CROWD} dev lo", f"route add local {CROWD6} dev lo")
+        self.client.run(["sh", "-c", "echo 1 >/proc/sys/net/ipv6/ip_nonlocal_bind"])
+        self.route(CROWD, CROWD6, via=(CLIENT[0], CLIENT6[0]))
 
     def serve(
         self, namespace: Namespace, name: str, ports: Iterable[int], protocols: Sequence[str] = ("tcp", "udp")
@@ -299,10 +311,35 @@ class Lab:
         timeout: float = 2.0,
     ) -> Answer:
         """Who answers there. Raises ConnectionRefusedError or TimeoutError when nobody does."""
+        if protocol == "sctp" and not has_sctp():
+            return self.ask_raw_sctp(port, to, source, sport or next(SCTP_PORTS), frm or self.client, timeout)
         with self.connect(port, protocol, to, source, sport, frm, timeout) as sock:
             if protocol == "udp":
                 sock.send(b"who?")
             return read_answer(sock)
+
+    def ask_raw_sctp(
+        self, port: int, to: str, source: str | None, sport: int, frm: Namespace, timeout: float
+    ) -> Answer:
+        """The beginning of an association with what echo.py is where the kernel has no SCTP."""
+        family = socket.AF_INET6 if ":" in to else socket.AF_INET
+        with frm.entered():
+            sock = open_raw_sctp(family)
+        with sock:
+            sock.settimeout(timeout)
+            if source:
+                sock.bind((source, 0))
+            sock.connect((to, 0))
+            sock.send(Sctp(sport, port, 0, INIT, sport).packed())
+            try:
+                while True:
+                    ack = unpacked(without_ip_header(sock.recv(65536), family))
+                    if ack and (ack.sport, ack.dport, ack.tag, ack.kind) == (port, sport, sport, INIT_ACK):
+                        return parse_answer(ack.cookie)
+            except OSError as error:
+                if error.errno in (errno.ENOPROTOOPT, errno.EPROTO):  # how a kernel without SCTP refuses it
+                    raise ConnectionRefusedError(f"no SCTP port {port} at {to}") from error
+                raise
 
     def epok(
         self,
@@ -356,5 +393,9 @@ def read_answer(sock: socket.socket) -> Answer:
     line = sock.recv(200)
     if not line:
         raise ConnectionResetError("closed without an answer")
+    return parse_answer(line)
+
+
+def parse_answer(line: bytes) -> Answer:
     name, _, saw, sport, _, port = line.decode().split()
     return Answer(name, saw, int(sport), int(port))

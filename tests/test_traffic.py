@@ -3,10 +3,12 @@
 import re
 import socket
 import subprocess
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from lab import CLIENT, CLIENT6, HOST, HOST6, Answer, Lab, read_answer
+from lab import CLIENT, CLIENT6, CROWD, CROWD6, HOST, HOST6, Answer, Lab, pod, read_answer
 from objects import endpoint, endpoint_slice, node, port, service, slice_port, snapshot
 
 DUAL = ("IPv4", "IPv6")
@@ -14,6 +16,7 @@ NODES = {"node1", "node2", "node3"}
 TRIES = 60  # one of three nodes is missed about once in ten thousand million times
 SMTP = port(25, 2025, "smtp")
 DNS = [port(53, 30053, "dns", "UDP"), port(53, 30053, "dns-tcp")]
+DIAMETER = [port(3868, 30053, "diameter", "SCTP")]
 BOTH = {4: ("iptables", HOST), 6: ("ip6tables", HOST6)}
 
 # What Docker and kube-proxy leave on a host, shortened.
@@ -49,6 +52,35 @@ COMMIT
 -A DOCKER-ISOLATION-STAGE-1 -j RETURN
 -A DOCKER-USER -j RETURN
 -A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+COMMIT
+"""
+
+# What kube-proxy adds to that for the Service mail, whose pods are on two nodes and listen on two ports.
+KUBE_MAIL = """*nat
+:KUBE-EXT-5WYPQVB6VJVMQAZL - [0:0]
+:KUBE-SVC-5WYPQVB6VJVMQAZL - [0:0]
+:KUBE-SEP-3RZ2IHCXUKLTSZEB - [0:0]
+:KUBE-SEP-NPKLU6OQ2VKUZ7UT - [0:0]
+-I KUBE-SERVICES -d {ip} -p tcp -m comment --comment "default/mail:smtp cluster IP" -m tcp --dport 25 \
+ -j KUBE-SVC-5WYPQVB6VJVMQAZL
+-A KUBE-NODEPORTS -p tcp -m comment --comment "default/mail:smtp" -m tcp --dport 2025 -j KUBE-EXT-5WYPQVB6VJVMQAZL
+-A KUBE-EXT-5WYPQVB6VJVMQAZL -m comment --comment "masquerade traffic for default/mail:smtp external destinations" \
+ -j KUBE-MARK-MASQ
+-A KUBE-EXT-5WYPQVB6VJVMQAZL -j KUBE-SVC-5WYPQVB6VJVMQAZL
+-A KUBE-SVC-5WYPQVB6VJVMQAZL ! -s {pods} -d {ip} -p tcp -m comment --comment "default/mail:smtp cluster IP" \
+ -m tcp --dport 25 -j KUBE-MARK-MASQ
+-A KUBE-SVC-5WYPQVB6VJVMQAZL -m comment --comment "default/mail:smtp -> {target1}" \
+ -m statistic --mode random --probability 0.50000000000 -j KUBE-SEP-3RZ2IHCXUKLTSZEB
+-A KUBE-SVC-5WYPQVB6VJVMQAZL -m comment --comment "default/mail:smtp -> {target2}" -j KUBE-SEP-NPKLU6OQ2VKUZ7UT
+-A KUBE-SEP-3RZ2IHCXUKLTSZEB -s {pod1} -m comment --comment "default/mail:smtp" -j KUBE-MARK-MASQ
+-A KUBE-SEP-3RZ2IHCXUKLTSZEB -p tcp -m comment --comment "default/mail:smtp" -m tcp -j DNAT --to-destination {target1}
+-A KUBE-SEP-NPKLU6OQ2VKUZ7UT -s {pod2} -m comment --comment "default/mail:smtp" -j KUBE-MARK-MASQ
+-A KUBE-SEP-NPKLU6OQ2VKUZ7UT -p tcp -m comment --comment "default/mail:smtp" -m tcp -j DNAT --to-destination {target2}
+COMMIT
+*filter
+-A KUBE-FORWARD -m comment --comment "kubernetes forwarding rules" -m mark --mark 0x4000/0x4000 -j ACCEPT
+-A KUBE-FORWARD -m comment --comment "kubernetes forwarding conntrack rule" -m conntrack --ctstate RELATED,ESTABLISHED \
+ -j ACCEPT
 COMMIT
 """
 
@@ -124,10 +156,69 @@ def test_a_mapping_of_one_protocol_leaves_the_other(lab: Lab) -> None:
     assert refused(lab, 53, "tcp")
 
 
+@pytest.mark.parametrize(("to", "saw"), [(HOST, "10.0.0.1"), (HOST6, "2001:db8:2::1")])
+def test_sctp_reaches_all_nodes_and_its_answers_come_back(lab: Lab, to: str, saw: str) -> None:
+    diameter = service("diameter", "3868:30053", DIAMETER, families=DUAL)
+    lab.host.run([BOTH[6 if ":" in to else 4][0], "-P", "FORWARD", "DROP"])
+    forward(lab, mail(), diameter)
+    assert who(lab, 3868, "sctp", to) == NODES
+    answer = lab.ask(3868, "sctp", to)
+    assert (answer.saw, answer.port) == (saw, 30053)
+    assert refused(lab, 3869, "sctp", to)
+    forward(lab, mail(), diameter, nodes=nodes_without(lab, "node1"))
+    assert who(lab, 3868, "sctp", to) == {"node2", "node3"}
+    forward(lab, mail())
+    assert refused(lab, 3868, "sctp", to)
+
+
 def test_a_service_of_ipv4_alone_is_not_there_by_ipv6(lab: Lab) -> None:
     forward(lab, mail(families=("IPv4",)))
     assert who(lab, 25) == NODES
     assert refused(lab, 25, to=HOST6)
+
+
+def test_a_service_of_ipv6_alone_is_not_there_by_ipv4(lab: Lab) -> None:
+    forward(lab, mail(families=("IPv6",)))
+    assert who(lab, 25, to=HOST6) == NODES
+    assert refused(lab, 25)
+
+
+def nodes_of(lab: Lab, *versions: int) -> list[dict[str, Any]]:
+    """The lab's nodes, with their addresses of these IP versions alone."""
+    addresses = {4: "10.0.0.{}", 6: "2001:db8:2::{}"}
+    return [
+        node(space.name, *(addresses[version].format(number) for version in versions))
+        for number, space in enumerate(lab.nodes, 11)
+    ]
+
+
+def test_a_cluster_of_ipv6_alone_is_reached_by_ipv6_alone(lab: Lab) -> None:
+    services = [
+        mail(families=("IPv6",)),
+        service("dns", "53:30053", DNS, families=("IPv6",)),
+        service("diameter", "3868:30053", DIAMETER, families=("IPv6",)),
+    ]
+    forward(lab, *services, nodes=nodes_of(lab, 6))
+    for number, protocol in ((25, "tcp"), (53, "tcp"), (53, "udp"), (3868, "sctp")):
+        assert who(lab, number, protocol, HOST6) == NODES
+        assert refused(lab, number, protocol, HOST)
+
+
+@pytest.mark.parametrize(("version", "to", "other"), [(4, HOST, HOST6), (6, HOST6, HOST)])
+def test_a_dual_stack_service_is_there_by_the_version_that_nodes_have(
+    lab: Lab, version: int, to: str, other: str
+) -> None:
+    forward(lab, mail(), service("dns", "53:30053/udp", DNS, families=DUAL), nodes=nodes_of(lab, version))
+    for number, protocol in ((25, "tcp"), (53, "udp")):
+        assert who(lab, number, protocol, to) == NODES
+        assert refused(lab, number, protocol, other)
+
+
+def test_nodes_that_lack_a_version_do_not_get_its_connections(lab: Lab) -> None:
+    one, two, three = nodes_of(lab, 4)[0], nodes_of(lab, 6)[1], nodes_of(lab, 4, 6)[2]
+    forward(lab, mail(), nodes=[one, two, three])
+    assert who(lab, 25) == {"node1", "node3"}
+    assert who(lab, 25, to=HOST6) == {"node2", "node3"}
 
 
 def test_a_range_of_ports_is_shifted_port_by_port(lab: Lab) -> None:
@@ -145,6 +236,40 @@ def test_client_affinity_always_meets_the_same_node(lab: Lab) -> None:
     for to, sources in ((HOST, CLIENT), (HOST6, CLIENT6)):
         for source in sources:
             assert len(who(lab, 25, to=to, source=source)) == 1
+
+
+def met_by_all(lab: Lab, crowd: Iterable[Any]) -> dict[str, str]:
+    """The name of the node that each client address meets."""
+    return {source: lab.ask(25, to=HOST6 if ":" in source else HOST, source=source).name for source in map(str, crowd)}
+
+
+@pytest.mark.parametrize("crowd", [CROWD, CROWD6])
+def test_client_affinity_shares_clients_out_evenly_and_for_good(lab: Lab, crowd: Iterable[Any]) -> None:
+    sticky = mail(sessionAffinity="ClientIP")
+    forward(lab, sticky)
+    met = met_by_all(lab, crowd)
+    shares, even = Counter(met.values()), len(met) / len(NODES)
+    assert shares.keys() == NODES
+    assert all(0.75 * even <= count <= 1.25 * even for count in shares.values()), shares
+    assert met_by_all(lab, crowd) == met
+    for name in sorted(NODES):
+        forward(lab, sticky, nodes=nodes_without(lab, name))
+        assert set(met_by_all(lab, crowd).values()) == NODES - {name}
+        forward(lab, sticky)
+        assert met_by_all(lab, crowd) == met
+
+
+@pytest.mark.parametrize("crowd", [CROWD, CROWD6])
+def test_client_affinity_moves_only_the_clients_of_a_node_that_went(lab: Lab, crowd: Iterable[Any]) -> None:
+    sticky = mail(sessionAffinity="ClientIP")
+    forward(lab, sticky)
+    met = met_by_all(lab, crowd)
+    moved = {}
+    for name in sorted(NODES):
+        forward(lab, sticky, nodes=nodes_without(lab, name))
+        now = met_by_all(lab, crowd)
+        moved[name] = [source for source in met if met[source] != name and now[source] != met[source]]
+    assert moved == {name: [] for name in NODES}
 
 
 @pytest.mark.parametrize("version", BOTH)
@@ -230,6 +355,58 @@ def test_policy_local_goes_to_nodes_with_a_ready_endpoint_alone(lab: Lab) -> Non
     assert who(lab, 25) == {"node2", "node3"}
 
 
+@pytest.mark.parametrize(("to", "saw"), [(HOST, CLIENT), (HOST6, CLIENT6)])
+def test_policy_local_keeps_the_clients_address_on_the_nodes_that_have_a_pod(
+    lab: Lab, to: str, saw: tuple[str, str]
+) -> None:
+    pods = [endpoint("node1", pod(1)[0]), endpoint("node3", pod(3)[0])]
+    services = [
+        mail(policy="Local"),
+        service("dns", "53:30053", DNS, policy="Local", families=DUAL),
+        service("diameter", "3868:30053", DIAMETER, policy="Local", families=DUAL),
+    ]
+    forward(lab, *services, *(endpoint_slice(item["metadata"]["name"], pods) for item in services))
+    for number, protocol in ((25, "tcp"), (53, "tcp"), (53, "udp"), (3868, "sctp")):
+        for source in saw:
+            answers = [lab.ask(number, protocol, to, source=source) for _ in range(TRIES)]
+            assert {answer[:2] for answer in answers} == {("node1", source), ("node3", source)}
+
+
+def test_policy_local_prefers_ready_pods_to_those_that_end_but_still_serve(lab: Lab) -> None:
+    pods = [
+        endpoint("node1", pod(1)[0], terminating=True),
+        endpoint("node2", pod(2)[0]),
+        endpoint("node3", pod(3)[0], ready=False),
+    ]
+    forward(lab, mail(policy="Local"), endpoint_slice("mail", pods))
+    assert who(lab, 25) == who(lab, 25, to=HOST6) == {"node2"}
+
+
+def test_policy_local_goes_to_pods_that_end_but_still_serve_when_no_other_is_left(lab: Lab) -> None:
+    pods = [
+        endpoint("node1", pod(1)[0], terminating=True),
+        endpoint("node2", pod(2)[0], ready=False, terminating=True),
+        endpoint("node3", pod(3)[0], ready=False),
+    ]
+    forward(lab, mail(policy="Local"), endpoint_slice("mail", pods))
+    assert who(lab, 25) == who(lab, 25, to=HOST6) == {"node1"}
+    assert (lab.ask(25).saw, lab.ask(25, to=HOST6).saw) == (CLIENT[0], CLIENT6[0])
+
+
+def test_policy_local_without_any_pod_forwards_nothing_and_says_so(lab: Lab) -> None:
+    web = service("web", "80:30080", [port(80, 30080)], families=DUAL)
+    forward(lab, mail(policy="Local"), web, endpoint_slice("mail", [endpoint("node2", pod(2)[0])]))
+    assert who(lab, 25) == who(lab, 25, to=HOST6) == {"node2"}
+    gone = [endpoint("node2", pod(2)[0], ready=False, terminating=True)]
+    done = forward(lab, mail(policy="Local"), web, endpoint_slice("mail", gone))
+    assert [line for line in done.stderr.splitlines() if line.startswith("warning: default/mail: not forwarded")]
+    for to in (HOST, HOST6):
+        assert refused(lab, 25, to=to)
+        assert who(lab, 80, to=to) == NODES
+    forward(lab, mail(policy="Local"), web, endpoint_slice("mail", [endpoint("node1", pod(1)[0])]))
+    assert who(lab, 25) == who(lab, 25, to=HOST6) == {"node1"}
+
+
 def test_a_node_that_is_excluded_gets_nothing(lab: Lab) -> None:
     forward(lab, mail(), nodes=nodes_without(lab, "node2"))
     assert who(lab, 25) == {"node1", "node3"}
@@ -241,6 +418,133 @@ def test_a_host_that_is_a_node_itself_forwards_to_the_endpoints(lab: Lab) -> Non
     slices = endpoint_slice("mail", pods, [slice_port(30080, "smtp")])
     forward(lab, mail(families=("IPv4",)), slices, nodes=[node("k3s", "10.0.0.1")])
     assert {lab.ask(25)[::3] for _ in range(TRIES)} == {("node2", 30080), ("node3", 30080)}
+
+
+# ---- a host that is a node itself, k3s, and has the pod of the lab's node1; another node, agent, has node2's
+
+K3S = [node("k3s", "10.0.0.1", "2001:db8:2::1"), node("agent", "10.0.0.12", "2001:db8:2::12")]
+PODS = {("node1", 30001), ("node2", 30002)}
+
+
+def pod_slices(name: str, port_name: str, protocol: str = "TCP", pods: Iterable[int] = (1, 2)) -> list[dict[str, Any]]:
+    """A slice for each pod and IP version: the host's own pod listens on 30001, the other one on 30002."""
+    return [
+        endpoint_slice(
+            name,
+            [endpoint("k3s" if number == 1 else "agent", address)],
+            [slice_port(30000 + number, port_name, protocol)],
+            family=family,
+            suffix=f"{number}-{family.lower()}",
+        )
+        for number in pods
+        for family, address in zip(DUAL, pod(number), strict=True)
+    ]
+
+
+def forward_on_node(lab: Lab, *objects: dict[str, Any]) -> "subprocess.CompletedProcess[str]":
+    return forward(lab, *objects, options="-i eth0,lo", nodes=K3S)
+
+
+def pods_at(lab: Lab, *asked: Any, **how: Any) -> set[tuple[str, int]]:
+    """All who answer there, and on what port."""
+    return {lab.ask(*asked, **how)[::3] for _ in range(TRIES)}
+
+
+@pytest.mark.parametrize("to", [HOST, HOST6])
+@pytest.mark.parametrize(("number", "protocol"), [(25, "tcp"), (53, "udp"), (3868, "sctp")])
+def test_a_host_that_is_a_node_forwards_a_named_port_to_whatever_number_each_pod_listens_on(
+    lab: Lab, number: int, protocol: str, to: str
+) -> None:
+    named = [
+        service("mail", "25:smtp", [port(25, 2025, "smtp", target="in")], families=DUAL),
+        service("dns", "53:dns", [port(53, 30053, "dns", "UDP", target="in")], families=DUAL),
+        service("diameter", "3868:diameter", [port(3868, 30053, "diameter", "SCTP", target="in")], families=DUAL),
+    ]
+    slices = [
+        *pod_slices("mail", "smtp"),
+        *pod_slices("dns", "dns", "UDP"),
+        *pod_slices("diameter", "diameter", "SCTP"),
+    ]
+    forward_on_node(lab, *named, *slices)
+    assert pods_at(lab, number, protocol, to) == PODS
+    assert lab.ask(number, protocol, to).saw == ("2001:db8:2::1" if ":" in to else "10.0.0.1")
+    assert pods_at(lab, number, protocol, to, frm=lab.host) == PODS
+
+
+@pytest.mark.parametrize(("to", "client"), [(HOST, CLIENT[0]), (HOST6, CLIENT6[0])])
+def test_a_host_that_is_a_node_forwards_policy_local_to_its_own_pods(lab: Lab, to: str, client: str) -> None:
+    dns = service("dns", "53:dns", [port(53, 30053, "dns", "UDP")], policy="Local", families=DUAL)
+    forward_on_node(lab, mail(policy="Local"), dns, *pod_slices("mail", "smtp"), *pod_slices("dns", "dns", "UDP"))
+    for number, protocol in ((25, "tcp"), (53, "udp")):
+        assert pods_at(lab, number, protocol, to) == {("node1", 30001)}
+        assert lab.ask(number, protocol, to).saw == client
+        assert pods_at(lab, number, protocol, to, frm=lab.host) == {("node1", 30001)}
+    done = forward_on_node(lab, mail(policy="Local"), *pod_slices("mail", "smtp", pods=[2]))
+    assert "warning: default/mail: not forwarded" in done.stderr
+    assert refused(lab, 25, to=to)
+
+
+@pytest.mark.parametrize("to", [HOST, HOST6])
+def test_a_host_that_is_a_node_forwards_to_a_pod_in_its_own_network(lab: Lab, to: str) -> None:
+    slices = [
+        endpoint_slice("mail", [endpoint("k3s", address)], [slice_port(8025, "smtp")], family=family, suffix=family)
+        for family, address in zip(DUAL, ("10.0.0.1", "2001:db8:2::1"), strict=True)
+    ]
+    with lab.serve(lab.host, "host", [8025]):
+        forward_on_node(lab, mail(), *slices)
+        for asker in (lab.client, lab.host):
+            assert pods_at(lab, 25, to=to, frm=asker) == {("host", 8025)}
+
+
+@pytest.mark.parametrize("to", [HOST, HOST6])
+def test_on_a_host_that_is_a_node_udp_clients_that_keep_their_port_leave_a_pod_that_went(lab: Lab, to: str) -> None:
+    dns = service("dns", "53:dns", [port(53, 30053, "dns", "UDP")], families=DUAL)
+    forward_on_node(lab, dns, *pod_slices("dns", "dns", "UDP"))
+    sports = range(5000, 5000 + TRIES)
+    assert {flow(lab, sport, to=to)[::3] for sport in sports} == PODS
+    forward_on_node(lab, dns, *pod_slices("dns", "dns", "UDP", pods=[1]))
+    assert {flow(lab, sport, to=to)[::3] for sport in sports} == {("node1", 30001)}
+
+
+def kube_mail(version: int) -> str:
+    """KUBE_MAIL with the addresses of an IP version."""
+    ip, pods = {4: ("10.96.0.10", "10.244.0.0/16"), 6: ("2001:db8:96::a", "2001:db8:244::/48")}[version]
+    words = {"ip": ip, "pods": pods}
+    for number in (1, 2):
+        address = pod(number)[version == 6]
+        host = f"[{address}]" if version == 6 else address
+        words |= {f"pod{number}": address, f"target{number}": f"{host}:{30000 + number}"}
+    return KUBE_MAIL.format(**words)
+
+
+def kube_proxy_starts(lab: Lab) -> None:
+    """It puts its hooks in front of all that is there."""
+    foreign = re.sub(r"(?m)^-A (PREROUTING|OUTPUT|POSTROUTING|FORWARD) -m comment", r"-I \1 -m comment", FOREIGN)
+    for version, (tool, _) in BOTH.items():
+        lab.host.run([f"{tool}-restore", "--noflush"], foreign)
+        lab.host.run([f"{tool}-restore", "--noflush"], kube_mail(version))
+
+
+def first_hook(lab: Lab, version: int) -> str:
+    lines = lab.saved(version).splitlines()
+    return next(line for line in lines if line.startswith("-A PREROUTING")).split()[-1]
+
+
+@pytest.mark.parametrize("first", ["KUBE-SERVICES", "EPOK"])
+def test_node_ports_of_kube_proxy_and_forwards_work_side_by_side(lab: Lab, first: str) -> None:
+    objects = [mail(), *pod_slices("mail", "smtp")]
+    if first == "KUBE-SERVICES":
+        forward_on_node(lab, *objects)
+        kube_proxy_starts(lab)
+        assert "nothing changed" in forward_on_node(lab, *objects).stderr
+    else:
+        kube_proxy_starts(lab)
+        forward_on_node(lab, *objects)
+    for version, (_, to) in BOTH.items():
+        assert first_hook(lab, version) == first
+        for asker in (lab.client, lab.host):
+            assert pods_at(lab, 25, to=to, frm=asker) == PODS
+            assert pods_at(lab, 2025, to=to, frm=asker) == PODS
 
 
 # ---- from where, and to what
@@ -484,12 +788,19 @@ def test_a_udp_client_meets_nobody_any_more_when_the_forward_went(lab: Lab, to: 
 
 
 def tracked(lab: Lab, *match: str) -> list[str]:
-    found = lab.host.run(["conntrack", "-L", "-p", "udp", *match]).stdout.splitlines()
-    return [re.sub(r"^udp\s+17 \d+ ", "", line) for line in found]
+    """The UDP flows that the host knows, each with its id, but without the seconds that it has left."""
+    found = lab.host.run(["conntrack", "-L", "-p", "udp", "-o", "id", *match]).stdout.splitlines()
+    return [re.sub(r"^udp\s+17 \d+ | use=\d+", "", line) for line in found]
+
+
+def let_udp_flows_live(lab: Lab) -> None:
+    """However slow the machine is, none shall end by itself."""
+    lab.host.run(["sh", "-c", "echo 3600 >/proc/sys/net/netfilter/nf_conntrack_udp_timeout"])
 
 
 def test_udp_flows_of_others_to_the_same_port_elsewhere_stay(lab: Lab) -> None:
     forward(lab, mail())  # without any forward the kernel may track nothing
+    let_udp_flows_live(lab)
     with lab.serve(lab.nodes[2], "own-dns", [53]):
         assert flow(lab, to="10.0.0.13").name == "own-dns"
         before = tracked(lab, "--orig-dst", "10.0.0.13", "--orig-port-dst", "53")
@@ -498,6 +809,33 @@ def test_udp_flows_of_others_to_the_same_port_elsewhere_stay(lab: Lab) -> None:
         forward(lab)
         assert len(before) == 1
         assert tracked(lab, "--orig-dst", "10.0.0.13", "--orig-port-dst", "53") == before
+
+
+@pytest.mark.parametrize("version", BOTH)
+def test_other_udp_flows_of_the_same_client_stay_whatever_happens_to_a_forward(lab: Lab, version: int) -> None:
+    to, family, sports = BOTH[version][1], {4: "ipv4", 6: "ipv6"}[version], range(5000, 5000 + TRIES)
+    dns = service("dns", "53:30053", DNS, policy="Local", families=DUAL)
+    game = service("game", "5060:30001", [port(5060, 30001, "game", "UDP")], families=DUAL)
+    on_two = endpoint_slice("dns", [endpoint("node1", pod(1)[0]), endpoint("node2", pod(2)[0])])
+    on_one = endpoint_slice("dns", [endpoint("node2", pod(2)[0])])
+
+    def others() -> list[list[str]]:
+        return [sorted(tracked(lab, "-f", family, "--orig-port-dst", number)) for number in ("123", "5060", "30053")]
+
+    forward(lab, game)
+    let_udp_flows_live(lab)
+    with lab.serve(lab.host, "host", [123, 30053]):
+        assert {flow(lab, sport, number, to).name for number in (123, 30053) for sport in sports} == {"host"}
+        assert {flow(lab, sport, 5060, to).name for sport in sports} == NODES
+        before = others()
+        assert [len(flows) for flows in before] == [TRIES, TRIES, TRIES]
+        for objects, names in (([dns, on_two], {"node1", "node2"}), ([dns, on_one], {"node2"})):
+            forward(lab, game, *objects)
+            assert {flow(lab, sport, to=to).name for sport in sports} == names
+            assert others() == before
+        forward(lab, game)
+        assert refused(lab, 53, "udp", to=to, sport=sports[0])
+        assert others() == before
 
 
 # ---- nothing is left
