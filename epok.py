@@ -97,6 +97,7 @@ import pwd
 import re
 import shlex
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -770,6 +771,7 @@ class Cluster:
     """The Kubernetes API, with plain JSON: typed models cost a second of start-up."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
+        import urllib3
         from kubernetes import client, config
         from kubernetes.client.api_client import ApiClient
 
@@ -787,6 +789,11 @@ class Cluster:
                 config.load_kube_config(file, context=options.context or None, client_configuration=configuration)
             configuration.retries = False  # or urllib3 tries again by itself, unseen
             self.client = ApiClient(configuration)
+            # Python 3.13 wants key identifiers in certificates; kubectl does not, and many a cluster has none
+            context = urllib3.util.ssl_.create_urllib3_context()
+            context.check_hostname = configuration.verify_ssl
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+            self.client.rest_client.pool_manager.connection_pool_kw["ssl_context"] = context
         except (config.ConfigException, OSError, ValueError) as error:
             raise Fatal(f"{origin}: {one_line(error)}; give --kubeconfig, or --snapshot to do without") from None
         except Exception as error:  # its loader trips over whatever is not as it expects

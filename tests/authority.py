@@ -20,9 +20,10 @@ def public_pem(key: PublicKeyTypes) -> bytes:
 
 
 class Authority:
-    """Signs certificates; `pem` is its own."""
+    """Signs certificates; `pem` is its own. With `identifiers` keys are told apart as RFC 5280, 4.2.1, wants."""
 
-    def __init__(self) -> None:
+    def __init__(self, identifiers: bool = True) -> None:
+        self.identifiers = identifiers
         self.key = ec.generate_private_key(ec.SECP256R1())
         self.name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "epok tests")])
         self.pem = self.sign(self.name, self.key.public_key(), x509.BasicConstraints(ca=True, path_length=None))
@@ -42,6 +43,9 @@ class Authority:
         now = datetime.datetime.now(datetime.UTC)
         start, end = now - datetime.timedelta(days=9), now + datetime.timedelta(days=days)
         made = x509.CertificateBuilder(self.name, subject, key, x509.random_serial_number(), start, end)
+        if self.identifiers:
+            issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
+            extensions += (x509.SubjectKeyIdentifier.from_public_key(key), issuer)
         for extension in extensions:
             made = made.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
         return made.sign(self.key, hashes.SHA256()).public_bytes(PEM)
