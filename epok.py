@@ -789,7 +789,7 @@ class Cluster:
                 config.load_kube_config(file, context=options.context or None, client_configuration=configuration)
             configuration.retries = False  # or urllib3 tries again by itself, unseen
             self.client = ApiClient(configuration)
-            # Python 3.13 wants key identifiers in certificates; kubectl does not, and many a cluster has none
+            # Python 3.13 wants all of RFC 5280's extensions in certificates; kubectl does not, nor have all clusters
             context = urllib3.util.ssl_.create_urllib3_context()
             context.check_hostname = configuration.verify_ssl
             context.verify_flags &= ~ssl.VERIFY_X509_STRICT

@@ -107,7 +107,8 @@ class ApiServer:
 
     def ready(self) -> bool:
         assert self.process.poll() is None, (self.folder / "kube-apiserver.log").read_text()[-2000:]
-        with contextlib.suppress(urllib3.exceptions.HTTPError, AssertionError):
+        not_yet = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProtocolError, AssertionError)
+        with contextlib.suppress(*not_yet):
             return bool(self.request("GET", "/readyz"))
         return False
 

@@ -9,6 +9,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
 
 PEM = serialization.Encoding.PEM
+USES = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+USES += ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
 
 
 def private_pem(key: PrivateKeyTypes) -> bytes:
@@ -19,11 +21,16 @@ def public_pem(key: PublicKeyTypes) -> bytes:
     return key.public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-class Authority:
-    """Signs certificates; `pem` is its own. With `identifiers` keys are told apart as RFC 5280, 4.2.1, wants."""
+def key_usage(authority: bool) -> x509.KeyUsage:
+    uses = dict.fromkeys(USES, False)
+    return x509.KeyUsage(**{**uses, "key_cert_sign": authority, "digital_signature": not authority})
 
-    def __init__(self, identifiers: bool = True) -> None:
-        self.identifiers = identifiers
+
+class Authority:
+    """Signs certificates; `pem` is its own. When `strict` they have all the extensions that RFC 5280, 4.2.1, wants."""
+
+    def __init__(self, strict: bool = True) -> None:
+        self.strict = strict
         self.key = ec.generate_private_key(ec.SECP256R1())
         self.name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "epok tests")])
         self.pem = self.sign(self.name, self.key.public_key(), x509.BasicConstraints(ca=True, path_length=None))
@@ -43,9 +50,12 @@ class Authority:
         now = datetime.datetime.now(datetime.UTC)
         start, end = now - datetime.timedelta(days=9), now + datetime.timedelta(days=days)
         made = x509.CertificateBuilder(self.name, subject, key, x509.random_serial_number(), start, end)
-        if self.identifiers:
-            issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
-            extensions += (x509.SubjectKeyIdentifier.from_public_key(key), issuer)
+        if self.strict:
+            extensions += (
+                x509.SubjectKeyIdentifier.from_public_key(key),
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()),
+                key_usage(authority=subject == self.name),
+            )
         for extension in extensions:
-            made = made.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+            made = made.add_extension(extension, critical=isinstance(extension, (x509.BasicConstraints, x509.KeyUsage)))
         return made.sign(self.key, hashes.SHA256()).public_bytes(PEM)

@@ -439,10 +439,10 @@ def test_an_expired_token_starts_the_list_over(lab: Lab, api: FakeApi, config: s
 
 
 def certificate(
-    directory: Path, name: str = "127.0.0.1", days: int = 1, identifiers: bool = True
+    directory: Path, name: str = "127.0.0.1", days: int = 1, strict: bool = True
 ) -> tuple[str, ssl.SSLContext]:
     """The file of a new authority, and what a server needs to show a certificate of it."""
-    authority = Authority(identifiers)
+    authority = Authority(strict)
     file, server = directory / "ca.pem", directory / "server.pem"
     file.write_bytes(authority.pem)
     server.write_bytes(authority.issue("server", address=name, days=days))
@@ -471,9 +471,9 @@ def test_a_wrong_certificate_is_refused(
         assert not api.requests
 
 
-@pytest.mark.parametrize("identifiers", [True, False])
-def test_a_trusted_certificate_is_accepted(lab: Lab, before: str, tmp_path: Path, identifiers: bool) -> None:
-    file, context = certificate(tmp_path, identifiers=identifiers)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_trusted_certificate_is_accepted(lab: Lab, before: str, tmp_path: Path, strict: bool) -> None:
+    file, context = certificate(tmp_path, strict=strict)
     with FakeApi(lab.host, *NODES, MAIL, tls=context) as api:
         config = write_kubeconfig(tmp_path / "config", api.url, cluster={"certificate-authority": file})
         assert run(lab, "--kubeconfig", config).status == 0
