@@ -2363,7 +2363,7 @@ class Planner:
         self.reader = Reader(options, deadline)
         self.snapshot = self.reader.snapshot()
         self.made: dict[Set[str], Wanted] = {}
-        self.events: list[Event] = []
+        self.untold: list[Event] = []
         self.lock = threading.Lock()
 
     def wanted(self, state: State) -> Wanted:
@@ -2373,16 +2373,18 @@ class Planner:
                 snapshot = self.reader.with_endpoints(self.snapshot, bool(own))
                 plan = make_plan(snapshot, self.options, own)
                 report_plan(plan)
-                self.events += [
+                self.untold += [
                     Event(rejection.service, "Warning", "ExternalPortRejected", rejection.message)
                     for rejection in brief(plan.rejections)
                 ]
                 self.made[own] = {family.version: render(plan.forwards, family, self.options) for family in FAMILIES}
             return self.made[own]
 
-    def tell(self) -> None:
-        """Writes the Events of the run, news before what is repeated each minute."""
-        self.reader.tell(sorted(dict.fromkeys(self.events), key=lambda event: event.type), self.snapshot)
+    def tell(self, news: Iterable[Event]) -> None:
+        """Writes Events about a host, before those about rejections, which the first host that is done takes along."""
+        with self.lock:
+            rejected, self.untold = self.untold, []
+        self.reader.tell(dict.fromkeys((*news, *rejected)), self.snapshot)
 
 
 def serve(host: Host, reader: Background, planner: Planner | None, options: Options, deadline: Deadline) -> int:
@@ -2400,9 +2402,9 @@ def serve(host: Host, reader: Background, planner: Planner | None, options: Opti
         inputs = converge(host, wanted, state.tables, options, deadline)
         changes = changes_between(state.tables, wanted) if inputs else []
         report_swap(prefix, state.tables, wanted, inputs, changes)
-        if planner:
-            planner.events.extend(events_of(changes, host.machine))
         persist(deadline, end_stale_flows, host, changes, state, deadline)
+        if planner:
+            planner.tell(events_of(changes, host.machine))
         return 0
     except Fatal as error:
         log.error("%s", error)
@@ -2428,8 +2430,6 @@ def run(options: Options) -> int:
         except Fatal as error:
             log.error("%s", error)
             statuses.append(error.status)
-    if planner and not options.dry_run:
-        planner.tell()
     return 1 if 1 in statuses else max(statuses)
 
 

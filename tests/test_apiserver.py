@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from apiserver import ADDRESS, PORT, ApiServer
-from conftest import BACKENDS
+from conftest import BACKENDS, need
 from fake_api import write_kubeconfig
 from lab import CLIENT, EPOK, HOST6, Lab, Namespace
 from objects import endpoint, endpoint_slice, port, service
+from sshd import Sshd, make_key
 
 pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 
@@ -456,6 +457,25 @@ def test_a_namespace_that_takes_no_events_silences_no_other(lab: Lab, api: ApiSe
     api.kubectl("delete", "namespace", "closed", "--wait=false")
     assert all("rejected: " in warning for warning in warnings(succeeds(lab, config)))
     assert events(api) == [("second", "Warning", "ExternalPortRejected", 2)]
+
+
+def test_a_host_that_cannot_be_reached_keeps_no_events_from_the_others(
+    lab: Lab, api: ApiServer, config: str, tmp_path: Path
+) -> None:
+    api.create(service("mail", "25:2025, 26:nope", [SMTP]))
+    need("sshd", "apt-get install openssh-server")
+    sshd, key = Sshd(lab.host), make_key(tmp_path / "key", "ed25519")
+    sshd.authorize(key.with_suffix(".pub").read_text())
+    logins = f"root@{ADDRESS},root@198.51.100.77"
+    args = ("--timeout", "8", "ssh", "--host", logins, "--key", str(key), "--host-key", "any")
+    done = lab.epok("-i", "eth0", "--kubeconfig", config, *args)
+    assert done.returncode == 1, done.stderr
+    assert re.search("error: .*198.51.100.77", done.stderr)
+    assert [(reason, count) for _, _, reason, count in events(api)] == [
+        ("ExternalPortForwarded", 1),
+        ("ExternalPortRejected", 1),
+    ]
+    assert f"root@{ADDRESS}: now forwarding tcp/25 " in api.kubectl("describe", "service", "mail")
 
 
 def test_runs_that_change_nothing_write_no_events(lab: Lab, api: ApiServer, config: str) -> None:
