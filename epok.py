@@ -79,21 +79,20 @@ done; 2 the command line is wrong; 3 --dry-run and the host differs.
 
 from __future__ import annotations
 
-import base64
 import collections
 import contextlib
 import dataclasses
 import datetime
-import email.utils
+import fnmatch
 import functools
 import hashlib
-import hmac
 import ipaddress
 import itertools
 import json
-import logging
+import logging.handlers
 import os
 import pwd
+import random
 import re
 import shlex
 import socket
@@ -123,6 +122,8 @@ STANDARD_EXCLUDE_LABEL = "node.kubernetes.io/exclude-from-external-load-balancer
 AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 PROTOCOLS = ("tcp", "udp", "sctp")
 MAX_MAPPINGS = 1000  # of one Service, so that none can keep the others waiting
+MAX_SOURCES = 50_000  # of one Service, in the rules of all its ports
+EVENT_SECONDS = 5  # for all Events of a run, so that many rejections cannot make it a long one
 
 log = logging.getLogger("epok")
 T = TypeVar("T")
@@ -256,32 +257,6 @@ class Login(NamedTuple):
         return f"{self.user}@{host}" + (f":{self.port}" if self.port != 22 else "")
 
 
-@dataclass(frozen=True)
-class Options:
-    """A command line and environment that were checked."""
-
-    executor: str
-    dry_run: bool
-    clean: bool
-    log_level: str
-    interfaces: tuple[str, ...]
-    external_interface: str
-    addresses: tuple[Network, ...]
-    batch_commands: str
-    batch_size: int
-    masquerade: str
-    mark: Mark
-    kubeconfig: str
-    context: str
-    snapshot: str
-    timeout: float
-    host: tuple[Login, ...]
-    port: int
-    key: str
-    known_hosts: str
-    host_key: tuple[str, ...]
-
-
 def one_of(*words: str) -> Callable[[str], str]:
     def convert(text: str) -> str:
         if text.lower() not in words:
@@ -343,18 +318,18 @@ def to_port(text: str) -> int:
     return int(text)
 
 
-def is_address(text: str) -> bool:
+def to_address(text: str) -> Address | None:
     try:
-        return bool(ipaddress.ip_address(text))
+        return ipaddress.ip_address(text)
     except ValueError:
-        return False
+        return None
 
 
 def to_logins(text: str) -> tuple[Login, ...]:
     logins = []
     for item in items(text):
         match = re.fullmatch(r"([\w.-]+)@(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?", item, re.ASCII)
-        if not match or (match[2] and not is_address(match[2])):
+        if not match or (match[2] and not to_address(match[2])):
             raise ValueError(f"{quoted(item)}: accepted are user@host, user@host:port and user@[IPv6]:port")
         logins.append(Login(match[1], match[2] or match[3], to_port(match[4]) if match[4] else 0))
     return tuple(logins)
@@ -367,34 +342,49 @@ def to_host_keys(text: str) -> tuple[str, ...]:
     return tuple(items(text))
 
 
-class Setting(NamedTuple):
-    """An option with a value: where its text may come from and what makes the value of it."""
+def setting(variable: str, default: str, convert: Callable[[str], Any]) -> Any:
+    """A field of Options that is an option of its name: its environment variable, and what makes a value of a text."""
+    return field(metadata={"variable": variable, "default": default, "convert": convert})
 
+
+@dataclass(frozen=True)
+class Options:
+    """A command line and environment that were checked."""
+
+    executor: str
+    dry_run: bool
+    clean: bool
+    log_level: str = setting("EPOK_LOG_LEVEL", "info", one_of("debug", "info", "warning", "error"))
+    interfaces: tuple[str, ...] = setting("EPOK_INTERFACES", "", to_interfaces)
+    external_interface: str = setting("EPOK_EXTERNAL_INTERFACE", "", str)
+    addresses: tuple[Network, ...] = setting("EPOK_ADDRESSES", "", to_networks)
+    batch_commands: str = setting("EPOK_BATCH_COMMANDS", "true", one_of("true", "false"))
+    batch_size: int = setting("EPOK_BATCH_SIZE", "1677722", to_bytes)
+    masquerade: str = setting("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
+    mark: Mark = setting("EPOK_MARK", "0x30000000", to_mark)
+    kubeconfig: str = setting("KUBECONFIG", "", str)
+    context: str = setting("EPOK_CONTEXT", "", str)
+    snapshot: str = setting("EPOK_SNAPSHOT", "", str)
+    timeout: float = setting("EPOK_TIMEOUT", "50", to_seconds)
+    host: tuple[Login, ...] = setting("EPOK_SSH_HOST", "", to_logins)
+    port: int = setting("EPOK_SSH_PORT", "22", to_port)
+    key: str = setting("EPOK_SSH_KEY", "", os.path.expanduser)
+    known_hosts: str = setting("EPOK_SSH_KNOWN_HOSTS", "~/.ssh/known_hosts", os.path.expanduser)
+    host_key: tuple[str, ...] = setting("EPOK_SSH_HOST_KEY", "", to_host_keys)
+
+
+class Setting(NamedTuple):
     option: str
     variable: str
     default: str
     convert: Callable[[str], Any]
 
 
-SETTINGS = (
-    Setting("--interfaces", "EPOK_INTERFACES", "", to_interfaces),
-    Setting("--external-interface", "EPOK_EXTERNAL_INTERFACE", "", str),
-    Setting("--addresses", "EPOK_ADDRESSES", "", to_networks),
-    Setting("--batch-commands", "EPOK_BATCH_COMMANDS", "true", one_of("true", "false")),
-    Setting("--batch-size", "EPOK_BATCH_SIZE", "1677722", to_bytes),
-    Setting("--masquerade", "EPOK_MASQUERADE", "auto", one_of("auto", "always", "never")),
-    Setting("--mark", "EPOK_MARK", "0x30000000", to_mark),
-    Setting("--kubeconfig", "KUBECONFIG", "", str),
-    Setting("--context", "EPOK_CONTEXT", "", str),
-    Setting("--snapshot", "EPOK_SNAPSHOT", "", str),
-    Setting("--timeout", "EPOK_TIMEOUT", "50", to_seconds),
-    Setting("--log-level", "EPOK_LOG_LEVEL", "info", one_of("debug", "info", "warning", "error")),
-    Setting("--host", "EPOK_SSH_HOST", "", to_logins),
-    Setting("--port", "EPOK_SSH_PORT", "22", to_port),
-    Setting("--key", "EPOK_SSH_KEY", "", os.path.expanduser),
-    Setting("--known-hosts", "EPOK_SSH_KNOWN_HOSTS", "~/.ssh/known_hosts", os.path.expanduser),
-    Setting("--host-key", "EPOK_SSH_HOST_KEY", "", to_host_keys),
-)
+SETTINGS = [
+    Setting("--" + made.name.replace("_", "-"), **made.metadata)
+    for made in dataclasses.fields(Options)
+    if made.metadata
+]
 
 
 def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
@@ -429,17 +419,10 @@ def read_words(argv: Sequence[str]) -> dict[str, Any]:
         # docopt takes any unique beginning of an option for it: --cle must not clean
         if word.startswith("--") and word.split("=")[0] not in known:
             raise Fatal(f"unknown option {quoted(word.split('=')[0])}; epok.py --help lists them all", 2)
-    if {"-h", "--help"} & set(argv):
-        print((__doc__ or "").rstrip())
-        raise SystemExit(0)
     try:
-        words = docopt.docopt(__doc__ or "", list(argv), default_help=False)
+        return dict(docopt.docopt(__doc__ or "", list(argv), version=f"epok {VERSION}"))
     except docopt.DocoptExit as error:
         raise Fatal(explain_usage(str(error), argv), 2) from None
-    if words["--version"]:
-        print(f"epok {VERSION}")
-        raise SystemExit(0)
-    return dict(words)
 
 
 def explain_usage(problem: str, argv: Sequence[str]) -> str:
@@ -615,9 +598,8 @@ def to_service(item: Any) -> Service | None:
 
 def usable(text: str) -> Address | None:
     """The address of a node, or None when nothing can be sent there."""
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
+    address = to_address(text)
+    if address is None:
         return None
     mapped = address.version == 6 and (address.ipv4_mapped or address.scope_id)
     bad = address.is_unspecified or address.is_loopback or address.is_multicast or address.is_reserved
@@ -671,11 +653,8 @@ class Kind(NamedTuple):
 
 
 SERVICES = Kind("Service", "/api/v1/services", "", to_service)
-SERVICE_UIDS = SERVICES._replace(convert=lambda item: object_name("Service", item)[0].get("uid", ""))
 NODES = Kind("Node", "/api/v1/nodes", "", to_node)
 ENDPOINT_SLICES = Kind("EndpointSlice", "/apis/discovery.k8s.io/v1/endpointslices", "discovery.k8s.io", to_endpoints)
-
-
 HOW_TO_WRITE = "write it with kubectl get services,nodes,endpointslices -A -o json"
 
 
@@ -704,17 +683,13 @@ class SnapshotFile:
         class Loader(yaml.SafeLoader):
             """SafeLoader that leaves times the texts that they are in JSON."""
 
-            yaml_implicit_resolvers = {
-                first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
-                for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-            }
-
+        Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
         try:
             return list(yaml.load_all(text, Loader))
         except (yaml.YAMLError, ValueError) as error:
             raise Fatal(f"{self.name} is neither JSON nor YAML: {one_line(error)}; {HOW_TO_WRITE}") from None
 
-    def read(self, kind: Kind, **_: str) -> list[Any]:
+    def read(self, kind: Kind, selector: str = "") -> list[Any]:
         """All that the file has of a kind; a selector only saves the API work."""
         found = [item for item in self.objects if item.get("kind") == kind.name]
         if kind is ENDPOINT_SLICES and not found:
@@ -734,28 +709,6 @@ def flatten(documents: Iterable[Any]) -> Iterator[dict[str, Any]]:
             continue
         for item in Fields(document, "snapshot").objects("items"):
             yield from flatten([{"kind": kind.removesuffix("List"), **Fields(item, "snapshot item").value}])
-
-
-class Heard(logging.Handler):
-    """Keeps what a library logs as an error where it raises none."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.errors: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.errors.append(one_line(record.exc_info[1] if record.exc_info else record.getMessage()))
-
-
-EVENT_SECONDS = 5  # for all of a run's, so that many rejections cannot make it a long one
-
-
-class Answer(NamedTuple):
-    """What the API answers to a request."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
 
 
 class Event(NamedTuple):
@@ -780,7 +733,7 @@ class Cluster:
         in_cluster = os.environ.get("KUBERNETES_SERVICE_HOST") and not (options.kubeconfig or options.context)
         file = options.kubeconfig or "~/.kube/config"
         origin = "the pod's account" if in_cluster else f"kubeconfig {file}"
-        heard = Heard()
+        heard = logging.handlers.BufferingHandler(1000)
         logging.getLogger().addHandler(heard)
         try:
             if in_cluster:
@@ -792,6 +745,8 @@ class Cluster:
             # Python 3.13 wants all of RFC 5280's extensions in certificates; kubectl does not, nor have all clusters
             context = urllib3.util.ssl_.create_urllib3_context()
             context.check_hostname = configuration.verify_ssl
+            if not (configuration.ssl_ca_cert or configuration.ca_cert_data):
+                context.load_default_certs()  # which urllib3 does only for a context of its own
             context.verify_flags &= ~ssl.VERIFY_X509_STRICT
             self.client.rest_client.pool_manager.connection_pool_kw["ssl_context"] = context
         except (config.ConfigException, OSError, ValueError) as error:
@@ -802,19 +757,22 @@ class Cluster:
             ) from None
         finally:
             logging.getLogger().removeHandler(heard)
-        if heard.errors:  # a login plugin that failed: the loader goes on without credentials
-            raise Fatal(f"{origin}: its login plugin failed, {heard.errors[-1]}; check it with kubectl get nodes")
+        # the loader logs, by the root logger, that a login plugin failed, and goes on without credentials
+        for record in heard.buffer:
+            if record.levelno >= logging.ERROR and record.name == "root":
+                failure = one_line(record.getMessage())
+                raise Fatal(f"{origin}: its login plugin failed, {failure}; check it with kubectl get nodes")
         self.name = configuration.host
         if not configuration.verify_ssl:
             log.warning("%s: its certificate is not checked (insecure-skip-tls-verify)", self.name)
 
-    def read(self, kind: Kind, **selector: str) -> list[Any]:
-        """All objects of a kind, or those that a labelSelector or fieldSelector takes, complete or Fatal."""
+    def read(self, kind: Kind, selector: str = "") -> list[Any]:
+        """All objects of a kind, or those whose labels a selector takes, complete or Fatal."""
         return persist(self.deadline, self.all_pages, kind, selector)
 
-    def all_pages(self, kind: Kind, selector: Mapping[str, str]) -> list[Any]:
+    def all_pages(self, kind: Kind, selector: str) -> list[Any]:
         found: list[Any] = []
-        query = {"limit": "500", **selector}
+        query = {"limit": "500", **({"labelSelector": selector} if selector else {})}
         while True:
             page = persist(self.deadline, self.page, kind, query)
             if page is None:
@@ -831,15 +789,15 @@ class Cluster:
             return None
         if answer.status != 200:
             raise self.refusal(answer, "list", kind.path.rsplit("/", 1)[1], kind.group)
-        listed = self.decode(answer.body)
+        listed = self.decode(answer.data)
         if not isinstance(listed, dict) or listed.get("kind") != f"{kind.name}List" or listed.get("items") is None:
-            raise Fatal(f"{self.name} answers no {kind.name}List, but {quoted(status_message(answer.body))}")
+            raise Fatal(f"{self.name} answers no {kind.name}List, but {quoted(status_message(answer.data))}")
         return Fields(listed, f"{kind.name}List")
 
     def request(
         self, method: str, path: str, deadline: Deadline, query: Mapping[str, str] | None = None, body: Any = None
-    ) -> Answer:
-        """Sends one request; `body` is an object, or for PATCH the fields to merge in. Raises Transient or Fatal."""
+    ) -> Any:
+        """The answer: status, headers, data. `body` is for PATCH the fields to merge in. Raises Transient or Fatal."""
         import urllib3
         from kubernetes.client.exceptions import ApiException
 
@@ -855,20 +813,22 @@ class Cluster:
         for header in list(request[2]):
             request[2][header] = request[2][header].strip()  # a token file may end in a newline
         try:
-            response = self.client.call_api(*request, _request_timeout=deadline.remaining())
-            answer = Answer(response.status, response.headers, response.read())
+            answer = self.client.call_api(*request, _request_timeout=deadline.remaining())
+            answer.read()  # into answer.data
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise Transient(f"{self.name}: {one_line(error)}") from None
         except ApiException as error:  # TLS
+            if "EOF" in str(error.reason):  # a load balancer, say, whose API server is about to come back
+                raise Transient(f"{self.name}: {one_line(error.reason)}") from None
             raise Fatal(f"{self.name}: {one_line(error.reason)}; check the cluster's address and CA") from None
         except ValueError:  # its text would show the token
             raise Fatal(f"{self.name}: the address or the token has characters that no request can have") from None
-        log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, len(answer.body))
+        log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, len(answer.data))
         return answer
 
-    def refusal(self, answer: Answer, verb: str, resource: str, group: str = "") -> Exception:
+    def refusal(self, answer: Any, verb: str, resource: str, group: str = "") -> Exception:
         """What an answer other than the one that was wished for means: Fatal with what to do, or Transient."""
-        told = f"{self.name} answers {answer.status} to {verb} {resource} ({status_message(answer.body)})"
+        told = f"{self.name} answers {answer.status} to {verb} {resource} ({status_message(answer.data)})"
         if answer.status == 429 or answer.status >= 500:
             return Transient(told, retry_after(answer.headers.get("Retry-After", "")))
         if answer.status == 401:
@@ -877,44 +837,45 @@ class Cluster:
             return Fatal(f"{told}: allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole")
         return Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
 
-    def record(self, event: Event, uid: str, deadline: Deadline) -> None:
+    def uid_of(self, namespace: str, service: str, deadline: Deadline) -> str:
+        """The uid of a Service, empty when it is gone. Raises Transient or Fatal."""
+        query = {"fieldSelector": f"metadata.name={service}"}
+        answer = self.request("GET", f"/api/v1/namespaces/{namespace}/services", deadline, query)
+        if answer.status != 200:
+            raise self.refusal(answer, "list", "services")
+        found = Fields(self.decode(answer.data), "ServiceList").each("items")
+        return found[0].inner("metadata").get("uid", "") if found else ""
+
+    def record(self, event: Event, uids: Mapping[str, str], deadline: Deadline) -> None:
         """Writes an Event about a Service, or counts up the one that says the same. Raises Transient or Fatal."""
         namespace, _, service = event.service.partition("/")
+        uid = uids.get(event.service) or self.uid_of(namespace, service, deadline)
+        if not uid:
+            return  # nobody would look for it
+        involved = {"apiVersion": "v1", "kind": "Service", "namespace": namespace, "name": service, "uid": uid}
         name = f"{service}.{hashlib.sha256(repr((uid, event)).encode()).hexdigest()[:16]}"
         path = f"/api/v1/namespaces/{namespace}/events"
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         # an empty patch changes nothing and tells what is there, without the permission to get
         known = self.send("PATCH", f"{path}/{name}", {}, deadline)
         if known:
-            count = {"count": known.get("count", 1) + 1, "lastTimestamp": now}
-            self.send("PATCH", f"{path}/{name}", count, deadline)
+            again = {"count": known.get("count", 1) + 1, "lastTimestamp": now}
+            self.send("PATCH", f"{path}/{name}", again, deadline)
             return
-        regarding = {"apiVersion": "v1", "kind": "Service", "namespace": namespace, "name": service, "uid": uid}
-        made = {
-            "metadata": {"name": name, "namespace": namespace},
-            "involvedObject": regarding,
-            "type": event.type,
-            "reason": event.reason,
-            "message": event.message,
-            "source": {"component": "epok"},
-            "count": 1,
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-        }
+        times = {"firstTimestamp": now, "lastTimestamp": now, "count": 1}
+        said = {"type": event.type, "reason": event.reason, "message": event.message, "source": {"component": "epok"}}
+        made = {"metadata": {"name": name, "namespace": namespace}, "involvedObject": involved, **said, **times}
         self.send("POST", path, made, deadline)
 
     def record_all(self, events: Iterable[Event], uids: Mapping[str, str], deadline: Deadline) -> None:
         """Writes Events, in other namespaces also when one refuses them. Raises Fatal when any was not written."""
         failed: dict[str, str] = {}
         for event in events:
-            namespace, _, name = event.service.partition("/")
+            namespace = event.service.partition("/")[0]
             if namespace in failed:
                 continue
             try:
-                one = f"metadata.namespace={namespace},metadata.name={name}"
-                uid = uids.get(event.service) or next(iter(self.read(SERVICE_UIDS, fieldSelector=one)), "")
-                if uid:  # else the Service is gone, and nobody would look
-                    persist(deadline, self.record, event, uid, deadline)
+                persist(deadline, self.record, event, uids, deadline)
             except Fatal as error:
                 failed[namespace] = str(error)
         if failed:
@@ -923,12 +884,12 @@ class Cluster:
     def send(self, method: str, path: str, body: Any, deadline: Deadline) -> Fields | None:
         """Creates or patches an Event; None where it, or its namespace, is not there, or where it is there already."""
         answer = self.request(method, path, deadline, body=body)
-        ending = answer.status == 403 and b"is being terminated" in answer.body
+        ending = answer.status == 403 and b"is being terminated" in answer.data
         if answer.status in (404, 409) or ending:
             return None
         if answer.status not in (200, 201):
             raise self.refusal(answer, "create" if method == "POST" else "patch", "events")
-        return Fields(self.decode(answer.body), "Event")
+        return Fields(self.decode(answer.data), "Event")
 
     def decode(self, body: bytes) -> Any:
         try:
@@ -947,13 +908,12 @@ def status_message(body: bytes) -> str:
 
 
 def retry_after(text: str) -> float:
-    """Seconds that a Retry-After header asks for, as a number or a date (RFC 9110, 10.2.3)."""
-    if re.fullmatch(r"[0-9]{1,6}", text):
-        return int(text)
+    """Seconds that a Retry-After header asks for, as a number or a date."""
+    import urllib3
+
     try:
-        then = email.utils.parsedate_to_datetime(text)
-        return max((then - datetime.datetime.now(then.tzinfo)).total_seconds(), 0)
-    except (ValueError, TypeError):
+        return min(urllib3.Retry().parse_retry_after(text), 1e9)
+    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
         return 0
 
 
@@ -962,13 +922,11 @@ class Reader:
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
         self.deadline = deadline
-        make = (
-            Background(SnapshotFile, options.snapshot) if options.snapshot else Background(Cluster, options, deadline)
-        )
-        self.source = make.result(deadline, "logging in to the cluster, or reading the snapshot")
+        login = Background(*((SnapshotFile, options.snapshot) if options.snapshot else (Cluster, options, deadline)))
+        self.source = login.result(deadline, "logging in to the cluster, or reading the snapshot")
 
-    def read(self, kind: Kind, **selector: str) -> list[Any]:
-        reading = Background(functools.partial(self.source.read, kind, **selector))
+    def read(self, kind: Kind, selector: str = "") -> list[Any]:
+        reading = Background(self.source.read, kind, selector)
         return reading.result(self.deadline, f"{self.source.name}: the list of {kind.name}s")  # type: ignore[no-any-return]
 
     def snapshot(self) -> Snapshot:
@@ -979,27 +937,15 @@ class Reader:
             raise Fatal(f"{self.source.name} has no node at all, so it cannot be whole; nothing was changed")
         return Snapshot(tuple(services.values()), tuple(nodes.values()), {})
 
-    def tell(self, events: Iterable[Event], snapshot: Snapshot) -> None:
-        """Writes Events to the API; that they cannot be written is a warning, since the host is right without them."""
-        if not isinstance(self.source, Cluster):
-            return
-        deadline = Deadline(min(EVENT_SECONDS, self.deadline.remaining()), "the time for Events,")
-        uids = {service.key: service.uid for service in snapshot.services}
-        try:
-            writing = Background(self.source.record_all, events, uids, deadline)
-            writing.result(deadline, f"{self.source.name}: writing Events")
-        except Fatal as error:
-            log.warning("%s", error)
-
     def with_endpoints(self, snapshot: Snapshot, on_node: bool) -> Snapshot:
         """Adds endpoints where they are needed: for all Services when the host is a node, else with policy Local."""
         names = sorted({service.key.split("/")[-1] for service in snapshot.services if on_node or service.local})
         if not names:
             return snapshot
         # a long selector would not fit into a URL; then all are listed
-        few = {"labelSelector": f"kubernetes.io/service-name in ({','.join(names)})"} if len(names) <= 50 else {}
+        selector = f"kubernetes.io/service-name in ({','.join(names)})" if len(names) <= 50 else ""
         endpoints: dict[str, list[Endpoint]] = {}
-        for endpoint in itertools.chain.from_iterable(self.read(ENDPOINT_SLICES, **few)):
+        for endpoint in itertools.chain.from_iterable(self.read(ENDPOINT_SLICES, selector)):
             endpoints.setdefault(endpoint.service, []).append(endpoint)
         return dataclasses.replace(snapshot, endpoints=endpoints)
 
@@ -1079,8 +1025,7 @@ class Range(NamedTuple):
         return f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
 
 
-@dataclass(frozen=True)
-class PortMapping:
+class PortMapping(NamedTuple):
     """A mapping as written; `target` is a NodePort range, the name of a port, or None."""
 
     external: Range
@@ -1250,8 +1195,13 @@ def places_of(service: Service, snapshot: Snapshot, nodes: Sequence[Node], own: 
         chosen = {node.name for node in nodes if not service.local or node.name in using}
         used = [node for node in snapshot.nodes if not service.local or node.name in having]
         found = [Place(address, None, node.name in chosen) for node in used for address in node.addresses]
-    found.sort(key=lambda place: place.live)  # of one address that two have, the live one counts
-    unique = {place.address: place for place in found if place.address.version in service.versions}
+    unique: dict[Address, Place] = {}
+    for place in sorted(
+        found, key=lambda place: place.live
+    ):  # of one address that two slices have, the live one counts
+        if place.address.version in service.versions:
+            ports = unique.get(place.address, place).ports
+            unique[place.address] = place._replace(ports=place.ports and {**(ports or {}), **place.ports})
     return sorted(unique.values(), key=lambda place: (place.address.version, place.address))
 
 
@@ -1264,28 +1214,33 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
         taken = {("tcp", login.port): ("", 0) for login in options.host}
     # the older Service wins a port that two ask for
     for service in sorted(snapshot.services, key=lambda service: (service.created or "~", service.key)):
+        try:
+            sources = allowed_sources(service)
+        except ValueError as error:
+            plan.rejections.append(Rejection(service.key, "", str(error)))
+            continue
         claims = list(granted(service, taken, plan))
         places = places_of(service, snapshot, nodes, own)
         live = any(place.live for place in places)
         if claims and not live and (nodes or own):
             what = "ready endpoint" if own or service.local else "node"
             plan.warnings.append(f"{service.key}: not forwarded, there is no {what} of its IP families to forward to")
-        forwards = [forward_of(service, claim, places, options, bool(own)) for claim in claims]
+        forwards = [forward_of(service, claim, places, sources, options, bool(own)) for claim in claims]
         lacking = [forward.port for forward in forwards if live and not forward.targets]
         if lacking:
             plan.warnings.append(f"{service.key}: not forwarded, no ready pod has the port {enumerated(lacking)}")
-        plan.forwards += merge(forward for forward in forwards if forward.targets)
+        merged = merge(forward for forward in forwards if forward.targets)
+        if len(merged) * len(sources or ()) > MAX_SOURCES:
+            what = f"{len(merged)} external ports for {len(sources or ())} networks make more than {MAX_SOURCES} rules"
+            plan.rejections.append(Rejection(service.key, "", f"{what}; ask for fewer"))
+        else:
+            plan.forwards += merged
     plan.forwards.sort(key=lambda forward: (forward.first, forward.protocol))
     return plan
 
 
 def granted(service: Service, taken: dict[tuple[str, int], tuple[str, int]], plan: Plan) -> Iterator[Claim]:
     """The claims of a Service that nobody made before; `taken` learns them."""
-    try:
-        allowed_sources(service)
-    except ValueError as error:
-        plan.rejections.append(Rejection(service.key, "", str(error)))
-        return
     refused: dict[tuple[str, str], list[Claim]] = {}
     for claim in claims_of(service, plan):
         key, wish = (claim.port.protocol, claim.external), (service.key, claim.port.node_port)
@@ -1315,7 +1270,14 @@ def enumerated(texts: Iterable[str]) -> str:
     return ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
 
 
-def forward_of(service: Service, claim: Claim, places: Sequence[Place], options: Options, direct: bool) -> Forward:
+def forward_of(
+    service: Service,
+    claim: Claim,
+    places: Sequence[Place],
+    sources: tuple[Network, ...] | None,
+    options: Options,
+    direct: bool,
+) -> Forward:
     return Forward(
         protocol=claim.port.protocol,
         first=claim.external,
@@ -1327,30 +1289,23 @@ def forward_of(service: Service, claim: Claim, places: Sequence[Place], options:
         sticky=service.sticky,
         masquerade=options.masquerade == "always" or (options.masquerade == "auto" and not service.local),
         internal=INTERNAL_ANNOTATION in service.annotations,
-        sources=allowed_sources(service),
+        sources=sources,
         known=tuple(place.address for place in places) if service.sticky else (),
     )
 
 
 def merge(forwards: Iterable[Forward]) -> list[Forward]:
     """Those of a Service's forwards to neighbouring ports of the same targets become one range."""
-    runs: list[list[Forward]] = []
-    for forward in sorted(forwards, key=lambda forward: (forward.protocol, forward.first)):
-        if runs and follows(runs[-1][-1], forward):
-            runs[-1].append(forward)
-        else:
-            runs.append([forward])
-    return [
-        dataclasses.replace(
-            run[0], last=run[-1].last, port=run[0].port if len(run) == 1 else f"{run[0].port}-{run[-1].port}"
-        )
-        for run in runs
-    ]
 
+    def run_of(pair: tuple[int, Forward]) -> tuple[object, ...]:
+        number, forward = pair
+        shifts = [(target.address, target.port - forward.first) for target in forward.targets]
+        return forward.protocol, forward.first - number, shifts
 
-def follows(before: Forward, after: Forward) -> bool:
-    next_targets = tuple(Target(target.address, target.port + 1) for target in before.targets)
-    return (before.protocol, before.last + 1, next_targets) == (after.protocol, after.first, after.targets)
+    ordered = enumerate(sorted(forwards, key=lambda forward: (forward.protocol, forward.first)))
+    runs = [[forward for _, forward in run] for _, run in itertools.groupby(ordered, run_of)]
+    ports = [run[0].port if len(run) == 1 else f"{run[0].port}-{run[-1].port}" for run in runs]
+    return [dataclasses.replace(run[0], last=run[-1].last, port=port) for run, port in zip(runs, ports, strict=True)]
 
 
 # ------------------------------------------------ ruleset: Forwards -> chains, in iptables-save's words
@@ -1468,14 +1423,13 @@ def text_of(network: Network) -> str:
 
 
 class Leaf(NamedTuple):
-    """External ports and the chain that sends them to their nodes."""
+    """External ports and the rule that sends them to the chain of their nodes."""
 
     first: int
     last: int
     protocol: str
-    chain: str
-    comment: str
     internal: bool
+    rule: str
 
 
 def add_trees(leaves: Iterable[Leaf], nat: Table) -> dict[str, str]:
@@ -1496,14 +1450,11 @@ def add_branch(protocol: str, leaves: Sequence[Leaf], level: int, nat: Table) ->
     # a range that crosses a border between blocks stands alone in this chain
     for _, group in itertools.groupby(leaves, lambda leaf: (leaf.first >> CUTS[level], leaf.last >> CUTS[level])):
         block = list(group)
-        ports = f"-p {protocol} -m {protocol} --dport {block[0].first}"
+        rule = block[0].rule
         if len(block) > 1:
-            rules.append(f"{ports}:{block[-1].last} -g {add_branch(protocol, block, level + 1, nat)}")
-            continue
-        leaf = block[0]
-        if leaf.last > leaf.first:
-            ports += f":{leaf.last}"
-        rules.append(f'{ports} -m comment --comment "{leaf.comment}" -g {leaf.chain}')
+            ports = f"-p {protocol} -m {protocol} --dport {block[0].first}:{block[-1].last}"
+            rule = f"{ports} -g {add_branch(protocol, block, level + 1, nat)}"
+        rules.append(rule)
     return nat.add(f"EPOK-{protocol}-{leaves[0].first}-{leaves[-1].last}", rules)
 
 
@@ -1520,12 +1471,15 @@ def add_leaf(forward: Forward, family: Family, options: Options, nat: Table) -> 
         rules.append(f"{before}-p {forward.protocol}{after} -j DNAT --to-destination {destination(forward, target)}")
     prefix = f"EPOK-{forward.protocol}-{Range(forward.first, forward.last)}"
     chain = nat.add(prefix, rules)
-    comment = f"{forward.service} {forward.port}{' pods' if forward.direct else ''}"
+    # 255 bytes are all that iptables keeps: four names of 63 make more
+    comment = f"{forward.service} {forward.port}"[:250] + (" pods" if forward.direct else "")
     if not re.fullmatch(r"[A-Za-z0-9_.:/ -]{1,255}", comment):  # anything else could end the rule or begin another
         raise Fatal(f"{quoted(comment)} cannot stand in a comment of iptables; nothing was changed")
     if sources and all(network.prefixlen for network in sources):
         chain = nat.add(prefix, [f'-s {text_of(n)} -m comment --comment "{comment}" -g {chain}' for n in sources])
-    return [Leaf(forward.first, forward.last, forward.protocol, chain, comment, forward.internal)]
+    ports = f"{forward.first}:{forward.last}" if forward.last > forward.first else f"{forward.first}"
+    rule = f'-p {forward.protocol} -m {forward.protocol} --dport {ports} -m comment --comment "{comment}" -g {chain}'
+    return [Leaf(forward.first, forward.last, forward.protocol, forward.internal, rule)]
 
 
 def shares(targets: Sequence[Target], forward: Forward) -> Iterator[tuple[Target, str, str]]:
@@ -1712,6 +1666,8 @@ def hook_changes(chain: str, wanted: list[str], found: list[str]) -> list[str]:
 
 
 CODING = ("utf-8", "surrogateescape")  # a foreign comment may have any bytes, and they must come back as they were
+OUTPUT_LIMIT = 1 << 28  # bytes: a host that sends without end must not fill the memory
+SYSCTLS = ("/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding")
 
 
 class Result(NamedTuple):
@@ -1765,14 +1721,13 @@ class LocalHost:
             return Result(127, "", f"{argv[0]}: command not found")
         except subprocess.TimeoutExpired:
             raise deadline.missed(f"{self.name}: {shlex.join(argv)}") from None
+        except OSError as error:  # argv[0] may not be run; or sudo, at the deadline, not be killed
+            return Result(126, "", f"{argv[0]}: {error.strerror}")
         log.debug("%s: %s: exit status %d", self.name, shlex.join(argv), done.returncode)
         return Result(done.returncode, done.stdout.decode(*CODING), done.stderr.decode(*CODING))
 
     def close(self) -> None:
         pass
-
-
-OUTPUT_LIMIT = 1 << 28  # bytes: a host that sends without end must not fill the memory
 
 
 class SshHost:
@@ -1795,7 +1750,7 @@ class SshHost:
             channel.settimeout(deadline.remaining())
             channel.exec_command(shlex.join(argv))
             # all three at once: neither side may wait for the other with full buffers
-            Background(self.send, channel, text.encode(*CODING))
+            Background(lambda: (channel.sendall(text.encode(*CODING)), channel.shutdown_write()))
             streams = [Background(file.read, OUTPUT_LIMIT) for file in (channel.makefile(), channel.makefile_stderr())]
             out, err = (stream.result(deadline, doing).decode(*CODING) for stream in streams)
             if not channel.status_event.wait(deadline.remaining()):
@@ -1808,14 +1763,8 @@ class SshHost:
         except (paramiko.SSHException, OSError, EOFError) as error:
             self.close()
             raise Transient(f"{doing}: {one_line(error)}") from None
-
-    @staticmethod
-    def send(channel: Any, data: bytes) -> None:
-        try:
-            channel.sendall(data)
-            channel.shutdown_write()
-        except OSError:  # a command that ended without reading: its exit status says why
-            pass
+        except ValueError as error:  # a host name that is none, a key in ~/.ssh that is no text
+            raise Fatal(f"{doing}: {one_line(error)}; check --host, and give a key with --key") from None
 
     def connect(self, deadline: Deadline) -> Any:
         """Logs in. Raises Fatal for what will not change: a key refused, a host key wrong or unknown."""
@@ -1849,19 +1798,15 @@ class SshHost:
         unwanted = [name for name in preferred if key_types and name not in key_types]
         connection = socket.create_connection(self.login[1:], timeout=deadline.remaining())
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # paramiko does not: 40 ms a channel
+        limits = ("timeout", "banner_timeout", "auth_timeout", "channel_timeout")
         client.connect(
-            self.login.host,
-            self.login.port,
-            self.login.user,
+            *(self.login.host, self.login.port, self.login.user),
             sock=connection,
             pkey=key,
             allow_agent=key is None,
             look_for_keys=key is None,
             disabled_algorithms={"keys": unwanted},
-            timeout=deadline.remaining(),
-            banner_timeout=deadline.remaining(),
-            auth_timeout=deadline.remaining(),
-            channel_timeout=deadline.remaining(),
+            **dict.fromkeys(limits, deadline.remaining()),
         )
 
     def how_to_let_in(self, key: Any, error: Exception) -> str:
@@ -1905,7 +1850,8 @@ class HostKeyCheck:
 
     def __init__(self, login: Login, options: Options) -> None:
         self.login, self.pins, self.file = login, options.host_key, options.known_hosts
-        self.name = login.host if login.port == 22 else f"[{login.host}]:{login.port}"
+        name = login.host.lower()  # as ssh does
+        self.name = name if login.port == 22 else f"[{name}]:{login.port}"
         self.seen: list[Any] = []
         self.accepted: set[str] = set()  # keys in base64, and fingerprints
         self.revoked: set[str] = set()
@@ -1933,14 +1879,13 @@ class HostKeyCheck:
                 self.types.add(words[1])
 
     def names(self, hostname: str) -> bool:
+        import paramiko
+
         if not hostname.startswith("|1|"):
             return hostname == self.name
-        salt, _, digest = hostname[3:].partition("|")
-        try:
-            made = hmac.digest(base64.b64decode(salt), self.name.encode(), "sha1")
-        except ValueError:
-            return False
-        return base64.b64encode(made).decode() == digest
+        with contextlib.suppress(AssertionError, ValueError):  # it is no hash
+            return paramiko.HostKeys.hash_host(self.name, hostname) == hostname
+        return False
 
     def attempts(self) -> list[Sequence[str]]:
         """The host key types to ask for, one set a connection; an empty one is whatever the server likes."""
@@ -1951,8 +1896,8 @@ class HostKeyCheck:
         text = key.get_base64().rstrip("=")
         self.seen.append(key)
         if "any" in self.pins:
-            log.warning("%s: its host key is not checked (--host-key any); pin %s", self.login, fingerprint(key))
-        elif text in self.revoked or not {text, fingerprint(key)} & self.accepted:
+            log.warning("%s: its host key is not checked (--host-key any); pin %s", self.login, key.fingerprint)
+        elif text in self.revoked or not {text, key.fingerprint} & self.accepted:
             raise self.Refused
 
     def advice(self) -> str:
@@ -1961,58 +1906,48 @@ class HostKeyCheck:
             types = ", ".join(sorted(self.types))
             return f"{self.login}: it has no host key of the known kind ({types}); check --host-key or {self.file}"
         key = self.seen[0]
-        shown = f"{key.get_name()} {fingerprint(key)}"
         line = f"{self.name} {key.get_name()} {key.get_base64()}"
         if key.get_base64().rstrip("=") in self.revoked:
-            return f"{self.login}: its host key {shown} is marked @revoked in {self.file}; connect to no such host"
-        if self.pins:
-            return (
-                f"{self.login}: its host key {shown} is not the one of --host-key; if the host was reinstalled "
-                f'and this is its new key: --host-key "{key.get_name()} {key.get_base64()}"'
-            )
-        if self.accepted:
-            return (
-                f"{self.login}: its host key {shown} is not the one in {self.file}: somebody may be in between; if the "
-                f"host was reinstalled, replace its line there by: {line}"
-            )
-        return (
-            f"{self.login}: its host key {shown} is unknown; compare it with ssh-keygen -lf on the host, then add "
-            f"this line to {self.file}: {line}"
-        )
-
-
-def fingerprint(key: Any) -> str:
-    return "SHA256:" + base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
+            what = f"is marked @revoked in {self.file}; connect to no such host"
+        elif self.pins:
+            what = "is not the one of --host-key; if the host was reinstalled and this is its new key: "
+            what += f'--host-key "{key.get_name()} {key.get_base64()}"'
+        elif self.accepted:
+            what = f"is not the one in {self.file}: somebody may be in between; "
+            what += f"if the host was reinstalled, replace its line there by: {line}"
+        else:
+            what = "is unknown; compare it with ssh-keygen -lf on the host, "
+            what += f"then add this line to {self.file}: {line}"
+        return f"{self.login}: its host key {key.get_name()} {key.fingerprint} {what}"
 
 
 Host = LocalHost | SshHost
-
-
 Found = Mapping[int, Tables | None]  # by IP version, None where the host cannot do it
 
 
-class State(NamedTuple):
-    """What a host has: tables, addresses, interfaces, and by IP version whether it forwards packets."""
+class Facts(NamedTuple):
+    """What a host has: addresses, interfaces, and by IP version whether it forwards packets."""
 
-    tables: Found
     addresses: tuple[Address, ...]
     interfaces: tuple[str, ...]
     forwarding: Mapping[int, bool]
 
 
-SYSCTLS = ("/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding")
+def read_host(host: Host, deadline: Deadline) -> tuple[Facts, Background]:
+    """The facts, and the tables, which take longer, as a result to come."""
+    facts = persist(deadline, read_facts, host, deadline)
+    return facts, Background(persist, deadline, read_all_tables, host, deadline)
 
 
-def read_state(host: Host, deadline: Deadline) -> State:
-    tables = read_all_tables(host, deadline)
+def read_facts(host: Host, deadline: Deadline) -> Facts:
     links = host.run(("ip", "-br", "addr"), "", deadline)
     if links.status != 0:
         log.warning("%s: ip -br addr: %s; so epok cannot tell whether the host is a node", host.name, links.said)
-    words = [line.split() for line in links.out.splitlines() if line.strip()]
+    # of a point-to-point link, "ADDRESS peer ADDRESS", the second is somebody else's
+    words = [re.sub(r" peer \S+", "", line).split() for line in links.out.splitlines() if line.strip()]
     addresses = [usable(word.split("/")[0]) for line in words for word in line[2:]]
     values = host.run(("cat", *SYSCTLS), "", deadline).out.split()
-    return State(
-        tables=tables,
+    return Facts(
         addresses=tuple(address for address in addresses if address),
         interfaces=tuple(line[0].split("@")[0] for line in words),
         forwarding={version: value != "0" for version, value in zip((4, 6), values, strict=False)},
@@ -2029,20 +1964,14 @@ def read_tables(host: Host, family: Family, deadline: Deadline) -> Tables | None
     for name in BUILT_IN:
         argv = (*host.sudo, f"{family.tool}-save", "-t", name)
         result = host.run(argv, "", deadline)
-        if family.version == 6 and lacks_family(result):
+        lacking = r"command not found|Address family not supported|Table does not exist"
+        if family.version == 6 and result.status != 0 and (result.status == 127 or re.search(lacking, result.err)):
             return None
         table = parse_table(result.out, name) if result.status == 0 else None
         if table is None or "incompatible" in result.err:
             raise refusal(host, argv, result)
         tables[name] = table
     return tables
-
-
-def lacks_family(result: Result) -> bool:
-    if result.status == 0:
-        return False
-    absent = ("command not found", "Address family not supported", "Table does not exist")
-    return result.status == 127 or any(words in result.err for words in absent)
 
 
 def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> Exception:
@@ -2052,8 +1981,9 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
     if "incompatible" in result.err + result.out:
         # also seen while another process made the tables of a host that had none
         return Transient(f"{failed}; native nft rules share the table: move them to a table of their own", attempts=3)
-    if result.status == 127 or "not found" in result.err:
-        package = "sudo, or let epok log in as root" if "sudo" in result.err else "iptables"
+    if result.status == 127 or "command not found" in result.err:
+        lacks_sudo = re.search(r"\bsudo: (command )?not found", result.err)
+        package = "sudo, or let epok log in as root" if lacks_sudo else "iptables"
         return Fatal(f"{failed}; install it on the host: apt-get install {package}")
     if "sudo" in argv and ("sudo:" in result.err or "not allowed" in result.err):
         return Fatal(f"{failed}; add to sudoers: {host.user} ALL=(root) NOPASSWD: /usr/sbin/{shlex.join(argv[2:])}")
@@ -2071,26 +2001,23 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
     return Transient(failed, attempts=3)
 
 
-class Input(NamedTuple):
-    """A text for standard input of a command of the iptables-restore family."""
-
-    argv: tuple[str, ...]
-    text: str
+Input = tuple[tuple[str, ...], str]  # a command of the iptables-restore family, and a text for its standard input
 
 
 def next_inputs(wanted: Wanted, found: Found, options: Options) -> list[Input]:
     """What would make the tables that were found the wanted ones."""
     limit = options.batch_size if options.batch_commands == "true" else 0
-    inputs = []
+    inputs: list[Input] = []
     for family in FAMILIES:
         tables = found[family.version]
         texts = restore_inputs(wanted[family.version], tables, limit) if tables is not None else []
-        inputs += [Input((f"{family.tool}-restore", "--noflush", "--wait", "5"), text) for text in texts]
+        inputs += [((f"{family.tool}-restore", "--noflush", "--wait", "5"), text) for text in texts]
     return inputs
 
 
 def converge(host: Host, wanted: Wanted, found: Found, options: Options, deadline: Deadline) -> list[Input]:
-    """Makes the host's tables the wanted ones and proves it by reading them again; returns what it took."""
+    """Makes the host's tables the wanted ones and proves it by reading them again; returns what it sent."""
+    sent: list[Input] = []  # all that may have worked, also when its answer was lost
     done: list[Input] = []
     known: Found | None = found
 
@@ -2100,13 +2027,14 @@ def converge(host: Host, wanted: Wanted, found: Found, options: Options, deadlin
         current, known = known or read_all_tables(host, deadline), None
         inputs = next_inputs(wanted, current, options)
         for argv, text in inputs:
+            sent.append((argv, text))
             result = host.run((*host.sudo, *argv), text, deadline)
             if result.status != 0:
                 raise refusal(host, (*host.sudo, *argv), result, text)
-            done.append(Input(argv, text))
+            done.append((argv, text))
         left = next_inputs(wanted, read_all_tables(host, deadline), options) if inputs else []
         if left:
-            example = quoted(left[0].text.splitlines()[1])
+            example = quoted(left[0][1].splitlines()[1])
             raise Transient(f"{host.name}: the rules differ again after the swap, at {example}", attempts=3)
 
     try:
@@ -2118,70 +2046,55 @@ def converge(host: Host, wanted: Wanted, found: Found, options: Options, deadlin
                 f"{error}; before that {len(done)} {plural(len(done), 'input')} of {tools} took effect"
             ) from None
         raise
-    return done
+    return sent
 
 
-def check_host(host: Host, options: Options, wanted: Wanted, state: State) -> None:
+def check_host(host: Host, options: Options, wanted: Wanted, found: Found, facts: Facts) -> None:
     """Warns about what makes forwards fail without a word."""
     for family, sysctl in zip(FAMILIES, SYSCTLS, strict=True):
         if not wanted[family.version]["nat"].chains.get(ROOT):
             continue
-        if state.tables[family.version] is None:
+        if found[family.version] is None:
             log.warning("%s has no working %s: no forwards over IPv%d", host.name, family.tool, family.version)
-        elif not state.forwarding.get(family.version, True):
+        elif not facts.forwarding.get(family.version, True):
             name = sysctl.removeprefix("/proc/sys/").replace("/", ".")
             log.warning("%s does not forward IPv%d: sysctl -w %s=1", host.name, family.version, name)
     for interface in options.interfaces:
-        if state.interfaces and not any(is_covered(name, interface) for name in state.interfaces):
-            known = quoted(", ".join(state.interfaces))
+        if facts.interfaces and not fnmatch.filter(facts.interfaces, interface.replace("+", "*")):
+            known = quoted(", ".join(facts.interfaces))
             log.warning("%s has no interface %s: give -i those it has, of %s", host.name, interface, known)
-
-
-def is_covered(name: str, interface: str) -> bool:
-    """Whether an interface is one of those that iptables means by, say, eth+."""
-    return name.startswith(interface[:-1]) if interface.endswith("+") else name == interface
 
 
 # ------------------------------------------------ report: Tables -> what a person reads
 
 
-def count_forwards(tables: Tables) -> int:
-    rules = itertools.chain.from_iterable(tables["nat"].chains.values())
-    return sum(" --dport " in rule and " --comment " in rule for rule in rules)
-
-
 class Live(NamedTuple):
-    """A forward as rules say it: its ports, the leaf that sends connections on, where they go, and that as a text."""
+    """A forward as rules say it: each target's address and port or ports, and where it goes as a person says it."""
 
     first: int
     last: int
     protocol: str
-    version: int
+    service: str
     chain: str
-    targets: tuple[str, ...]
+    targets: tuple[tuple[str, str], ...]
     text: str
 
     def __str__(self) -> str:
         return f"{self.protocol}/{Range(self.first, self.last)}"
 
-    def ports(self) -> range:
-        return range(self.first, self.last + 1)
 
-    @property
-    def nodes(self) -> set[str]:
-        return {target.rpartition(":")[0].strip("[]") for target in self.targets}
-
-    @property
-    def service(self) -> str:
-        return self.text.partition(":")[0]
+# strict: another program may have written these rules
+DISPATCH = re.compile(
+    r"-p (\w+) -m \w+ --dport (\d{1,5})(?::(\d{1,5}))? "
+    r'-m comment --comment "([\w.-]+/[\w.-]+) ([\w-]+)( pods)?" -g (\S+)',
+    re.ASCII,
+)
+TARGET = re.compile(r"--to-destination \[?([0-9a-f.:]+)\]?:(\d{1,5}(?:-\d{1,5})?)", re.ASCII)
 
 
-DISPATCH = re.compile(r'-p (\w+) -m \w+ --dport (\d+)(?::(\d+))? -m comment --comment "(\S+) (\S+)( pods)?" -g (\S+)')
-
-
-def forwards_in(tables: Tables | None, version: int) -> dict[tuple[int, int, str], Live]:
-    """What rules forward, by ports and protocol."""
-    chains = (tables or NOTHING)["nat"].chains
+def forwards_in(tables: Tables, version: int) -> dict[tuple[int, int, str, str], Live]:
+    """What rules forward, by ports, protocol and Service."""
+    chains = tables["nat"].chains
     forwards = {}
     todo, seen = [ROOT], {ROOT}
     while todo:
@@ -2189,87 +2102,81 @@ def forwards_in(tables: Tables | None, version: int) -> dict[tuple[int, int, str
             jump = rule.rpartition(" -g ")[2]
             if match := DISPATCH.match(rule):
                 protocol, first, last, service, port, pods, chain = match.groups()
-                sources, rules = leaf_rules(chain, chains)
-                # each target once, like 10.0.0.1:2025
-                targets = tuple(dict.fromkeys(rule.split()[-1] for rule in rules if " --to-destination " in rule))
-                text = f"{service}:{port} {describe(sources, rules, targets, bool(pods))}"
-                over = " over IPv6" if version == 6 else ""
-                live = Live(int(first), int(last or first), protocol, version, chain, targets, text + over)
-                forwards[live[:3]] = live
+                targets, way = read_leaf(chain, chains, bool(pods))
+                text = f"{service}:{port} {way}" + (" over IPv6" if version == 6 else "")
+                live = Live(int(first), int(last or first), protocol, service, chain, targets, text)
+                forwards[live[:4]] = live
             elif jump not in seen:
                 seen.add(jump)
                 todo.append(jump)
     return forwards
 
 
-def leaf_rules(chain: str, chains: Mapping[str, list[str]]) -> tuple[list[str], list[str]]:
-    """The sources that may use a leaf, none for everybody, and its rules."""
-    rules = chains.get(chain, [])
-    sources = [rule.split()[1] for rule in rules if rule.startswith("-s ") and " -g " in rule]
-    return sources, chains.get(rules[0].split()[-1], []) if sources else rules
-
-
-def describe(sources: list[str], rules: list[str], targets: Sequence[str], pods: bool) -> str:
-    """For a person: "(NodePort 2025) on 3 nodes, client address kept"."""
-    ports = ", ".join(dict.fromkeys(target.rpartition(":")[2].split("/")[0] for target in targets))
-    marks = re.search(r"--set-xmark (\w+)/(\w+)", " ".join(rules))
+def read_leaf(chain: str, chains: Mapping[str, list[str]], pods: bool) -> tuple[tuple[tuple[str, str], ...], str]:
+    """The targets of a leaf, and for a person: "(NodePort 2025) on 3 nodes, client address kept"."""
+    sources = {rule.split()[1]: rule.split()[-1] for rule in chains.get(chain, []) if re.match("-s .* -g ", rule)}
+    leaf = "\n".join(chains.get(next(iter(sources.values()), chain), []))
+    targets = tuple(dict.fromkeys(TARGET.findall(leaf)))
+    ports = ", ".join(dict.fromkeys(port for _, port in targets))
+    marks = re.search(r"--set-xmark (\w+)/(\w+)", leaf)
     kept = ", client address kept" if marks and marks[1] != marks[2] else ""
     only = f", for {enumerated(sources)} only" if sources else ""
     what, place = ("port", "pod") if pods else ("NodePort", "node")
-    return f"({what} {ports}) on {len(targets)} {plural(len(targets), place)}{kept}{only}"
+    return targets, f"({what} {ports}) on {len(targets)} {plural(len(targets), place)}{kept}{only}"
 
 
 class Change(NamedTuple):
-    """A forward that came (nothing before), went (nothing after), or is another now."""
+    """A forward of a Service that came (+), went (-), or goes elsewhere now (~)."""
 
-    before: Live | None
-    after: Live | None
-
-    @property
-    def sign(self) -> str:
-        return "+" if not self.before else "~" if self.after else "-"
-
-    @property
-    def live(self) -> Live:
-        return self.after or self.before  # type: ignore[return-value]
-
-    def __str__(self) -> str:
-        return f"{self.sign} {self.live} -> {self.live.text}"
+    sign: str
+    live: Live
 
 
-def changes_between(before: Found | Wanted, after: Found | Wanted) -> list[Change]:
+VERBS = {"+": "now forwarding", "-": "no longer forwarding", "~": "changed:"}
+REASONS = {"+": "ExternalPortForwarded", "-": "ExternalPortRemoved"}  # of Events
+
+
+def changes_between(before: Found, after: Wanted) -> list[Change]:
     changes = []
-    for version in (family.version for family in FAMILIES):
-        old, new = (forwards_in(tables[version], version) for tables in (before, after))
-        both = (Change(old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()))
-        changes += [change for change in both if change.before != change.after]
+    for version, tables in before.items():
+        if tables is None:
+            continue
+        old, new = forwards_in(tables, version), forwards_in(after[version], version)
+        for key in sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+            sign = "+" if key not in old else "-" if key not in new else "~"
+            changes.append(Change(sign, new.get(key) or old[key]))
     return changes
 
 
 def events_of(changes: Iterable[Change], machine: str) -> list[Event]:
-    """An Event for each Service that has got or lost a forward, in one IP version or both."""
+    """An Event for each forward that a Service has got or lost, in one IP version or both."""
     events: dict[tuple[object, ...], Event] = {}
-    for old, new in changes:
-        if new and new.service != (old and old.service):
-            message = f"{machine}: now forwarding {new} to {new.text}"
-            events.setdefault((new.service, new[:3], 1), Event(new.service, "Normal", "ExternalPortForwarded", message))
-        if old and old.service != (new and new.service):
-            message = f"{machine}: no longer forwarding {old} to {old.text}"
-            events.setdefault((old.service, old[:3], 0), Event(old.service, "Normal", "ExternalPortRemoved", message))
+    for sign, live in changes:
+        if sign in REASONS:
+            message = f"{machine}: {VERBS[sign]} {live} to {live.text}"
+            events.setdefault((sign, *live[:4]), Event(live.service, "Normal", REASONS[sign], message))
     return list(events.values())
 
 
-def end_stale_flows(host: Host, changes: Iterable[Change], state: State, deadline: Deadline) -> None:
+def udp_targets(tables: Tables, version: int) -> dict[int, set[tuple[str, int]]]:
+    """Where each external UDP port goes."""
+    return {
+        port: {(address, int(ports.split("-")[0]) + port - live.first) for address, ports in live.targets}
+        for live in forwards_in(tables, version).values()
+        if live.protocol == "udp"
+        for port in range(live.first, live.last + 1)
+    }
+
+
+def end_stale_flows(host: Host, found: Found, wanted: Wanted, facts: Facts, deadline: Deadline) -> None:
     """Lets UDP clients that keep their port, and so the way of their first packet, go the new way."""
-    had, has = (
-        {(live.version, port): live.nodes for live in side if live and live.protocol == "udp" for port in live.ports()}
-        for side in ([change.before for change in changes], [change.after for change in changes])
-    )
-    for version, port in sorted(had.keys() | has.keys()):
-        gone = had.get((version, port), set()) - has.get((version, port), set())
-        for address in (str(address) for address in state.addresses if address.version == version):
+    for version, tables in found.items():
+        had, has = (udp_targets(each or NOTHING, version) for each in (tables, wanted[version]))
+        own = [str(address) for address in facts.addresses if address.version == version and tables]
+        for port, address in itertools.product(sorted(had.keys() | has.keys()), own):
+            gone = {target for target, _ in had.get(port, set()) - has.get(port, set())}
             # to a port that is new, flows are answered by the host itself
-            for reply in sorted(gone) or ([address] if (version, port) not in had else []):
+            for reply in sorted(gone) if port in had else [address]:
                 if not end_flows(host, version, address, port, reply, deadline):
                     return
 
@@ -2288,18 +2195,12 @@ def end_flows(host: Host, version: int, address: str, port: int, reply: str, dea
     return False
 
 
-def report_plan(plan: Plan) -> None:
-    for warning in plan.warnings:
-        log.warning("%s", warning)
-    for rejection in brief(plan.rejections):
-        log.warning("rejected: %s", rejection)
-
-
 def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Input], changes: Sequence[Change]) -> None:
-    verbs = {"+": "now forwarding", "-": "no longer forwarding", "~": "changed:"}
-    for change in changes:
-        log.info("%s%s %s to %s", prefix, verbs[change.sign], change.live, change.live.text)
-    count = sum(count_forwards(tables) for tables in wanted.values())
+    for sign, live in changes:
+        log.info("%s%s %s to %s", prefix, VERBS[sign], live, live.text)
+    rules = [rule for tables in wanted.values() for chain in tables["nat"].chains.values() for rule in chain]
+    # each once: those of the external interface have a tree of their own
+    count = len({rule.split(" --dport ")[1] for rule in rules if " --dport " in rule and " --comment " in rule})
     total = f"{count} {plural(count, 'forward')}"
     if not inputs:
         log.info("%sin sync, %s, nothing changed", prefix, total)
@@ -2319,7 +2220,7 @@ def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Inp
 def dry_run_text(host: Host, options: Options, before: Found, wanted: Wanted) -> str:
     """The forwards that would come and go, then each input under the command that would read it."""
     lines = [f"# on {host.name}"] if len(options.host) > 1 else []
-    lines += [str(change) for change in changes_between(before, wanted)]
+    lines += [f"{sign} {live} -> {live.text}" for sign, live in changes_between(before, wanted)]
     for argv, text in next_inputs(wanted, before, options):
         lines += [f"# {shlex.join(argv)}", text.rstrip("\n")]
     return "\n".join(lines)
@@ -2330,11 +2231,16 @@ def dry_run_text(host: Host, options: Options, before: Found, wanted: Wanted) ->
 
 def show(text: str) -> None:
     """Prints what was asked for; a reader that has seen enough, like head, is no error."""
+    if sys.stdout is None:
+        raise Fatal("standard output is closed")
     try:
         sys.stdout.buffer.write(f"{text}\n".encode(*CODING) if text else b"")
         sys.stdout.buffer.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Fatal(f"standard output: {one_line(error)}") from None
 
 
 class OneLine(logging.Formatter):
@@ -2366,49 +2272,64 @@ class Planner:
         self.untold: list[Event] = []
         self.lock = threading.Lock()
 
-    def wanted(self, state: State) -> Wanted:
-        own = frozenset(node.name for node in self.snapshot.nodes if set(node.addresses) & set(state.addresses))
+    def wanted(self, facts: Facts) -> Wanted:
+        own = frozenset(node.name for node in self.snapshot.nodes if set(node.addresses) & set(facts.addresses))
         with self.lock:
             if own not in self.made:
                 snapshot = self.reader.with_endpoints(self.snapshot, bool(own))
                 plan = make_plan(snapshot, self.options, own)
-                report_plan(plan)
-                self.untold += [
-                    Event(rejection.service, "Warning", "ExternalPortRejected", rejection.message)
-                    for rejection in brief(plan.rejections)
-                ]
+                for warning in plan.warnings:
+                    log.warning("%s", warning)
+                for rejection in brief(plan.rejections):
+                    log.warning("rejected: %s", rejection)
+                    self.untold.append(Event(rejection.service, "Warning", "ExternalPortRejected", rejection.message))
                 self.made[own] = {family.version: render(plan.forwards, family, self.options) for family in FAMILIES}
             return self.made[own]
 
     def tell(self, news: Iterable[Event]) -> None:
-        """Writes Events about a host, before those about rejections, which the first host that is done takes along."""
+        """Writes Events about a host, then those about rejections, which the first host that is done takes along.
+
+        That they cannot be written is a warning, since the host is right without them.
+        """
         with self.lock:
-            rejected, self.untold = self.untold, []
-        self.reader.tell(dict.fromkeys((*news, *rejected)), self.snapshot)
+            # in any order: where the time does not suffice for all, each gets its turn
+            events, self.untold = [*news, *random.sample(self.untold, len(self.untold))], []
+        source = self.reader.source
+        if not events or not isinstance(source, Cluster):
+            return
+        deadline = Deadline(min(EVENT_SECONDS, self.reader.deadline.remaining()), "the time for Events,")
+        uids = {service.key: service.uid for service in self.snapshot.services}
+        try:
+            writing = Background(source.record_all, events, uids, deadline)
+            writing.result(deadline, f"{source.name}: writing Events")
+        except Fatal as error:
+            log.warning("%s", error)
 
 
 def serve(host: Host, reader: Background, planner: Planner | None, options: Options, deadline: Deadline) -> int:
-    """Makes one host right, or says what would change; returns the exit status for it."""
+    """Makes one host right, or says what would change; returns the exit status for it. Raises Fatal."""
     prefix = f"{host.name}: " if options.executor == "ssh" else ""
     try:
-        state: State = reader.result(deadline, f"{host.name}: reading its rules")
-        wanted: Wanted = {family.version: NOTHING for family in FAMILIES}
+        facts, reading = reader.result(deadline, f"{host.name}: reading its addresses")
+        wanted: Wanted = planner.wanted(facts) if planner else {family.version: NOTHING for family in FAMILIES}
+        found: Found = reading.result(deadline, f"{host.name}: reading its rules")
         if planner:
-            wanted = planner.wanted(state)
-            check_host(host, options, wanted, state)
+            check_host(host, options, wanted, found, facts)
         if options.dry_run:
-            show(dry_run_text(host, options, state.tables, wanted))
-            return 3 if next_inputs(wanted, state.tables, options) else 0
-        inputs = converge(host, wanted, state.tables, options, deadline)
-        changes = changes_between(state.tables, wanted) if inputs else []
-        report_swap(prefix, state.tables, wanted, inputs, changes)
-        persist(deadline, end_stale_flows, host, changes, state, deadline)
+            show(dry_run_text(host, options, found, wanted))
+            return 3 if next_inputs(wanted, found, options) else 0
+        inputs = converge(host, wanted, found, options, deadline)
+        changes = changes_between(found, wanted) if inputs else []
+        report_swap(prefix, found, wanted, inputs, changes)
+        if changes:
+            flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
+            try:
+                persist(flows, end_stale_flows, host, found, wanted, facts, flows)
+            except Fatal as error:
+                log.warning("%s; UDP clients from before may stay where they were", error)
         if planner:
             planner.tell(events_of(changes, host.machine))
         return 0
-    except Fatal as error:
-        log.error("%s", error)
-        return error.status
     finally:
         host.close()
 
@@ -2417,8 +2338,8 @@ def run(options: Options) -> int:
     deadline = Deadline(options.timeout)
     local = options.executor == "local"
     hosts: list[Host] = [LocalHost()] if local else [SshHost(login, options) for login in options.host]
-    # the hosts are read while the API answers
-    readers = [Background(persist, deadline, read_state, host, deadline) for host in hosts]
+    # the hosts are read while the API answers, and what shall be is computed
+    readers = [Background(read_host, host, deadline) for host in hosts]
     planner = None if options.clean else Planner(options, deadline)
     work = [
         Background(serve, host, reader, planner, options, deadline) for host, reader in zip(hosts, readers, strict=True)

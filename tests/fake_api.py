@@ -178,6 +178,10 @@ class Server(socketserver.ThreadingTCPServer):
     request_queue_size = 64
     api: "FakeApi"
 
+    def verify_request(self, request: object, address: object) -> bool:
+        self.api.dropped -= 1
+        return self.api.dropped < 0
+
     def handle_error(self, request: object, address: object) -> None:
         """A client that is gone, or does not like the certificate, is what some tests are about."""
 
@@ -185,12 +189,18 @@ class Server(socketserver.ThreadingTCPServer):
 class FakeApi:
     """`objects` are what it lists, `page_size` the most that it puts on a page, whatever `limit` allows.
 
-    For the first `delay` seconds it refuses connections.
+    For the first `delay` seconds it refuses connections, and the first `dropped` of them it closes at once.
     """
 
     def __init__(
-        self, namespace: Namespace, *objects: Object, tls: "ssl.SSLContext | None" = None, delay: float = 0
+        self,
+        namespace: Namespace,
+        *objects: Object,
+        tls: "ssl.SSLContext | None" = None,
+        delay: float = 0,
+        dropped: int = 0,
     ) -> None:
+        self.dropped = dropped
         self.objects: list[Any] = list(objects)
         self.page_size = 10_000
         self.requests: list[Request] = []
@@ -244,6 +254,9 @@ class FakeApi:
         self.requests.append(
             Request(resource, query, handler.path, handler.headers.get("Authorization", ""), time.monotonic())
         )
+        if one := re.fullmatch("/api/v1/namespaces/([^/]+)/services", url.path):
+            version, kind = "v1", "Service"
+            query["fieldSelector"] += f",metadata.namespace={one[1]}"
         body = self.page(version, kind, query) if kind else b""
         exchange, number = Exchange(handler, self, body), len(self.asked(resource))
         if self.requests[-1].authorization != f"Bearer {TOKEN}":

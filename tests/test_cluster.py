@@ -48,6 +48,8 @@ from fake_api import (
 from lab import EPOK, Lab
 from objects import Object, endpoint, endpoint_slice, node, port, service, snapshot
 
+import epok
+
 pytestmark = pytest.mark.parametrize("lab", ["nft"], indirect=True)
 
 HOPELESS = 3  # --timeout of runs that cannot succeed
@@ -491,6 +493,40 @@ def test_plain_http_where_tls_was_expected_fails(lab: Lab, api: FakeApi, before:
     config = write_kubeconfig(tmp_path / "config", f"https://{api.address}")
     done = run(lab, "--kubeconfig", config, timeout=HOPELESS)
     assert_failed(lab, done, before, "SSL|TLS", re.escape(api.address.partition(":")[2]))
+
+
+def test_a_certificate_of_an_authority_that_the_machine_trusts_is_accepted(
+    lab: Lab, before: str, tmp_path: Path
+) -> None:
+    file, context = certificate(tmp_path)
+    with FakeApi(lab.host, *NODES, MAIL, tls=context) as api:
+        config = write_kubeconfig(tmp_path / "config", api.url)
+        assert run(lab, "--kubeconfig", config, env={"SSL_CERT_FILE": file}).status == 0
+        assert run(lab, "--kubeconfig", config, timeout=HOPELESS).status == 1
+
+
+def test_a_tls_server_that_hangs_up_at_first_is_tried_again(lab: Lab, before: str, tmp_path: Path) -> None:
+    file, context = certificate(tmp_path)
+    with FakeApi(lab.host, *NODES, MAIL, tls=context, dropped=2) as api:
+        config = write_kubeconfig(tmp_path / "config", api.url, cluster={"certificate-authority": file})
+        done = run(lab, "--kubeconfig", config)
+    assert done.status == 0, done.log
+    assert done.log.count("trying again") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("7", 7),
+        ("", 0),
+        ("soon", 0),
+        ("-3", 0),
+        ("9" * 400, 1e9),
+        ("Wed, 99999999999999999999 Oct 2015 07:28:00 GMT", 0),
+    ],
+)
+def test_any_retry_after_is_a_number_of_seconds(lab: Lab, text: str, seconds: float) -> None:
+    assert epok.retry_after(text) == seconds
 
 
 def test_a_refused_connection_fails(lab: Lab, api: FakeApi, config: str, before: str) -> None:

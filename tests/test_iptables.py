@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -366,6 +367,7 @@ def test_a_host_without_ip6tables_gets_the_forwards_over_ipv4(lab: Lab) -> None:
     done = run_without(lab, "ip6tables")
     assert done.returncode == 0 and lab.ask(25)
     assert done.stderr.count("warning:") == 1 and "IPv6" in done.stderr
+    assert "over IPv6" not in re.sub("warning: .*", "", done.stderr), "what is not forwarded is not told"
 
 
 def test_who_may_not_is_told_what_to_do(lab: Lab) -> None:
@@ -428,6 +430,52 @@ def test_an_interface_that_is_not_there_is_told_with_those_that_are(lab: Lab, in
     found = warnings(lab.epok("-i", interfaces, "local", snapshot=lab.cluster()))
     assert len(found) == bool(missing)
     assert all(re.search(rf"no interface {missing}: .*-i .*lo, eth1, eth0, eth2", line) for line in found)
+
+
+def test_the_far_end_of_a_link_is_not_the_hosts_own_address(lab: Lab) -> None:
+    lab.host.wire("addr add 192.0.2.77 peer 203.0.113.50/32 dev eth0")
+    try:
+        cluster = snapshot(node("far", "203.0.113.50"), MAIL)
+        assert not warnings(lab.epok(*LOCAL, snapshot=cluster))
+        assert "--to-destination 203.0.113.50:2025" in lab.saved()
+    finally:
+        lab.host.wire("addr del 192.0.2.77 peer 203.0.113.50/32 dev eth0")
+
+
+def test_flows_that_take_too_long_to_end_are_a_warning(lab: Lab, tmp_path: Path) -> None:
+    """The real conntrack is never slow enough."""
+    (tmp_path / "conntrack").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "conntrack").chmod(0o755)
+    dns = service("dns", "53:30053", [port(53, 30053, protocol="UDP")])
+    done = lab.epok(
+        "--timeout", "3", *LOCAL, snapshot=lab.cluster(dns), env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    )
+    [warning] = warnings(done)
+    assert "UDP clients" in warning
+    assert lab.ask(53, "udp").port == 30053
+
+
+@pytest.mark.parametrize("output", [">/dev/full", ">&-"])
+def test_a_dry_run_that_cannot_be_written_is_one_error(lab: Lab, output: str) -> None:
+    argv = shlex.join([sys.executable, epok.__file__, "--snapshot", "-", "--dry-run", *LOCAL])
+    done = lab.host.run(["sh", "-c", f"{argv} {output}"], json.dumps(lab.cluster(MAIL)), check=False)
+    assert done.returncode == 1, done.stderr
+    assert re.fullmatch("error: standard output.*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("said", "advice", "other"),
+    [
+        ("sudo: iptables-save: command not found", "apt-get install iptables", "install sudo"),
+        ("bash: line 1: sudo: command not found", "apt-get install sudo", "install iptables"),
+        ("modprobe: FATAL: Module ip_tables not found in directory /lib/modules", "ip_tables", "apt-get"),
+    ],
+)
+def test_what_is_missing_is_named_and_nothing_else(said: str, advice: str, other: str) -> None:
+    result = epok.Result(1, "", said)
+    error = str(epok.refusal(epok.LocalHost(), ("sudo", "-n", "iptables-save", "-t", "nat"), result))
+    assert advice in error
+    assert other not in error
 
 
 def warnings(done: "subprocess.CompletedProcess[str]") -> list[str]:

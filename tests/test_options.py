@@ -385,7 +385,7 @@ def test_any_words_are_options_or_one_line_and_status_2(argv: list[str]) -> None
             assert error.status == 2
             assert re.fullmatch("[ -~]{1,900}", str(error))
         except SystemExit as error:
-            assert error.code == 0
+            assert not error.code
             assert {"-h", "--help", "-V", "--version"} & set(argv) or re.search(r"-\w*[hV]", " ".join(argv))
 
 

@@ -764,3 +764,25 @@ def test_any_text_in_an_annotation_leaves_other_services_alone(text: str, ranges
     )
     assert set(forwards(plan)) >= {"tcp 20-23 mail 31020-31023", "tcp 80 web 30080"}
     assert {each.service for each in plan.rejections} <= {"default/nasty"}
+
+
+def test_ports_times_networks_that_would_be_too_many_rules_reject_the_service_alone() -> None:
+    ports = [port(n, 20000 + n, f"p{n}") for n in range(1, 2001, 2)]
+    ranges = ",".join(f"10.{n >> 8}.{n & 255}.0/24" for n in range(8000))
+    asked = ",".join(f"{n}:{20000 + n}" for n in range(1, 2001, 2))
+    greedy = service("greedy", asked, ports, annotations={"epok.getbetter.ro/allow-range": ranges})
+    plan = planned(greedy, service("web", "8080:30080", [port(80, 30080)]))
+    assert forwards(plan) == ["tcp 8080 web 30080"]
+    [reason] = reasons(plan)
+    assert re.fullmatch("default/greedy: 1000 external ports for 8000 networks .*", reason)
+
+
+def test_a_pod_that_two_slices_name_has_the_ports_of_both() -> None:
+    slices = [
+        endpoint_slice("web", [endpoint("k3s", "10.244.1.5")], [slice_port(number, name)], suffix=name)
+        for name, number in (("http", 8080), ("https", 8443))
+    ]
+    both = service("web", "80:http, 443:https", [port(80, 30080, "http"), port(443, 30443, "https")])
+    plan = planned(both, *slices, own=["k3s"])
+    assert not plan.warnings
+    assert sorted(str(target.port) for made in plan.forwards for target in made.targets) == ["8080", "8443"]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import need, until
+from fake_api import TOKEN, FakeApi, write_kubeconfig
 from lab import CHOOSE_BACKEND, EPOK, FORWARDING, HOST, HOST6, Lab
 from objects import node, port, service, snapshot
 from sshd import (
@@ -32,6 +33,8 @@ from sshd import (
     impostor,
     make_key,
 )
+
+import epok
 
 SECOND = "203.0.113.10"  # another host, behind the first
 LATE, SILENT, NOBODY, IMPOSTORS_FROM = 2301, 2302, 2303, 2400  # ports where no sshd listens
@@ -597,9 +600,9 @@ def test_the_lines_for_sudoers_in_the_errors_are_all_that_it_takes(ssh: Operator
 def test_sudo_that_says_no_is_an_error_at_once_with_the_line_for_sudoers(ssh: Operator, lines: list[str]) -> None:
     ssh.server.sudoers(*lines)
     run = ssh.fails(host=f"{USER}@{HOST}")
-    assert len(run.commands) == 1
+    [refused] = [command for command in run.commands if "tables" in command]
     assert "sudoers" in run.error
-    words = run.commands[0].removeprefix("sudo -n ")
+    words = refused.removeprefix("sudo -n ")
     assert f"{USER} ALL=(root) NOPASSWD: /usr/sbin/{words}" in run.error or "requiretty" in lines[0]
 
 
@@ -618,7 +621,7 @@ def test_a_tool_that_the_host_lacks_is_named(ssh: Operator, user: str, missing: 
     ssh.server.misbehave('PATH=/nonexistent exec /bin/bash -c "$SSH_ORIGINAL_COMMAND"')
     run = ssh.fails(host=f"{user}@{HOST}")
     assert re.search(rf"install.*\b{missing}", run.error), str(run)
-    assert len(run.commands) == 1
+    assert len([command for command in run.commands if "tables" in command]) == 1
 
 
 # ------------------------------------------------ several hosts
@@ -842,6 +845,7 @@ def test_a_swap_that_is_cut_off_is_made_good_in_the_same_run(ssh: Operator, cut:
     assert "iptables-save" in run.commands[restores[0] + 1], "what was done is read before anything else"
     if "all" in cut:
         assert len(restores) == 1, str(run)
+    assert "now forwarding tcp/25 " in run.err, "also when the answer to what took effect was lost"
     assert "--dport 25 " in ssh.lab.saved()
     ssh.server.reset()
     assert not ssh.succeeds(services=cluster).swapped
@@ -901,3 +905,36 @@ def test_a_shell_that_says_hello_is_no_matter(ssh: Operator) -> None:
     assert not run.lines("warning"), str(run)
     assert answers(ssh.lab, 25)
     assert not ssh.succeeds().swapped
+
+
+@once
+@pytest.mark.parametrize("host", ["root@a..b", f"root@{'a' * 64}.example"])
+def test_a_host_name_that_is_none_is_one_error(ssh: Operator, host: str) -> None:
+    run = ssh.epok(host=host, timeout=4)
+    assert host in run.error and "--host" in run.error
+
+
+def test_a_known_host_is_known_however_its_name_is_spelt() -> None:
+    options = epok.parse_options(["-i", "eth0", "--known-hosts", "/dev/null", "ssh", "--host", "root@Gateway"], {})
+    assert epok.HostKeyCheck(options.host[0], options).names("gateway")
+
+
+@once
+def test_a_host_that_is_no_ssh_server_is_not_taken_for_a_broken_login_plugin(ssh: Operator, tmp_path: Path) -> None:
+    credential = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": TOKEN}}
+    plugin = tmp_path / "plugin"
+    plugin.write_text(f"#!/bin/sh\nsleep 1\necho '{json.dumps(credential)}'\n")
+    plugin.chmod(0o755)
+    user = {"exec": {"command": str(plugin), "interactiveMode": "Never", "apiVersion": credential["apiVersion"]}}
+    with (
+        FakeApi(ssh.lab.client, *ssh.lab.node_objects(), MAIL) as api,
+        impostor(ssh.lab.host, SILENT, lambda sock: sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n") or sock.close()),
+    ):
+        config = write_kubeconfig(tmp_path / "config", api.url, user=user)
+        hosts = ["--host", f"root@{HOST}:{SILENT}", "--host", f"root@{HOST}", "--key", str(ssh.keys["ed25519"])]
+        argv = [sys.executable, str(EPOK), "-i", "eth0", "--timeout", "5", "--kubeconfig", config, "ssh", *hosts]
+        env = {**os.environ, "HOME": str(ssh.home)}
+        done = ssh.lab.client.run(argv, check=False, env=env)
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{HOST}:{SILENT}" in error
+    assert answers(ssh.lab, 25)

@@ -741,6 +741,14 @@ def test_a_udp_client_that_keeps_its_port_leaves_a_node_that_went(lab: Lab, to: 
 
 
 @pytest.mark.parametrize("to", [HOST, HOST6])
+def test_a_udp_client_that_keeps_its_port_follows_the_port_to_another_service(lab: Lab, to: str) -> None:
+    forward(lab, service("old", "53:30053", DNS, families=DUAL))
+    assert flow(lab, to=to).port == 30053
+    forward(lab, service("new", "53:30080", [port(53, 30080, protocol="UDP")], families=DUAL))
+    assert flow(lab, to=to).port == 30080
+
+
+@pytest.mark.parametrize("to", [HOST, HOST6])
 def test_a_udp_client_that_keeps_its_port_keeps_a_node_that_stays(lab: Lab, to: str) -> None:
     dns = service("dns", "53:30053", DNS, families=DUAL)
     forward(lab, dns)
