@@ -908,11 +908,11 @@ def status_message(body: bytes) -> str:
 
 
 def retry_after(text: str) -> float:
-    """Seconds that a Retry-After header asks for, as a number or a date."""
+    """Seconds that a Retry-After header asks for, as a number or a date; urllib3 takes six hours for the most."""
     import urllib3
 
     try:
-        return min(urllib3.Retry().parse_retry_after(text), 1e9)
+        return urllib3.Retry().parse_retry_after(text)
     except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
         return 0
 

@@ -521,8 +521,8 @@ def test_a_tls_server_that_hangs_up_at_first_is_tried_again(lab: Lab, before: st
         ("", 0),
         ("soon", 0),
         ("-3", 0),
-        ("9" * 400, 1e9),
-        ("Wed, 99999999999999999999 Oct 2015 07:28:00 GMT", 0),
+        ("9" * 400, 21600),
+        ("Wed, 99999999999999999999 Oct 2015 07:28:00 GMT", 21600),
     ],
 )
 def test_any_retry_after_is_a_number_of_seconds(lab: Lab, text: str, seconds: float) -> None:
