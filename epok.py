@@ -374,6 +374,8 @@ class Options:
 
 
 class Setting(NamedTuple):
+    """An option with a value: where its text may come from and what makes the value of it."""
+
     option: str
     variable: str
     default: str
@@ -724,7 +726,6 @@ class Cluster:
     """The Kubernetes API, with plain JSON: typed models cost a second of start-up."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
-        import urllib3
         from kubernetes import client, config
         from kubernetes.client.api_client import ApiClient
 
@@ -742,13 +743,7 @@ class Cluster:
                 config.load_kube_config(file, context=options.context or None, client_configuration=configuration)
             configuration.retries = False  # or urllib3 tries again by itself, unseen
             self.client = ApiClient(configuration)
-            # Python 3.13 wants all of RFC 5280's extensions in certificates; kubectl does not, nor have all clusters
-            context = urllib3.util.ssl_.create_urllib3_context()
-            context.check_hostname = configuration.verify_ssl
-            if not (configuration.ssl_ca_cert or configuration.ca_cert_data):
-                context.load_default_certs()  # which urllib3 does only for a context of its own
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-            self.client.rest_client.pool_manager.connection_pool_kw["ssl_context"] = context
+            self.client.rest_client.pool_manager.connection_pool_kw["ssl_context"] = tls_context(configuration)
         except (config.ConfigException, OSError, ValueError) as error:
             raise Fatal(f"{origin}: {one_line(error)}; give --kubeconfig, or --snapshot to do without") from None
         except Exception as error:  # its loader trips over whatever is not as it expects
@@ -896,6 +891,21 @@ class Cluster:
             return json.loads(body)
         except (ValueError, RecursionError):
             raise Fatal(f"{self.name} answers no JSON, but {quoted(status_message(body))}") from None
+
+
+def tls_context(configuration: Any) -> ssl.SSLContext:
+    """What the client checks a server by, less what Python 3.13 asks of certificates and kubectl does not.
+
+    That is all of RFC 5280's extensions, which not every cluster's have.
+    """
+    import urllib3
+
+    context = urllib3.util.ssl_.create_urllib3_context()
+    context.check_hostname = configuration.verify_ssl
+    if not (configuration.ssl_ca_cert or configuration.ca_cert_data):
+        context.load_default_certs()  # which urllib3 does only for a context of its own
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
 
 
 def status_message(body: bytes) -> str:
