@@ -1995,6 +1995,8 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
         lacks_sudo = re.search(r"\bsudo: (command )?not found", result.err)
         package = "sudo, or let epok log in as root" if lacks_sudo else "iptables"
         return Fatal(f"{failed}; install it on the host: apt-get install {package}")
+    if "epok-gate: " in result.err:
+        return Fatal(f"{failed}; run cron/setup-host of this epok on the host, with --mark if epok has that option")
     if "sudo" in argv and ("sudo:" in result.err or "not allowed" in result.err):
         return Fatal(f"{failed}; add to sudoers: {host.user} ALL=(root) NOPASSWD: /usr/sbin/{shlex.join(argv[2:])}")
     if "must be root" in result.err or "Permission denied" in result.err or "not permitted" in result.err:

@@ -85,6 +85,21 @@ for plain in iptables iptables-save iptables-restore ip6tables ip6tables-save ip
 done
 mount --bind /run/alternatives /etc/alternatives
 """
+# What is swapped in as epok does it is also kept in a file, for conftest.py to look at.
+RECORD_INPUTS = """
+mkdir -m 1777 /run/inputs /run/real
+for plain in iptables-restore ip6tables-restore; do
+    mv /run/alternatives/$plain /run/real/$plain
+    cat >/run/alternatives/$plain <<EOF
+#!/bin/sh
+[ "\\$*" = "--noflush --wait 5" ] || exec /run/real/$plain "\\$@"
+file=\\$(mktemp /run/inputs/$plain.XXXXXX)
+cat >"\\$file"
+exec /run/real/$plain "\\$@" <"\\$file"
+EOF
+    chmod 755 /run/alternatives/$plain
+done
+"""
 PLAIN_TABLES = """*nat
 :PREROUTING ACCEPT
 :INPUT ACCEPT
@@ -190,8 +205,11 @@ def pod(number: int) -> tuple[str, str]:
 class Lab:
     """All the namespaces, wired, with an echo server on `ports` of each node."""
 
-    def __init__(self, backend: str = "nft", nodes: int = 3, ports: Iterable[int] = NODE_PORTS) -> None:
+    def __init__(
+        self, backend: str = "nft", nodes: int = 3, ports: Iterable[int] = NODE_PORTS, record: bool = False
+    ) -> None:
         self.backend = backend
+        self.record = record
         self.node_count = nodes
         self.ports = tuple(ports)
         self.stack = contextlib.ExitStack()
@@ -210,7 +228,8 @@ class Lab:
     def make(self) -> None:
         self.client = self.namespace("client")
         self.inside = self.namespace("inside")
-        self.host = self.namespace("host", FORWARDING + CHOOSE_BACKEND.replace("BACKEND", self.backend))
+        choose = CHOOSE_BACKEND.replace("BACKEND", self.backend)
+        self.host = self.namespace("host", FORWARDING + choose + (RECORD_INPUTS if self.record else ""))
         self.nodes = [self.namespace(f"node{number}") for number in range(1, self.node_count + 1)]
         self.host.wire("link set lo up", "link add eth1 type bridge forward_delay 0 mcast_snooping 0")
         self.address(self.host, "eth1", "10.0.0.1/24", "2001:db8:2::1/64")
@@ -372,6 +391,11 @@ class Lab:
         text = "".join(self.host.run([*save, "-t", table]).stdout for table in TABLES)
         text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
         return text if counters else re.sub(r"(?m)^(:.*) \[\d+:\d+\]$", r"\1 [0:0]", text)
+
+    def inputs(self) -> list[tuple[str, str]]:
+        """With `record`, what iptables-restore and ip6tables-restore were given by epok: the tool and the text."""
+        files = Path(f"/proc/{self.host.pid}/root/run/inputs").iterdir()
+        return [(file.name.split(".")[0], file.read_text("latin-1")) for file in files]
 
     def flush(self) -> None:
         """Empty tables that accept everything, and no connection tracked: a host as new."""

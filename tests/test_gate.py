@@ -1,0 +1,643 @@
+"""cron/epok-gate, cron/sudoers and cron/setup-host on the lab's host, with a real sshd, PAM and sudo."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import BACKENDS, need, until
+from gateway import Gateway, gate, secret_data
+from lab import EPOK, HOST, HOST6, Lab
+from objects import endpoint, endpoint_slice, port, service, slice_port
+from sshd import make_key
+
+once = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
+REFUSED = 126
+SWAP = "sudo -n iptables-restore --noflush --wait 5"
+SWAP6 = "sudo -n ip6tables-restore --noflush --wait 5"
+MAIL = service("mail", "25:2025", [port(25, 2025)])
+WEB = service("web", "80:30080", [port(80, 30080)], families=("IPv4", "IPv6"))
+DNS = service("dns", "53:30053", [port(53, 30053, protocol="UDP")], families=("IPv4", "IPv6"))
+RANGE = service("range", "8000-8009:30000-30009", [port(number, number) for number in range(30000, 30010)])
+ALLOWED = {"epok.getbetter.ro/allow-range": "192.0.2.0/24, 2001:db8::/32"}
+FIREWALL = """*filter
+:INPUT ACCEPT [0:0]
+:FORWARD DROP [0:0]
+:MINE - [0:0]
+-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT
+-A INPUT -j MINE
+COMMIT
+*nat
+:MINE - [0:0]
+-A PREROUTING -p tcp -m tcp --dport 9999 -m comment --comment "-j EPOK" -j MINE
+-A MINE -j ACCEPT
+COMMIT
+"""
+
+
+class Answer(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+class Client:
+    """Whoever has the key, on the client's machine."""
+
+    def __init__(self, lab: Lab, gateway: Gateway, secret: dict[str, str], folder: Path) -> None:
+        self.lab, self.gateway, self.folder = lab, gateway, folder
+        self.key, self.known_hosts = folder / "id_rsa", folder / "known_hosts"
+        self.key.write_text(secret["id_rsa"])
+        self.key.chmod(0o600)
+        self.known_hosts.write_text(secret["known_hosts"])
+        self.login = secret["ssh_host"]
+
+    def ssh(self, *words: str, data: bytes = b"", level: str = "ERROR") -> Answer:
+        """What a command leaves: `words` are options of ssh, then the command."""
+        files = [f"-oUserKnownHostsFile={self.known_hosts}", "-oGlobalKnownHostsFile=none", f"-i{self.key}"]
+        options = ["-F", "none", "-oBatchMode=yes", "-oIdentitiesOnly=yes", f"-oLogLevel={level}", *files]
+        argv = self.lab.client.command(["ssh", *options, self.login, *words])
+        done = subprocess.run(argv, input=data, capture_output=True, timeout=60)
+        return Answer(done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1"))
+
+    def epok(self, *args: str, services: Any = (MAIL,), interfaces: str = "eth0") -> Answer:
+        argv = ["env", "-C", str(EPOK.parent), sys.executable, str(EPOK), "--snapshot", "-", "-i", interfaces, "ssh"]
+        argv += ["--host", self.login, "--key", str(self.key), "--known-hosts", str(self.known_hosts), *args]
+        done = self.lab.client.run(argv, json.dumps(self.lab.cluster(*services)), check=False)
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def gateway(lab: Lab) -> Gateway:
+    need("visudo", "apt-get install sudo")
+    need("sshd", "apt-get install openssh-server")
+    return Gateway(lab.host)
+
+
+@pytest.fixture(scope="module")
+def client(lab: Lab, gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Client:
+    """Who has the key that setup-host made."""
+    secret = secret_data(gateway.setup_host("--address", HOST).stdout)
+    return Client(lab, gateway, secret, tmp_path_factory.mktemp("client"))
+
+
+def everything(lab: Lab) -> str:
+    """All tables of both families, without counters and dates."""
+    tools = "iptables-save; ip6tables-save; nft list ruleset 2>/dev/null || true"
+    return re.sub(
+        r"\[\d+:\d+\]|counter packets \d+ bytes \d+|(?m:^#.*\n)", "", lab.host.run(["sh", "-c", tools]).stdout
+    )
+
+
+def restore(lab: Lab, text: str) -> None:
+    lab.host.run(["iptables-restore", "-n"], text)
+
+
+# ------------------------------------------------ what epok does gets through
+
+
+ROUNDS: dict[str, tuple[tuple[str, ...], tuple[Any, ...], str]] = {
+    "one port": ((), (MAIL,), "eth0"),
+    "IPv6, UDP, a range": ((), (MAIL, WEB, DNS, RANGE), "eth0"),
+    "one chain at a time": (("--batch-commands", "false"), (MAIL, WEB), "eth0"),
+    "in stages": (("--batch-size", "500"), (WEB, DNS, RANGE), "eth0,eth2"),
+    "the host's own connections": (("--addresses", f"{HOST}/32,10.0.0.0/8,{HOST6}"), (MAIL, WEB), "eth0,lo"),
+    "its own connections to all addresses": ((), (MAIL, WEB), "eth+,lo"),
+    "clients by address": (
+        (),
+        (
+            service("mail", "25:2025", [port(25, 2025)], sessionAffinity="ClientIP", annotations=ALLOWED),
+            service("web", "80:30080", [port(80, 30080)], families=("IPv4", "IPv6"), sessionAffinity="ClientIP"),
+        ),
+        "eth0",
+    ),
+    "an external interface": (
+        ("--external-interface", "eth0"),
+        (service("mail", "25:2025", [port(25, 2025)], annotations={"epok.getbetter.ro/internal": ""}), WEB),
+        "eth0,eth+,lo",
+    ),
+    "policy Local": (
+        (),
+        (
+            service("mail", "25:2025", [port(25, 2025)], policy="Local"),
+            endpoint_slice("mail", [endpoint("node1", "10.244.1.5")], [slice_port(25)]),
+        ),
+        "eth0",
+    ),
+    "always masquerade": (("--masquerade", "always"), (MAIL,), "eth0"),
+    "no forward": ((), (service("plain", None, [port(25, 2025)]),), "eth0"),
+}
+
+
+def test_whatever_epok_does_gets_through(lab: Lab, client: Client) -> None:
+    for name, (args, services, interfaces) in ROUNDS.items():
+        done = client.epok(*args, services=services, interfaces=interfaces)
+        assert done.status == 0, f"{name}: {done.err}"
+        again = client.epok(*args, services=services, interfaces=interfaces)
+        assert again.status == 0 and "in sync" in again.err, f"{name}: {again.err}"
+        if MAIL in services:
+            assert lab.ask(25).name in ("node1", "node2", "node3")
+    restore(lab, FIREWALL)
+    clean = client.epok("--clean")
+    assert clean.status == 0 and "EPOK" not in re.sub("-j EPOK. -j MINE", "", lab.saved()), clean.err
+    assert lab.saved().count("MINE") == FIREWALL.count("MINE")
+    restore(lab, "*filter\n-F\n-X MINE\n:FORWARD ACCEPT [0:0]\nCOMMIT\n*nat\n-F\n-X MINE\nCOMMIT\n")
+
+
+def test_udp_clients_of_before_are_sent_the_new_way(lab: Lab, client: Client) -> None:
+    assert client.epok(services=(DNS,)).status == 0
+    other = service("dns", "53:30080", [port(53, 30080, protocol="UDP")], families=("IPv4", "IPv6"))
+    ports = []
+    for services in ((DNS,), (other,)):
+        done = client.epok(services=services)
+        assert done.status == 0 and "warning" not in done.err, done.err
+        ports += [lab.ask(53, "udp", sport=4053).port, lab.ask(53, "udp", to=HOST6, sport=4053).port]
+    assert ports == [30053, 30053, 30080, 30080]
+    assert not [line for line in client.gateway.logged("epok-gate") if "conntrack" in line]
+
+
+def test_rules_that_jump_to_epok_from_elsewhere_and_those_of_the_older_epok_go(lab: Lab, client: Client) -> None:
+    assert client.epok().status == 0
+    odd = """*nat
+-A PREROUTING -i eth7 -m comment --comment "somebody's \\"own\\" try" -j EPOK
+-A PREROUTING -i eth0 -p tcp -m tcp --dport 25 -m state --state NEW -m comment --comment \
+"service: default/mail; node: node1; epok_rule_id: 8d1f; epok_service_id: 71aa" -j DNAT --to-destination 10.0.0.11:2025
+COMMIT
+""".replace("\\\n", "")
+    restore(lab, odd)
+    done = client.epok()
+    assert done.status == 0 and "eth7" not in lab.saved() and "epok_rule_id" in lab.saved(), done.err
+    done = client.epok("--clean")
+    assert done.status == 0 and lab.saved().count("\n-A") == 0, done.err + lab.saved()
+
+
+def test_a_foreign_rule_is_not_deleted_even_if_its_comment_speaks_of_epok(lab: Lab, client: Client) -> None:
+    restore(lab, FIREWALL)
+    lines = [line.replace("-A", "-D", 1) for line in lab.saved().splitlines() if line.startswith("-A PREROUTING")]
+    assert len(lines) == 1 and "EPOK" in lines[0]
+    refused(client, SWAP, f"*nat\n{lines[0]}\nCOMMIT\n".encode())
+
+
+# ------------------------------------------------ what anybody else tries does not
+
+
+GOOD = """*filter
+:EPOK-FORWARD - [0:0]
+-A EPOK-FORWARD -m connmark --mark 0x10000000/0x10000000 -j ACCEPT
+-I FORWARD -j EPOK-FORWARD
+COMMIT
+*nat
+:EPOK-tcp-25-e3dfdc - [0:0]
+:EPOK-tcp-25-25-04be77 - [0:0]
+:EPOK - [0:0]
+-A EPOK-tcp-25-e3dfdc -j CONNMARK --set-xmark 0x30000000/0x30000000
+-A EPOK-tcp-25-e3dfdc -p tcp -j DNAT --to-destination 10.0.0.11:2025
+-A EPOK-tcp-25-25-04be77 -p tcp -m tcp --dport 25 -m comment --comment "default/mail 25" -g EPOK-tcp-25-e3dfdc
+-A EPOK -i eth0 -p tcp -g EPOK-tcp-25-25-04be77
+-I PREROUTING -m addrtype --dst-type LOCAL -j EPOK
+COMMIT
+"""
+UNDO = """*filter
+-D FORWARD -j EPOK-FORWARD
+:EPOK-FORWARD - [0:0]
+-X EPOK-FORWARD
+COMMIT
+*nat
+-D PREROUTING -m addrtype --dst-type LOCAL -j EPOK
+:EPOK - [0:0]
+:EPOK-tcp-25-25-04be77 - [0:0]
+:EPOK-tcp-25-e3dfdc - [0:0]
+-X EPOK
+-X EPOK-tcp-25-25-04be77
+-X EPOK-tcp-25-e3dfdc
+COMMIT
+"""
+COMMENTED = '-A EPOK-tcp-25-e3dfdc -p tcp -m tcp --dport 25 -m comment --comment "{}" -g EPOK-tcp-25-e3dfdc'
+
+
+def nat(*lines: str) -> str:
+    return "*nat\n:EPOK - [0:0]\n:EPOK-tcp-25-e3dfdc - [0:0]\n" + "".join(f"{line}\n" for line in lines) + "COMMIT\n"
+
+
+def filters(*lines: str) -> str:
+    return "*filter\n:EPOK-FORWARD - [0:0]\n" + "".join(f"{line}\n" for line in lines) + "COMMIT\n"
+
+
+COMMANDS = {
+    "no command": "",
+    "a shell": "sh",
+    "another command": "id",
+    "a command behind ;": "iptables-save -t nat; id",
+    "a command behind &&": "iptables-save -t nat && id",
+    "a pipe": "iptables-save -t nat | sh",
+    "a command behind a line break": "iptables-save -t nat\nid",
+    "a line break": "iptables-save -t nat\n",
+    "a substitution": "iptables-save -t $(id)",
+    "backquotes": "iptables-save -t `id`",
+    "a redirection": "iptables-save -t nat >/etc/cron.d/mine",
+    "quotes": "iptables-save -t 'nat'",
+    "two blanks": "iptables-save  -t nat",
+    "save -f": "sudo -n iptables-save -f /etc/cron.d/mine -t nat",
+    "save to a file at its end": "iptables-save -t nat -f /etc/cron.d/mine",
+    "save with a program to load modules": "iptables-save -t nat -M /tmp/mine",
+    "another table": "iptables-save -t mangle",
+    "all tables": "iptables-save",
+    "restore that flushes": "sudo -n iptables-restore --wait 5",
+    "restore with a program to load modules": "sudo -n iptables-restore --noflush --wait 5 --modprobe=/tmp/mine",
+    "restore from a file": "sudo -n iptables-restore --noflush --wait 5 /etc/shadow",
+    "iptables": "sudo -n iptables -F",
+    "nft": "sudo -n nft flush ruleset",
+    "sudo as somebody else": "sudo -n -u nobody iptables-save -t nat",
+    "sudo twice": "sudo -n sudo -n iptables-save -t nat",
+    "an interactive sudo": "sudo iptables-save -t nat",
+    "by its path": "/usr/sbin/iptables-save -t nat",
+    "another file": "cat /etc/shadow",
+    "one file more": "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding /etc/shadow",
+    "ip with more to do": "ip -br addr add 10.9.9.9/32 dev lo",
+    "all flows": "conntrack -D",
+    "flows by name": "conntrack -D -p udp --orig-dst de.de --orig-port-dst 53 --reply-src 10.0.0.11",
+    "flows with more options": "conntrack -D -p udp --orig-dst 1.2.3.4 --orig-port-dst 53 --reply-src 1.2.3.4 -z",
+    "digits that are not ASCII": "conntrack -D -p udp --orig-dst 1.2.3.4 --orig-port-dst \u0665 --reply-src 1.2.3.4",
+    "sftp-server": "/usr/lib/openssh/sftp-server",
+    "scp": "scp -f /etc/passwd",
+    "rsync": "rsync --server --sender . /etc",
+    "the gate itself": "sudo -n /usr/local/sbin/epok-gate 0x3",
+    "setup-host": "sudo -n /usr/local/sbin/setup-host",
+}
+DNAT = "-A EPOK-tcp-25-e3dfdc -p tcp -j DNAT --to-destination"
+INPUTS = {
+    "nothing at all": "",
+    "a table without end": "*nat\n:EPOK - [0:0]\n",
+    "a last line without end": GOOD[:-1],
+    "another table": "*mangle\nCOMMIT\n",
+    "table raw": "*raw\n-A PREROUTING -j DROP\nCOMMIT\n",
+    "a table in a table": "*nat\n*filter\nCOMMIT\nCOMMIT\n",
+    "a line before the table": ":EPOK - [0:0]\n*nat\nCOMMIT\n",
+    "a line behind COMMIT": GOOD + "-F\n",
+    "a comment line": "# hello\n" + GOOD,
+    "an empty line": GOOD + "\n",
+    "a flushed chain": nat("-F PREROUTING"),
+    "all chains flushed": nat("-F"),
+    "a policy": filters(":INPUT DROP [0:0]"),
+    "a policy by -P": filters("-P INPUT DROP"),
+    "a counter": nat(":EPOK - [1:1]"),
+    "another chain": nat(":MINE - [0:0]"),
+    "a chain that only begins like epok's": nat(":EPOKS - [0:0]"),
+    "a chain that is too long": nat(f":EPOK-{'a' * 24} - [0:0]"),
+    "another chain deleted": nat("-X DOCKER"),
+    "all chains deleted": nat("-X"),
+    "a chain renamed": nat("-E EPOK MINE"),
+    "a rule of another chain": filters("-A INPUT -j ACCEPT"),
+    "a rule of FORWARD": filters("-I FORWARD -j ACCEPT"),
+    "a hook elsewhere": filters("-I INPUT -j EPOK-FORWARD"),
+    "a hook at a number": nat("-I PREROUTING 1 -m addrtype --dst-type LOCAL -j EPOK"),
+    "a hook for all packets": nat("-I PREROUTING -j EPOK"),
+    "a hook of the other table": filters("-I FORWARD -m addrtype --dst-type LOCAL -j EPOK"),
+    "a hook appended": nat("-A PREROUTING -m addrtype --dst-type LOCAL -j EPOK"),
+    "somebody's rule deleted": filters("-D INPUT -j MINE"),
+    "a rule deleted that is not there": nat("-D PREROUTING -i eth9 -j EPOK"),
+    "a rule deleted by number": filters("-D INPUT 1"),
+    "a rule replaced": filters("-R INPUT 1 -j ACCEPT"),
+    "a rule for all packets that are forwarded": filters("-A EPOK-FORWARD -j ACCEPT"),
+    "another mark": filters("-A EPOK-FORWARD -m connmark --mark 0x1/0x1 -j ACCEPT"),
+    "no mark at all": filters("-A EPOK-FORWARD -m connmark --mark 0x0/0x0 -j ACCEPT"),
+    "masquerading more": nat("-A EPOK-POSTROUTING -j MASQUERADE"),
+    "another connection mark": nat("-A EPOK-tcp-25-e3dfdc -j CONNMARK --set-xmark 0x1/0x1"),
+    "another mask": nat("-A EPOK-tcp-25-e3dfdc -j CONNMARK --set-xmark 0x30000000/0xffffffff"),
+    "dropped packets": nat("-A EPOK-tcp-25-e3dfdc -j DROP"),
+    "a log": nat('-A EPOK-tcp-25-e3dfdc -j LOG --log-prefix "x"'),
+    "a jump to another chain": nat("-A EPOK -i eth0 -p tcp -g DOCKER"),
+    "a jump without an interface": nat("-A EPOK -p tcp -g EPOK-tcp-25-e3dfdc"),
+    "every interface": nat("-A EPOK -i + -p tcp -g EPOK-tcp-25-e3dfdc"),
+    "an interface that is an option": nat("-A EPOK -i -M -p tcp -g EPOK-tcp-25-e3dfdc"),
+    "a target in EPOK itself": nat("-A EPOK -i eth0 -p tcp -j DNAT --to-destination 10.0.0.11:2025"),
+    "a program to load modules": nat(f"{DNAT} 10.0.0.11:2025 -M /tmp/mine"),
+    "the same, in front": nat("-M /tmp/mine -A EPOK -i eth0 -j RETURN"),
+    "--modprobe": nat(f"{DNAT} 10.0.0.11:2025 --modprobe=/tmp/mine"),
+    "the beginning of --modprobe": nat(f"{DNAT} 10.0.0.11:2025 --modp /tmp/mine"),
+    "another table in a rule": nat("-A EPOK -i eth0 -j RETURN -t filter"),
+    "a match with a file": nat("-A EPOK-tcp-25-e3dfdc -m bpf --object-pinned /etc/shadow -j RETURN"),
+    "a match by path": nat("-A EPOK-tcp-25-e3dfdc -m ../../../tmp/mine -j RETURN"),
+    "a name to look up": nat(f"{DNAT} evil.example:25"),
+    "a name of hexadecimal digits": nat('-A EPOK-tcp-25-e3dfdc -s abc.de/32 -m comment --comment "a/b c" -g '
+                                        "EPOK-tcp-25-e3dfdc"),
+    "an address of the loopback": nat(f"{DNAT} 127.0.0.1:10248"),
+    "no address": nat(f"{DNAT} 0.0.0.0:25"),
+    "an address that is none": nat(f"{DNAT} 999.0.0.1:25"),
+    "a range of addresses": nat(f"{DNAT} 10.0.0.1-10.0.0.9:25"),
+    "a multicast address": nat(f"{DNAT} 224.0.0.1:25"),
+    "persistent targets": nat(f"{DNAT} 10.0.0.11:2025 --persistent"),
+    "a quote in a comment": nat(COMMENTED.format('a" -j DROP -m comment --comment "b')),
+    "a backslash in a comment": nat(COMMENTED.format("a\\")),
+    "a line break in a comment": nat(COMMENTED.format("a\n-A INPUT -j DROP\n")),
+    "CR in a comment": nat(COMMENTED.format("a\r")),
+    "NUL in a comment": nat(COMMENTED.format("a\0b")),
+    "a tab in a comment": nat(COMMENTED.format("a\tb")),
+    "a letter that is not ASCII": nat(COMMENTED.format("\u00e9")),
+    "a long comment": nat(COMMENTED.format("a" * 256)),
+    "CR at the end": GOOD.replace("\n", "\r\n"),
+    "NUL at the end": GOOD + "\0",
+    "NUL in a chain": nat(":EPOK\0 - [0:0]"),
+    "a form feed as a line break": nat(":EPOK - [0:0]\f-F INPUT"),
+    "a line separator of Unicode": nat(":EPOK - [0:0]\x85-F INPUT"),
+    "a blank at the end": nat("-X EPOK "),
+    "IPv6 in IPv4": nat(f"{DNAT} [2001:db8::1]:25"),
+    "64 MB": GOOD + "-X EPOK\n" * (8 << 20),
+    "64 MB in one line": "*nat\n:EPOK - [0:0]\n-A EPOK -s " + ":" * (64 << 20),
+    "colons without end": "*nat\n-A EPOK -d " + ":" * (1 << 20) + " -i eth0\nCOMMIT\n",
+}  # fmt: skip
+INPUTS6 = {
+    "the loopback": nat(f"{DNAT} [::1]:25"),
+    "the loopback in long": nat(f"{DNAT} [0:0:0:0:0:0:0:1]:25"),
+    "the loopback of IPv4": nat(f"{DNAT} [::ffff:127.0.0.1]:25"),
+    "IPv4 in IPv6": nat(f"{DNAT} 10.0.0.11:25"),
+    "a link's own address": nat(f"{DNAT} [fe80::1]:25"),
+}
+
+
+def refused(client: Client, command: str, data: bytes = b"") -> None:
+    """It changes nothing, it is told to who asked and to syslog, each in one line, and it is quick."""
+    gateway, before = client.gateway, everything(client.lab)
+    logged = len(gateway.logged("epok-gate"))
+    answer = client.ssh(*([command] if command else []), data=data)
+    assert answer.status == REFUSED, answer
+    assert answer.out == "" and re.fullmatch(r"epok-gate: refused: [ -~]{1,300}\n", answer.err), answer
+    assert everything(client.lab) == before
+    until(lambda: len(gateway.logged("epok-gate")) > logged, "the refusal is in the log")
+    [line] = gateway.logged("epok-gate")[logged:]
+    assert line.startswith("<36>") and answer.err.strip().removeprefix("epok-gate: ") in line, line  # auth.warning
+
+
+@once
+def test_the_inputs_below_are_refused_for_what_they_add(lab: Lab, client: Client) -> None:
+    restore(lab, FIREWALL)
+    before = everything(lab)
+    for text in (GOOD, UNDO):
+        assert client.ssh(SWAP, data=text.encode()) == Answer(0, "", ""), text
+    assert everything(lab) == before
+    assert client.ssh(SWAP, data=nat(COMMENTED.format("a" * 255), "-X EPOK").encode()).status != REFUSED
+
+
+@once
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_a_command_that_is_not_one_of_epoks_is_refused(client: Client, command: str) -> None:
+    refused(client, command)
+
+
+@once
+@pytest.mark.parametrize("text", INPUTS.values(), ids=INPUTS)
+def test_an_input_that_epok_would_not_send_is_refused(lab: Lab, client: Client, text: str) -> None:
+    restore(lab, FIREWALL)
+    refused(client, SWAP, text.encode("utf-8"))
+
+
+@once
+@pytest.mark.parametrize("text", INPUTS6.values(), ids=INPUTS6)
+def test_an_input_for_ipv6_that_epok_would_not_send_is_refused(client: Client, text: str) -> None:
+    refused(client, SWAP6, text.encode())
+
+
+@once
+def test_the_key_opens_no_tunnel_no_terminal_and_no_subsystem(lab: Lab, client: Client) -> None:
+    assert client.ssh("-W", f"{HOST}:22").status == 255
+    logged = len(client.gateway.logged("epok-gate"))
+    assert client.ssh("-s", "sftp").status == REFUSED
+    until(lambda: len(client.gateway.logged("epok-gate")) > logged, "the refusal is in the log")
+    answer = client.ssh("-tt", "tty", level="INFO")
+    assert answer.status in (REFUSED, 255) and "PTY allocation request failed" in answer.err, answer
+    read = "iptables-save -t nat"
+    for remote in (["-R", "4999:127.0.0.1:22"], ["-oExitOnForwardFailure=yes", "-R", "/tmp/socket:127.0.0.1:22"]):
+        answer = client.ssh("-oExitOnForwardFailure=yes", *remote, read)
+        assert answer.status == 255 and "forwarding failed" in answer.err, answer
+    answer = client.ssh("-oSetEnv=LD_PRELOAD=/tmp/mine.so", "-oSetEnv=PATH=/tmp", "-A", read)
+    assert answer.status == 0 and "*nat" in answer.out, answer
+
+
+@once
+def test_what_gets_through_by_chance_changes_nothing_that_is_not_epoks(lab: Lab, client: Client) -> None:
+    """Inputs of epok's with a byte, a word or a line changed at random: those that get through are let loose."""
+    restore(lab, FIREWALL)
+    dice = random.Random(25)
+    words = [*(GOOD + UNDO).split(), "-j", "ACCEPT", "DROP", "INPUT", "-F", "-P", "!", "-M", "/tmp/mine", "lo"]
+    foreign = not_epoks(lab)
+    through = 0
+    for _ in range(20_000):
+        parts = re.split(r"(\s+)", dice.choice((GOOD, UNDO)))
+        for _ in range(dice.randint(1, 3)):
+            place = dice.randrange(len(parts))
+            parts[place] = dice.choice(words) if dice.random() < 0.7 else spoilt(parts[place], dice)
+        text = "".join(parts)
+        try:
+            gate.check(text, 4, gate.MARK, lambda table: "")
+        except gate.Refused:
+            continue
+        through += 1
+        lab.host.run(["iptables-restore", "-n"], text, check=False)
+        assert not_epoks(lab) == foreign, text
+    assert through > 50
+
+
+def spoilt(text: str, dice: random.Random) -> str:
+    place = dice.randrange(len(text) + 1)
+    return text[:place] + chr(dice.randrange(256)) + text[place + dice.randint(0, 1) :]
+
+
+def not_epoks(lab: Lab) -> list[str]:
+    """The rules, chains and policies that are not epok's; of epok's hooks only that they are where they belong."""
+    hooks = {f"-A {hook}" for hooks in gate.HOOKS.values() for hook in hooks}
+    lines = everything(lab).split("table ")[0].splitlines()
+    return [line for line in lines if line not in hooks and not re.match(r"(-A |:)EPOK", line)]
+
+
+@once
+def test_another_mark_is_let_through_when_setup_host_was_told(lab: Lab, client: Client) -> None:
+    done = client.epok("--mark", "0x3")
+    assert done.status == 1 and "--mark" in done.err and "setup-host" in done.err, done.err
+    assert "EPOK" not in lab.saved().replace("EPOK-FORWARD", "")
+    client.gateway.setup_host("--address", HOST, "--mark", "0x3")
+    try:
+        assert client.epok("--mark", "0x3").status == 0
+        assert client.epok("--clean").status == 0
+        refused(client, SWAP, GOOD.encode())
+    finally:
+        client.gateway.setup_host("--address", HOST)
+
+
+# ------------------------------------------------ setup-host
+
+
+@pytest.fixture
+def bare(gateway: Gateway) -> Iterator[Gateway]:
+    """The host without what setup-host did for the other tests, which it does again after."""
+    kept = {path: (gateway.root / path).read_bytes() for path in KEYS}
+    gateway.setup_host("--remove")
+    yield gateway
+    gateway.setup_host("--remove", check=False)
+    (gateway.root / KEYS[0]).parent.mkdir()
+    for path, text in kept.items():
+        (gateway.root / path).write_bytes(text)
+        (gateway.root / path).chmod(0o600)
+    gateway.setup_host("--address", HOST)
+
+
+KEYS = ("etc/epok/id_ed25519", "etc/epok/id_ed25519.pub")
+# Of useradd and userdel, what they were before; a lock file; subordinate ids, which are rewritten without a change.
+TRACES = re.compile(r"etc/upper/(\.pwd\.lock|(passwd|shadow|group|gshadow|subuid|subgid)-?)$")
+
+
+def says(done: Any) -> list[str]:
+    lines: list[str] = done.stderr.splitlines()
+    assert all(line.startswith("setup-host: ") for line in lines), lines
+    return [line.removeprefix("setup-host: ") for line in lines]
+
+
+@once
+def test_setup_host_says_what_it_does_and_a_second_run_has_nothing_to_do(client: Client, bare: Gateway) -> None:
+    first = bare.setup_host("--address", HOST)
+    assert says(first) == [
+        "made the user epok",
+        "wrote /usr/local/sbin/epok-gate",
+        "wrote /etc/sudoers.d/epok",
+        "made a key, /etc/epok/id_ed25519",
+        "wrote /var/lib/epok/.ssh/authorized_keys",
+        f"tried it: epok@{HOST} can log in and read the rules",
+    ]
+    state = bare.state()
+    second = bare.setup_host("--address", HOST)
+    assert says(second) == [f"tried it: epok@{HOST} can log in and read the rules", "nothing to do"]
+    assert (second.stdout, bare.state()) == (first.stdout, state)
+
+
+@once
+def test_setup_host_gives_nobody_but_root_what_it_makes(client: Client) -> None:
+    owners = client.gateway.space.run(
+        ["stat", "-c", "%n %U %a", "/usr/local/sbin/epok-gate", "/etc/sudoers.d/epok", "/etc/epok/id_ed25519",
+         "/var/lib/epok", "/var/lib/epok/.ssh", "/var/lib/epok/.ssh/authorized_keys"]
+    ).stdout.splitlines()  # fmt: skip
+    assert [line.split()[1:] for line in owners] == [
+        ["root", mode] for mode in ("755", "440", "600", "755", "755", "644")
+    ]
+    shadow = client.gateway.space.run(["getent", "shadow", "epok"]).stdout
+    assert shadow.split(":")[1] == "*"
+
+
+@once
+def test_remove_takes_back_all_that_setup_host_did(client: Client, bare: Gateway) -> None:
+    before = {path: content for path, content in bare.state().items() if not TRACES.search(path)}
+    accounts = [bare.space.run(["getent", what]).stdout for what in ("passwd", "group")]
+    bare.setup_host("--address", HOST)
+    done = bare.setup_host("--remove")
+    assert [line.split()[0] for line in says(done)] == ["removed"] * 5
+    assert {path: content for path, content in bare.state().items() if not TRACES.search(path)} == before
+    assert accounts == [bare.space.run(["getent", what]).stdout for what in ("passwd", "group")]
+    assert says(bare.setup_host("--remove")) == ["nothing to do"]
+
+
+@once
+def test_setup_host_leaves_a_user_and_a_sudoers_file_alone_that_are_not_its_own(client: Client, bare: Gateway) -> None:
+    """They are there when the older epok's instructions were followed."""
+    old = bare.root / "etc/sudoers.d/epok"
+    old.write_text("%epok ALL=(ALL) NOPASSWD: /usr/sbin/iptables, /usr/sbin/iptables-save\n")
+    bare.space.run(["useradd", "--home-dir", "/home/epok", "--no-create-home", "epok"])
+    for args, lack in (((), "userdel --remove epok"), (("--remove",), "userdel --remove epok")):
+        done = bare.setup_host(*args, check=False)
+        assert done.returncode == 1 and lack in says(done)[0] and not done.stdout
+    bare.space.run(["userdel", "epok"])
+    done = bare.setup_host("--address", HOST, check=False)
+    assert done.returncode == 1 and "rm /etc/sudoers.d/epok" in says(done)[0]
+    assert old.read_text().startswith("%epok")
+    old.unlink()
+
+
+@once
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--nonsense",), "--nonsense; --help lists"),
+        (("--address",), "--address needs a value"),
+        (("--address", "192.0.2.1;id"), "accepted are an address and a host name"),
+        (("--address", '192.0.2.1"'), "accepted are an address and a host name"),
+        (("--port", "ssh"), "accepted is a port"),
+        (("--mark", "0x3 ALL"), "accepted is a number like 0x30000000"),
+        (("--public-key", "/nowhere"), "/nowhere: there is no such file"),
+        (("--public-key", "/etc/passwd"), "/etc/passwd: this is no public key"),
+    ],
+)
+def test_setup_host_says_in_one_line_what_is_wrong(client: Client, args: tuple[str, ...], words: str) -> None:
+    before = client.gateway.state()
+    done = client.gateway.setup_host(*args, check=False)
+    assert done.returncode == 1 and words in says(done)[-1] and not done.stdout
+    assert client.gateway.state() == before
+
+
+@once
+def test_setup_host_takes_a_key_of_ones_own(client: Client, bare: Gateway, tmp_path: Path) -> None:
+    key = make_key(tmp_path / "own", "ed25519")
+    bare.space.run(["cp", str(key) + ".pub", "/run/own.pub"])
+    done = bare.setup_host("--address", HOST, "--public-key", "/run/own.pub")
+    assert "id_rsa=$EPOK_SSH_KEY" in done.stdout and not (bare.root / KEYS[0]).exists()
+    secret = {"id_rsa": key.read_text(), "known_hosts": done.stdout, "ssh_host": f"epok@{HOST}"}
+    assert Client(client.lab, bare, secret, tmp_path).epok("--dry-run").status == 3
+
+
+@once
+@pytest.mark.parametrize(
+    ("seen", "address", "name"),
+    [
+        (f"192.0.2.10 4022 {HOST} 22", HOST, HOST),
+        (f"192.0.2.10 4022 {HOST} 2222", HOST, f"[{HOST}]:2222"),
+        (f"2001:db8:1::10 4022 {HOST6} 22", f"[{HOST6}]", HOST6),
+    ],
+)
+def test_epok_is_to_log_in_where_the_administrator_did(client: Client, seen: str, address: str, name: str) -> None:
+    secret = secret_data(client.gateway.setup_host(env={"SSH_CONNECTION": seen}).stdout)
+    assert secret["ssh_host"] == f"epok@{address}" and secret["ssh_port"] == seen.split()[3]
+    assert {line.split()[0] for line in secret["known_hosts"].splitlines()} == {name}
+
+
+# ------------------------------------------------ what a stolen key can do
+
+
+THEFTS = {
+    "redirect ports": (SWAP, GOOD),
+    "open a shell": ("echo $0", ""),
+    "read files that everybody may": ("cat /etc/passwd", ""),
+    "empty the firewall": (SWAP, "*filter\n-F\nCOMMIT\n"),
+    "shut everybody out": (SWAP, "*filter\n:INPUT DROP [0:0]\nCOMMIT\n"),
+    "redirect packets that are only passing through": (
+        SWAP, "*nat\n-A PREROUTING -p tcp --dport 443 -j DNAT --to 10.0.0.11\nCOMMIT\n"
+    ),
+    "write a file as root": ("sudo -n iptables-save -f /etc/stolen", ""),
+    "run a program as root": ("sudo -n id", ""),
+    "read a file of root's": ("sudo -n cat /etc/shadow", ""),
+}  # fmt: skip
+
+
+@once
+def test_a_thief_can_redirect_ports_and_only_under_plain_sudoers_do_more(client: Client, bare: Gateway) -> None:
+    can = {way: thefts(client, bare, args) for way, args in (("gate", ()), ("sudoers", ("--sudoers",)))}
+    assert can["gate"] == ["redirect ports"]
+    assert can["sudoers"] == [name for name in THEFTS if "root" not in name]
+
+
+def thefts(client: Client, bare: Gateway, args: tuple[str, ...]) -> list[str]:
+    """Those of THEFTS that succeed."""
+    folder = client.folder / (args[0] if args else "gate")
+    folder.mkdir(exist_ok=True)
+    thief = Client(client.lab, bare, secret_data(bare.setup_host("--address", HOST, *args).stdout), folder)
+    done = []
+    for name, (command, text) in THEFTS.items():
+        client.lab.flush()
+        restore(client.lab, FIREWALL)
+        before = everything(client.lab)
+        answer = thief.ssh(command, data=text.encode())
+        if everything(client.lab) != before if text else answer.status == 0:
+            done.append(name)
+        assert not (bare.root / "etc/stolen").exists()
+    client.lab.flush()
+    return done
