@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from apiserver import ApiServer
 from conftest import BACKENDS
 from lab import EPOK, Lab
+from manifests import account
 from objects import node, port, service, snapshot
 
 RUNS = 7
-ROLE = EPOK.parent / "cron" / "rbac.yaml"
 NODES = [node(f"node{number}", f"10.0.0.{10 + number}") for number in range(1, 11)]
 
 
@@ -83,7 +84,7 @@ def beside_kubectl(lab: Lab, forwards: int, folder: Path) -> None:
     """A run with nothing to change, of the account that has the role of cron/, and the script, in turn."""
     server = ApiServer(lab.host, folder)
     server.create(*cluster(forwards)["items"])
-    server.kubectl("apply", "-f", "-", input=ROLE.read_text().replace("$EPOK_NS", "kube-system"))
+    server.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(account()))
     config = server.kubeconfig("epok", token=server.token())
     epok = [sys.executable, str(EPOK), "-i", "eth0", "--kubeconfig", config, "local"]
     script = ["sh", "-ec", SCRIPT, "sh", server.programs["kubectl"], config, JQ]
