@@ -2211,8 +2211,8 @@ def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Inp
     for sign, live in changes:
         log.info("%s%s %s to %s", prefix, VERBS[sign], live, live.text)
     rules = [rule for tables in wanted.values() for chain in tables["nat"].chains.values() for rule in chain]
-    # each once: those of the external interface have a tree of their own
-    count = len({rule.split(" --dport ")[1] for rule in rules if " --dport " in rule and " --comment " in rule})
+    # each once, in both IP versions; those of the external interface have a tree of their own
+    count = len({rule.rpartition(" -g ")[0] for rule in rules if " --dport " in rule and " --comment " in rule})
     total = f"{count} {plural(count, 'forward')}"
     if not inputs:
         log.info("%sin sync, %s, nothing changed", prefix, total)
