@@ -7,6 +7,7 @@ piped into jq, and iptables-save.
 
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from manifests import account
 from objects import node, port, service, snapshot
 
 RUNS = 7
+SIZES = [int(size) for size in os.environ.get("EPOK_BENCH", "10,2700").split(",")]  # forwards
 NODES = [node(f"node{number}", f"10.0.0.{10 + number}") for number in range(1, 11)]
 
 
@@ -38,14 +40,21 @@ def cluster(forwards: int, changed: int = -1) -> dict[str, Any]:
 METER = """import resource, subprocess, sys, time
 start = time.perf_counter()
 status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(time.perf_counter() - start, used.ru_maxrss / 1024, used.ru_utime + used.ru_stime)
 sys.exit(status)"""
 
 
 def measure(lab: Lab, argv: Sequence[str]) -> tuple[float, float]:
     """Seconds and peak megabytes of a command in the host's namespaces."""
-    seconds, megabytes = lab.host.run([sys.executable, "-ISc", METER, *argv]).stdout.split()
-    return float(seconds), float(megabytes)
+    seconds, megabytes, _ = meter(lab, argv)
+    return seconds, megabytes
+
+
+def meter(lab: Lab, argv: Sequence[str]) -> tuple[float, float, float]:
+    """The same, and seconds of CPU."""
+    seconds, megabytes, cpu = lab.host.run([sys.executable, "-ISc", METER, *argv]).stdout.split()
+    return float(seconds), float(megabytes), float(cpu)
 
 
 def median(lab: Lab, argv: Sequence[str]) -> tuple[float, float]:
@@ -107,10 +116,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for backend in BACKENDS:
             with Lab(backend, nodes=0) as lab:
-                for forwards in (10, 2700):
+                for forwards in SIZES:
                     run(lab, forwards, Path(folder))
     print("backend forwards    in sync    peak requests   kubectl, jq, save    ratio")
-    for backend, forwards in itertools.product(BACKENDS, (10, 2700)):
+    for backend, forwards in itertools.product(BACKENDS, SIZES):
         with Lab(backend, nodes=0) as lab, tempfile.TemporaryDirectory() as folder:
             beside_kubectl(lab, forwards, Path(folder))
 

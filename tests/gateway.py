@@ -25,7 +25,7 @@ from lab import EPOK, HOST, Namespace
 CRON = EPOK.parent / "cron"
 # /dev as links, so that a socket made there is not one of the machine's.
 PRIVATE = """
-for place in etc var/lib usr/local; do
+for place in etc home opt var/lib usr/local; do
     mkdir -p /run/gateway/$place/upper /run/gateway/$place/work
     options=lowerdir=/$place,upperdir=/run/gateway/$place/upper,workdir=/run/gateway/$place/work
     mount -t overlay -o $options overlay /$place
@@ -38,7 +38,7 @@ ln -s /run/dev/* /dev/
 rm -f /dev/log /etc/nologin
 ssh-keygen -A
 """
-PLACES = ("/etc", "/var/lib", "/usr/local")
+PLACES = ("/etc", "/home", "/opt", "/var/lib", "/usr/local")
 
 
 def load_gate() -> ModuleType:

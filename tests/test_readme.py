@@ -1,0 +1,316 @@
+"""Every shell block of README.md, run as its reader would: on the lab's host, or where kubectl and docker work.
+
+There is no kubelet, so a test plays it (`run_job`), and no docker engine: `docker` is a script that calls buildah.
+"""
+
+import base64
+import contextlib
+import functools
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from apiserver import ADDRESS, PORT, ApiServer
+from conftest import BACKENDS, need, until
+from container import ACCOUNT, USER, Container, Image, Store, service_account
+from gateway import Gateway
+from lab import EPOK, HOST, Lab
+from objects import port, service
+from sshd import make_key
+
+pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
+
+README = (EPOK.parent / "README.md").read_text()
+BLOCKS = {
+    (heading, number): block
+    for heading, text in re.findall(r"(?ms)^##+ ([^\n]+)\n(.*?)(?=^##+ |\Z)", README)
+    for number, block in enumerate(re.findall(r"(?ms)^```sh\n(.*?)^```$", text))
+}
+RAN: set[tuple[str, int]] = set()
+CLUSTER = "In the cluster, every minute, over SSH"
+TIMER = "On the host, every minute, by systemd"
+HAND = "By hand"
+OLDER = "Coming from the older epok in Rust"
+MAIL = service("mail", "25:2025", [port(25, 2025)])
+OLDER_RULE = """*nat
+-A PREROUTING -i eth0 -p tcp -m tcp --dport 25 -m state --state NEW -m comment --comment \
+"service: default/mail; node: node1; epok_rule_id: 8d1f; epok_service_id: 71aa" -j DNAT --to-destination 10.0.0.11:2025
+COMMIT
+"""
+
+
+class World:
+    """The host, the cluster, and a person with a clone of this repository who reads the README."""
+
+    def __init__(self, lab: Lab, store: Store, folder: Path) -> None:
+        self.lab, self.store, self.folder = lab, store, folder
+        self.gateway = Gateway(lab.host)
+        self.server = ApiServer(lab.host, folder)
+        self.server.create(*lab.node_objects(), MAIL)
+        self.home, self.clone, self.tools = folder / "home", folder / "clone", folder / "tools"
+        for made in (self.home / ".kube", self.home / ".ssh", self.tools):
+            made.mkdir(parents=True)
+        self.config = self.server.kubectl("config", "view", "--flatten", "--raw")
+        (self.home / ".kube" / "config").write_text(self.config)
+        copy_checkout(self.clone)
+        self.tool("kubectl", f'exec {self.server.programs["kubectl"]} "$@"')
+        self.tool("docker", self.docker())
+        # nothing is booted here, so nothing can be started; that the units work is test_units.py's
+        drop_now = 'for word; do shift; [ "$word" = --now ] || set -- "$@" "$word"; done'
+        self.tool(
+            "systemctl", f'{drop_now}\nSYSTEMD_OFFLINE=1 exec {need("systemctl", "apt-get install systemd")} "$@"'
+        )
+        self.wheels = self.download()
+
+    def tool(self, name: str, script: str) -> None:
+        (self.tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (self.tools / name).chmod(0o755)
+
+    def docker(self) -> str:
+        """docker build and docker push, in the machine's own network, for pip."""
+        here = f"nsenter --net=/proc/{os.getpid()}/ns/net env TMPDIR={self.store.folder}"
+        return f"""case $1 in
+build) shift; exec {here} {" ".join(self.store.command("build", *self.store.how()))} "$@" ;;
+push) exec {here} {" ".join(self.store.command("push", "--quiet"))} "$2" dir:{self.folder}/registry ;;
+*) exit 1 ;;
+esac"""
+
+    def download(self) -> Path:
+        """The packages, since there is no index in the lab's network."""
+        wheels = self.folder / "wheels"
+        argv = ["python3", "-m", "pip", "download", "-q", "-r", "requirements.txt", "-d", str(wheels)]
+        subprocess.run(argv, cwd=EPOK.parent, check=True)
+        return wheels
+
+    def read(self, heading: str, number: int) -> str:
+        """Run a block where its first line says, and return what it printed. It must succeed."""
+        where, _, script = BLOCKS[heading, number].partition("\n")
+        place = "/opt/epok" if where.endswith("that is /opt/epok") else str(self.clone)
+        path = os.pathsep.join((str(self.tools), os.environ["PATH"]))
+        pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        environ = {"PATH": path, "HOME": str(self.home), **pip}
+        shell = ["env", "-i", *(f"{k}={v}" for k, v in environ.items()), "sh", "-euc", f"cd {place}\n{script}"]
+        network = ["nsenter", f"--net=/proc/{self.lab.host.pid}/ns/net"]
+        argv = self.lab.host.command(shell) if where.startswith("# on the host") else [*network, *shell]
+        assert re.match("# (on the host|where kubectl works|in a clone)", where), where
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{script}\nexit {done.returncode}\n{done.stdout}{done.stderr}"
+        RAN.add((heading, number))
+        return done.stdout + done.stderr
+
+    def run_job(self, namespace: str, name: str) -> str:
+        """What the kubelet and the Job's controller do; returns the container's log."""
+        path = f"/apis/batch/v1/namespaces/{namespace}/jobs/{name}"
+        pod = self.server.request("GET", path)["spec"]["template"]["spec"]
+        [spec] = pod["containers"]
+        stored = self.server.request("GET", f"/api/v1/namespaces/{namespace}/secrets/epok-ssh")["data"]
+        secret = {key: base64.b64decode(value) for key, value in stored.items()}
+        env = {
+            one["name"]: one["value"] if "value" in one else secret[one["valueFrom"]["secretKeyRef"]["key"]].decode()
+            for one in spec["env"]
+        }
+        env |= {"KUBERNETES_SERVICE_HOST": ADDRESS, "KUBERNETES_SERVICE_PORT": str(PORT)}
+        [mount] = [one for one in spec["volumeMounts"] if one["name"] == pod["volumes"][0]["name"]]
+        account = service_account(self.folder / f"{name}-account", self.server, namespace)
+        volumes = {mount["mountPath"]: self.secret_volume(name, secret), ACCOUNT: account}
+        container = Container(self.image(spec["image"]), volumes, env)
+        done = self.lab.host.run(container.argv(*spec["args"]), check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        now = "2024-01-01T00:00:00Z"
+        ends = [
+            {"type": kind, "status": "True", "lastTransitionTime": now} for kind in ("SuccessCriteriaMet", "Complete")
+        ]
+        status = {"succeeded": 1, "startTime": now, "completionTime": now, "conditions": ends}
+        self.server.patch(f"{path}/status", status={**status, "uncountedTerminatedPods": {}})
+        return done.stderr
+
+    @functools.cache  # noqa: B019
+    def image(self, name: str) -> Image:
+        return self.store.image(name)
+
+    def secret_volume(self, name: str, secret: dict[str, bytes]) -> Path:
+        folder = self.folder / f"{name}-secret"
+        folder.mkdir()
+        for key, value in secret.items():
+            (folder / key).write_bytes(value)
+            os.chown(folder / key, 0, int(USER))
+            (folder / key).chmod(0o440)
+        return folder
+
+    @contextlib.contextmanager
+    def controllers(self, namespace: str, job: str) -> Iterator[None]:
+        """Meanwhile the Job of that name is run when it appears, and then the namespace ends when it shall."""
+        jobs, place = f"/apis/batch/v1/namespaces/{namespace}/jobs", f"/api/v1/namespaces/{namespace}"
+
+        def is_there() -> bool:
+            return any(item["metadata"]["name"] == job for item in self.server.request("GET", jobs)["items"])
+
+        def ends() -> bool:
+            return "deletionTimestamp" in self.server.request("GET", place)["metadata"]
+
+        def play() -> None:
+            until(is_there, f"the Job {job}", 60)
+            self.run_job(namespace, job)
+            until(ends, f"the end of namespace {namespace}", 60)
+            for held in (jobs, f"{place}/secrets"):
+                self.server.request("DELETE", held)
+            self.server.request("PUT", f"{place}/finalize", {"metadata": {"name": namespace}, "spec": {}})
+
+        player = threading.Thread(target=play)
+        player.start()
+        try:
+            yield
+        finally:
+            player.join()
+
+    def forwards(self) -> bool:
+        try:
+            return self.lab.ask(25).port == 2025
+        except ConnectionRefusedError:
+            return False
+
+
+def copy_checkout(target: Path) -> None:
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=EPOK.parent, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (EPOK.parent / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(EPOK.parent / name, target / name)
+
+
+@pytest.fixture(scope="module")
+def world(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    need("envsubst", "apt-get install gettext-base")
+    need("buildah", "apt-get install buildah")
+    folder = tmp_path_factory.mktemp("readme")
+    for parent in (folder, folder.parent, folder.parent.parent):  # for the service's user, and the API server's files
+        parent.chmod(parent.stat().st_mode | stat.S_IXOTH)
+    with Store() as store:
+        yield World(lab, store, folder)
+
+
+def test_try_it(world: World) -> None:
+    assert "port 25 is closed again" in world.read("Try it", 0)
+
+
+def test_all_tests_are_what_ci_runs(world: World) -> None:
+    """This very test is run by it."""
+    command = BLOCKS["Try it", 1].splitlines()[-1]
+    assert command in (EPOK.parent / ".ci" / "run").read_text().split()
+    RAN.add(("Try it", 1))
+
+
+def test_in_the_cluster(world: World) -> None:
+    world.read(CLUSTER, 0)
+    world.read(CLUSTER, 1)
+    world.server.kubectl("create", "job", "-n", "epok", "--from=cronjob/epok", "first")
+    assert "now forwarding tcp/25" in world.run_job("epok", "first")
+    assert world.forwards()
+
+    key = make_key(world.home / ".ssh" / "epok", "ed25519")
+    shown = world.gateway.setup_host("--address", HOST, "--public-key", f"{key}.pub").stdout
+    (world.home / ".ssh" / "epok_known_hosts").write_text(shown)
+    world.server.kubectl("delete", "secret", "-n", "epok", "epok-ssh")
+    world.read(CLUSTER, 2)
+    world.server.kubectl("create", "job", "-n", "epok", "--from=cronjob/epok", "second")
+    assert "in sync" in world.run_job("epok", "second")
+
+    assert world.read(CLUSTER, 3).count(" unchanged\n") == 4
+
+
+def test_out_of_the_cluster_again(world: World) -> None:
+    world.server.kubectl("create", "job", "-n", "epok", "--from=cronjob/epok", "third")
+    world.run_job("epok", "third")
+    assert world.forwards()
+    with world.controllers("epok", "clean"):
+        world.read("Uninstall", 0)
+    assert not world.forwards() and "EPOK" not in world.lab.saved() + world.lab.saved(6)
+    everywhere = world.server.kubectl("get", "cronjob,sa,clusterrole,clusterrolebinding", "-A", "-o", "name")
+    assert "epok" not in everywhere.replace("\n", " ")
+    world.read("Uninstall", 1)
+    assert "epok" not in world.lab.host.run(["cat", "/etc/passwd"]).stdout
+
+
+def test_by_systemd(world: World) -> None:
+    host = world.lab.host
+    copy_checkout(world.gateway.root / "opt" / "epok")
+    host.run(["mkdir", "-p", "/etc/rancher/k3s"])
+    host.run(["sh", "-c", "cat >/etc/rancher/k3s/k3s.yaml"], world.config)
+    world.read(TIMER, 0)
+    wanted = host.run(["readlink", "-f", "/etc/systemd/system/timers.target.wants/epok.timer"]).stdout
+    assert wanted == "/etc/systemd/system/epok.timer\n"
+    # what the unit runs, with what it is given; that systemd does so is test_units.py's
+    unit = host.run(["cat", "/etc/systemd/system/epok.service"]).stdout
+    [command] = re.findall(r"(?m)^ExecStart=(.*)$", unit)
+    [file] = re.findall(r"(?m)^EnvironmentFile=(.*)$", unit)
+    [kubeconfig] = re.findall(r"(?m)^LoadCredential=kubeconfig:(.*)$", unit)
+    done = host.run(["sh", "-euc", f"set -a; . {file}; KUBECONFIG={kubeconfig} {command}"])
+    assert "now forwarding tcp/25" in done.stderr and world.forwards()
+
+    world.read("Uninstall", 2)
+    assert not world.forwards()
+    left = host.run(["sh", "-c", "ls -d /etc/epok; find /etc/systemd -name 'epok*'"], check=False).stdout
+    assert left == ""
+
+
+def test_by_hand(world: World) -> None:
+    world.gateway.setup_host("--remove")
+    key = make_key(world.home / ".ssh" / "hand", "ed25519")
+    shown = world.gateway.setup_host("--address", HOST, "--public-key", f"{key}.pub").stdout
+    key.replace(world.home / ".ssh" / "epok")
+    (world.home / ".ssh" / "epok_known_hosts").write_text(shown)
+    world.read(HAND, 0)
+    assert "now forwarding tcp/25" in world.read(HAND, 1)
+    assert world.forwards()
+    assert "in sync" in world.read(HAND, 2)
+    world.read("Uninstall", 3)
+    assert not world.forwards()
+    world.gateway.setup_host("--remove")
+
+
+def test_coming_from_the_older_epok(world: World) -> None:
+    host, kubectl = world.lab.host, world.server.kubectl
+    world.lab.flush()
+    host.run(["useradd", "--create-home", "epok"])
+    sudoers = "%epok ALL=(ALL) NOPASSWD: /usr/sbin/iptables, /usr/sbin/iptables-save"
+    host.run(["sh", "-c", "cat >/etc/sudoers.d/epok"], sudoers)
+    host.run(["iptables-restore", "-n"], OLDER_RULE)
+    kubectl("create", "ns", "epok")
+    kubectl("create", "secret", "-n", "epok", "generic", "epok-ssh", "--from-literal=ssh_host=10.0.0.1")
+    kubectl("create", "deployment", "-n", "epok", "epok", "--image=epok")
+    world.read(OLDER, 0)
+    world.read(OLDER, 1)
+    assert names_of(world, "deployments -n epok", "epok") == ""
+    kubectl("create", "job", "-n", "epok", "--from=cronjob/epok", "fourth")
+    before = world.lab.saved()
+    assert "now forwarding tcp/25" in world.run_job("epok", "fourth")
+    assert world.lab.saved().count("epok_rule_id") == before.count("epok_rule_id") == 1
+    assert world.forwards()
+
+
+def names_of(world: World, what: str, name: str) -> str:
+    return world.server.kubectl("get", *what.split(), "--ignore-not-found", "-o", "name", name)
+
+
+def test_what_a_run_costs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of it takes minutes."""
+    script = BLOCKS["For developers", 0].replace(".venv/bin/python", f"{sys.executable} -B")
+    quick = {**os.environ, "EPOK_BENCH": "10"}
+    done = subprocess.run(["sh", "-euc", script], cwd=EPOK.parent, env=quick, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("\nnft") == 2 and " MB  " in done.stdout and " outside " in done.stdout
+    RAN.add(("For developers", 0))
+
+
+def test_every_shell_block_was_run(world: World) -> None:
+    """By the tests above; alone, this one fails."""
+    assert set(BLOCKS) == RAN
+    assert README.count("```sh\n") == len(BLOCKS)
