@@ -68,7 +68,10 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     with Lab(backend=request.param, record=getattr(request.module, "RECORD", True)) as made:
         yield made
         for tool, text in made.inputs() if made.record else ():
-            must_pass(text, 6 if tool.startswith("ip6") else 4)
+            if not text.endswith("COMMIT\n"):  # a test broke the connection
+                text = text[: text.rfind("\n") + 1] + "COMMIT\n"
+            if text != "COMMIT\n":
+                must_pass(text, 6 if tool.startswith("ip6") else 4)
 
 
 @pytest.fixture(autouse=True)
