@@ -501,10 +501,10 @@ def says(done: Any) -> list[str]:
 def test_setup_host_says_what_it_does_and_a_second_run_has_nothing_to_do(client: Client, bare: Gateway) -> None:
     first = bare.setup_host("--address", HOST)
     assert says(first) == [
+        "made a key, /etc/epok/id_ed25519",
         "made the user epok",
         "wrote /usr/local/sbin/epok-gate",
         "wrote /etc/sudoers.d/epok",
-        "made a key, /etc/epok/id_ed25519",
         "wrote /var/lib/epok/.ssh/authorized_keys",
         f"tried it: epok@{HOST} can log in and read the rules",
     ]
@@ -564,12 +564,18 @@ def test_setup_host_leaves_a_user_and_a_sudoers_file_alone_that_are_not_its_own(
         (("--address", "192.0.2.1;id"), "accepted are an address and a host name"),
         (("--address", '192.0.2.1"'), "accepted are an address and a host name"),
         (("--port", "ssh"), "accepted is a port"),
-        (("--mark", "0x3 ALL"), "accepted is a number like 0x30000000"),
+        (("--mark", "0x3 ALL"), "accepted is what epok accepts"),
+        (("--mark", "x3"), "accepted is what epok accepts"),
+        (("--public-key", "/run/two.pub"), "/run/two.pub: give one key, on one line"),
         (("--public-key", "/nowhere"), "/nowhere: there is no such file"),
         (("--public-key", "/etc/passwd"), "/etc/passwd: this is no public key"),
     ],
 )
-def test_setup_host_says_in_one_line_what_is_wrong(client: Client, args: tuple[str, ...], words: str) -> None:
+def test_setup_host_says_in_one_line_what_is_wrong(
+    client: Client, args: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    two = "\n".join((make_key(tmp_path / name, "ed25519").with_suffix(".pub").read_text().strip()) for name in "ab")
+    (client.gateway.root / "run" / "two.pub").write_text(two)
     before = client.gateway.state()
     done = client.gateway.setup_host(*args, check=False)
     assert done.returncode == 1 and words in says(done)[-1] and not done.stdout
