@@ -59,7 +59,7 @@ gate = load_gate()
 
 def must_pass(text: str, version: int = 4) -> None:
     """An input that epok made for itself: the gate lets it through. Rules to delete are taken to be on the host."""
-    deleted = "".join(f"-A{line[2:]}\n" for line in text.split("\n") if line.startswith("-D "))
+    deleted = {f"-A{line[2:]}" for line in text.split("\n") if line.startswith("-D ")}
     low, high = (
         re.search(rf"-A {chain} -m connmark --mark (\w+)/", text) for chain in ("EPOK-FORWARD", "EPOK-POSTROUTING")
     )
