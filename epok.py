@@ -273,7 +273,7 @@ def items(text: str) -> list[str]:
 
 def to_interfaces(text: str) -> tuple[str, ...]:
     for name in items(text):
-        if not re.fullmatch(r"[A-Za-z0-9_.@-]+\+?", name) or len(name) > 15:
+        if not re.fullmatch(r"[A-Za-z0-9_.@][A-Za-z0-9_.@-]*\+?", name) or len(name) > 15:
             raise ValueError(f"{quoted(name)} is no interface; accepted are names like eth0, and eth+ for all of eth")
     return tuple(dict.fromkeys(items(text)))
 
@@ -605,7 +605,7 @@ def usable(text: str) -> Address | None:
         return None
     mapped = address.version == 6 and (address.ipv4_mapped or address.scope_id)
     bad = address.is_unspecified or address.is_loopback or address.is_multicast or address.is_reserved
-    return None if bad or mapped or (address.version == 6 and address.is_link_local) else address
+    return None if bad or mapped or address.is_link_local else address
 
 
 def to_node(item: Any) -> Node:
@@ -1986,6 +1986,8 @@ def read_tables(host: Host, family: Family, deadline: Deadline) -> Tables | None
 
 def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> Exception:
     """What a failed command of the iptables family means: Fatal with what to do, or Transient."""
+    # which sudo only remarks, of a host that does not know its own name
+    result = result._replace(err=re.sub(r"(?m)^sudo: unable to resolve host .*\n?", "", result.err))
     command = shlex.join(argv)
     failed = f"{host.name}: {command}: {result.said}"
     if "incompatible" in result.err + result.out:

@@ -177,6 +177,13 @@ COMMIT
     assert done.status == 0 and lab.saved().count("\n-A") == 0, done.err + lab.saved()
 
 
+def test_chains_of_others_with_epoks_prefix_and_odd_names_go(lab: Lab, client: Client) -> None:
+    names = ("EPOK-a+b", "EPOK-", "EPOK-a:b", "EPOK-a=b")
+    restore(lab, "*nat\n" + "".join(f":{name} - [0:0]\n" for name in names) + "COMMIT\n")
+    assert client.epok().status == 0
+    assert not [name for name in names if f":{name} " in lab.saved()]
+
+
 def test_a_foreign_rule_is_not_deleted_even_if_its_comment_speaks_of_epok(lab: Lab, client: Client) -> None:
     restore(lab, FIREWALL)
     lines = [line.replace("-A", "-D", 1) for line in lab.saved().splitlines() if line.startswith("-A PREROUTING")]
@@ -222,7 +229,8 @@ COMMENTED = '-A EPOK-tcp-25-e3dfdc -p tcp -m tcp --dport 25 -m comment --comment
 
 
 def nat(*lines: str) -> str:
-    return "*nat\n:EPOK - [0:0]\n:EPOK-tcp-25-e3dfdc - [0:0]\n" + "".join(f"{line}\n" for line in lines) + "COMMIT\n"
+    chains = "".join(f":{chain} - [0:0]\n" for chain in ("EPOK", "EPOK-POSTROUTING", "EPOK-tcp-25-e3dfdc"))
+    return f"*nat\n{chains}" + "".join(f"{line}\n" for line in lines) + "COMMIT\n"
 
 
 def filters(*lines: str) -> str:
@@ -262,6 +270,7 @@ COMMANDS = {
     "ip with more to do": "ip -br addr add 10.9.9.9/32 dev lo",
     "all flows": "conntrack -D",
     "flows by name": "conntrack -D -p udp --orig-dst de.de --orig-port-dst 53 --reply-src 10.0.0.11",
+    "flows of others": "conntrack -D -p udp --orig-dst 8.8.8.8 --orig-port-dst 53 --reply-src 8.8.8.8",
     "flows with more options": "conntrack -D -p udp --orig-dst 1.2.3.4 --orig-port-dst 53 --reply-src 1.2.3.4 -z",
     "digits that are not ASCII": "conntrack -D -p udp --orig-dst 1.2.3.4 --orig-port-dst \u0665 --reply-src 1.2.3.4",
     "sftp-server": "/usr/lib/openssh/sftp-server",
@@ -270,6 +279,7 @@ COMMANDS = {
     "the gate itself": "sudo -n /usr/local/sbin/epok-gate 0x3",
     "setup-host": "sudo -n /usr/local/sbin/setup-host",
 }
+ACCEPT = "-A EPOK-FORWARD -m connmark --mark 0x10000000/0x10000000 -j ACCEPT"
 DNAT = "-A EPOK-tcp-25-e3dfdc -p tcp -j DNAT --to-destination"
 INPUTS = {
     "nothing at all": "",
@@ -327,6 +337,15 @@ INPUTS = {
     "a name to look up": nat(f"{DNAT} evil.example:25"),
     "a name of hexadecimal digits": nat('-A EPOK-tcp-25-e3dfdc -s abc.de/32 -m comment --comment "a/b c" -g '
                                         "EPOK-tcp-25-e3dfdc"),
+    "a hook twice": filters("-I FORWARD -j EPOK-FORWARD", "-I FORWARD -j EPOK-FORWARD"),
+    "a table twice": "*filter\n-I FORWARD -j EPOK-FORWARD\nCOMMIT\n" * 2,
+    "a rule more in a chain that is there": nat(DNAT.replace("e3dfdc", "aaaaaa") + " 10.0.0.11:2025"),
+    "a rule twice that all packets meet": filters(*[ACCEPT] * 2),
+    "connections of the host to itself": nat("-A EPOK -d 127.0.0.1/32 -o lo -p tcp -g EPOK-tcp-25-e3dfdc"),
+    "the same among others": nat("-A EPOK -d 0.0.0.0/1 -o lo -p tcp -g EPOK-tcp-25-e3dfdc",
+                                 "-A EPOK -d 64.0.0.0/2 -o lo -p tcp -g EPOK-tcp-25-e3dfdc"),
+    "an address of the link": nat(f"{DNAT} 169.254.169.254:80"),
+    "an address of this network": nat(f"{DNAT} 0.1.2.3:80"),
     "an address of the loopback": nat(f"{DNAT} 127.0.0.1:10248"),
     "no address": nat(f"{DNAT} 0.0.0.0:25"),
     "an address that is none": nat(f"{DNAT} 999.0.0.1:25"),
@@ -342,7 +361,7 @@ INPUTS = {
     "a letter that is not ASCII": nat(COMMENTED.format("\u00e9")),
     "a long comment": nat(COMMENTED.format("a" * 256)),
     "CR at the end": GOOD.replace("\n", "\r\n"),
-    "NUL at the end": GOOD + "\0",
+    "NUL at the end": GOOD + "\0\n",
     "NUL in a chain": nat(":EPOK\0 - [0:0]"),
     "a form feed as a line break": nat(":EPOK - [0:0]\f-F INPUT"),
     "a line separator of Unicode": nat(":EPOK - [0:0]\x85-F INPUT"),
@@ -354,6 +373,7 @@ INPUTS = {
 }  # fmt: skip
 INPUTS6 = {
     "the loopback": nat(f"{DNAT} [::1]:25"),
+    "connections of the host to itself": nat("-A EPOK -d ::1/128 -o lo -p tcp -g EPOK-tcp-25-e3dfdc"),
     "the loopback in long": nat(f"{DNAT} [0:0:0:0:0:0:0:1]:25"),
     "the loopback of IPv4": nat(f"{DNAT} [::ffff:127.0.0.1]:25"),
     "IPv4 in IPv6": nat(f"{DNAT} 10.0.0.11:25"),
@@ -533,7 +553,7 @@ def test_remove_takes_back_all_that_setup_host_did(client: Client, bare: Gateway
     accounts = [bare.space.run(["getent", what]).stdout for what in ("passwd", "group")]
     bare.setup_host("--address", HOST)
     done = bare.setup_host("--remove")
-    assert [line.split()[0] for line in says(done)] == ["removed"] * 5
+    assert [line.split()[0] for line in says(done)] == ["removed"] * 6
     assert {path: content for path, content in bare.state().items() if not TRACES.search(path)} == before
     assert accounts == [bare.space.run(["getent", what]).stdout for what in ("passwd", "group")]
     assert says(bare.setup_host("--remove")) == ["nothing to do"]
@@ -549,6 +569,11 @@ def test_setup_host_leaves_a_user_and_a_sudoers_file_alone_that_are_not_its_own(
         done = bare.setup_host(*args, check=False)
         assert done.returncode == 1 and lack in says(done)[0] and not done.stdout
     bare.space.run(["userdel", "epok"])
+    home = bare.root / "var/lib/epok"
+    home.mkdir()
+    done = bare.setup_host("--address", HOST, check=False)
+    assert done.returncode == 1 and "/var/lib/epok that is not of this script" in says(done)[0]
+    home.rmdir()
     done = bare.setup_host("--address", HOST, check=False)
     assert done.returncode == 1 and "rm /etc/sudoers.d/epok" in says(done)[0]
     assert old.read_text().startswith("%epok")
@@ -564,30 +589,39 @@ def test_setup_host_leaves_a_user_and_a_sudoers_file_alone_that_are_not_its_own(
         (("--address", "192.0.2.1;id"), "accepted are an address and a host name"),
         (("--address", '192.0.2.1"'), "accepted are an address and a host name"),
         (("--port", "ssh"), "accepted is a port"),
-        (("--mark", "0x3 ALL"), "accepted is what epok accepts"),
-        (("--mark", "x3"), "accepted is what epok accepts"),
+        *(
+            (("--mark", mark), "accepted is what epok accepts")
+            for mark in ("0x3 ALL", "x3", "0", "0x1", "0x7", "010", "0x300000000")
+        ),
+        (("--mark", "0x3", "--sudoers"), "--mark is for the gate"),
+        (("--port", "99999"), "accepted is a port"),
         (("--public-key", "/run/two.pub"), "/run/two.pub: give one key, on one line"),
         (("--public-key", "/nowhere"), "/nowhere: there is no such file"),
-        (("--public-key", "/etc/passwd"), "/etc/passwd: this is no public key"),
+        (("--public-key", "/etc/passwd"), "/etc/passwd: give one key, on one line"),
+        (("--public-key", "/etc/hostname"), "/etc/hostname: this is no public key"),
     ],
 )
-def test_setup_host_says_in_one_line_what_is_wrong(
-    client: Client, args: tuple[str, ...], words: str, tmp_path: Path
+def test_setup_host_says_in_one_line_what_is_wrong_and_does_nothing(
+    client: Client, bare: Gateway, args: tuple[str, ...], words: str, tmp_path: Path
 ) -> None:
     two = "\n".join((make_key(tmp_path / name, "ed25519").with_suffix(".pub").read_text().strip()) for name in "ab")
-    (client.gateway.root / "run" / "two.pub").write_text(two)
-    before = client.gateway.state()
-    done = client.gateway.setup_host(*args, check=False)
+    (bare.root / "run" / "two.pub").write_text(two)
+    before = bare.state()
+    done = bare.setup_host(*args, check=False)
     assert done.returncode == 1 and words in says(done)[-1] and not done.stdout
-    assert client.gateway.state() == before
+    assert bare.state() == before
 
 
 @once
 def test_setup_host_takes_a_key_of_ones_own(client: Client, bare: Gateway, tmp_path: Path) -> None:
     key = make_key(tmp_path / "own", "ed25519")
-    bare.space.run(["cp", str(key) + ".pub", "/run/own.pub"])
+    # whatever stands behind the key in the file must not become a line of its own
+    written = key.with_suffix(".pub").read_text().strip() + "\\n" + make_key(tmp_path / "b", "ed25519").read_text()[:20]
+    (bare.root / "run/own.pub").write_text(written)
     done = bare.setup_host("--address", HOST, "--public-key", "/run/own.pub")
     assert "id_rsa=$EPOK_SSH_KEY" in done.stdout and not (bare.root / KEYS[0]).exists()
+    [line] = (bare.root / "var/lib/epok/.ssh/authorized_keys").read_text().splitlines()
+    assert line.startswith('restrict,command="sudo -n /usr/local/sbin/epok-gate" ssh-ed25519 ')
     secret = {"id_rsa": key.read_text(), "known_hosts": done.stdout, "ssh_host": f"epok@{HOST}"}
     assert Client(client.lab, bare, secret, tmp_path).epok("--dry-run").status == 3
 

@@ -26,6 +26,7 @@ from sshd import (
     DRIPPING_OUTPUT,
     ENDLESS_OUTPUT,
     KEY_TYPES,
+    PLACE,
     STALLED_COMMAND,
     STALLED_LOGIN,
     USER,
@@ -613,6 +614,20 @@ def test_sudo_that_forbids_the_restore_alone_is_an_error_at_once_with_the_line_f
     run = ssh.fails(host=f"{USER}@{HOST}")
     assert line in run.error
     assert sum("-restore" in command for command in run.commands) == 1
+
+
+@once
+def test_what_sudo_remarks_of_a_host_without_a_name_is_no_refusal(ssh: Operator) -> None:
+    remark = "sudo: unable to resolve host gateway: Temporary failure in name resolution"
+    ssh.server.sudoers(*SUDOERS)
+    ssh.server.misbehave(f"""echo '{remark}' >&2
+        case "$SSH_ORIGINAL_COMMAND" in *iptables-restore*) if mkdir {PLACE}/cut; then
+            cat >/dev/null; echo 'Resource temporarily unavailable' >&2; exit 4
+        fi ;; esac
+        exec sh -c "$SSH_ORIGINAL_COMMAND"
+    """)
+    ssh.succeeds(host=f"{USER}@{HOST}")
+    assert answers(ssh.lab, 25)
 
 
 @pytest.mark.parametrize("user, missing", [(USER, "sudo"), ("root", "iptables")])
