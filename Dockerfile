@@ -7,8 +7,8 @@ FROM ${BASE} AS build
 # what it imports in each run. So all byte code has a folder of its own, which this image brings along.
 ENV PYTHONPYCACHEPREFIX=/epok/byte-code PYTHONDONTWRITEBYTECODE=1
 COPY requirements.txt /
-# kubernetes/aio is the same client once more, for asyncio: a third of all files.
 RUN python3 -m pip install --no-cache-dir --no-compile --require-hashes --target /epok -r /requirements.txt
+# kubernetes/aio is the same client once more, for asyncio: a third of all files.
 RUN rm -r /epok/bin /epok/kubernetes/aio
 COPY epok.py /epok/
 # Unchecked: whatever times the files get on their way here and to the registry, their byte code stays good.

@@ -208,7 +208,9 @@ class Store:
     def command(self, *args: str) -> list[str]:
         """What runs buildah on this store; its temporary files should go to `folder`."""
         places = [f"--root={self.folder}/root", f"--runroot={self.folder}/run", "--storage-driver=vfs"]
-        return [*ALONE, "buildah", *places, *args]
+        # buildah keeps a cache in /var/lib/containers, whatever --root says
+        private = 'mount -t tmpfs tmpfs /var/lib; exec "$@"'
+        return [*ALONE, "sh", "-ec", private, "sh", "buildah", *places, *args]
 
     def buildah(self, *args: str) -> str:
         """What buildah prints. Raises RuntimeError with the end of what it says when it fails."""

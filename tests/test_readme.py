@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -77,8 +78,8 @@ class World:
         """docker build and docker push, in the machine's own network, for pip."""
         here = f"nsenter --net=/proc/{os.getpid()}/ns/net env TMPDIR={self.store.folder}"
         return f"""case $1 in
-build) shift; exec {here} {" ".join(self.store.command("build", *self.store.how()))} "$@" ;;
-push) exec {here} {" ".join(self.store.command("push", "--quiet"))} "$2" dir:{self.folder}/registry ;;
+build) shift; exec {here} {shlex.join(self.store.command("build", *self.store.how()))} "$@" ;;
+push) exec {here} {shlex.join(self.store.command("push", "--quiet"))} "$2" dir:{self.folder}/registry ;;
 *) exit 1 ;;
 esac"""
 
