@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import resource
 import secrets
 import shutil
 import subprocess
@@ -226,6 +227,12 @@ class Store:
     def how(self) -> list[str]:
         """Options of a build: without a registry, and with the machine's way to the package index."""
         given = ["--isolation=chroot", "--layers=false", "--pull-never", "--build-arg=BASE=localhost/base"]
+        # newer buildah asks for a million of each, which not every root may
+        limits = {
+            "nproc": resource.getrlimit(resource.RLIMIT_NPROC),
+            "nofile": resource.getrlimit(resource.RLIMIT_NOFILE),
+        }
+        given += [f"--ulimit={name}={soft}:{hard}" for name, (soft, hard) in limits.items() if soft > 0 and hard > 0]
         return [*given, *self.index()]
 
     def build(self, context: Path = EPOK.parent, *options: str, name: str = "localhost/epok") -> Image:

@@ -86,7 +86,7 @@ esac"""
     def download(self) -> Path:
         """The packages, since there is no index in the lab's network."""
         wheels = self.folder / "wheels"
-        argv = ["python3", "-m", "pip", "download", "-q", "-r", "requirements.txt", "-d", str(wheels)]
+        argv = [sys.executable, "-m", "pip", "download", "-q", "-r", "requirements.txt", "-d", str(wheels)]
         subprocess.run(argv, cwd=EPOK.parent, check=True)
         return wheels
 
