@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import urllib3
+import yaml
 from authority import Authority, private_pem, public_pem
 from conftest import need, until
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from fake_api import write_kubeconfig
 from lab import EPOK, Namespace
+from manifests import account
 from objects import CLUSTER_IP, Object
 
 ADDRESS, PORT = "127.0.0.1", 6443
@@ -137,6 +139,10 @@ class ApiServer:
         if copy.get("spec", {}).get("clusterIP") == CLUSTER_IP:
             del copy["spec"]["clusterIP"]
         self.request("POST", PATHS[made["kind"]].format(namespace=copy["metadata"].get("namespace")), copy)
+
+    def grant(self) -> None:
+        """epok's account, with the role of cron/."""
+        self.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(account()))
 
     def patch(self, path: str, **fields: Any) -> None:
         self.request("PATCH", path, fields, "application/merge-patch+json")

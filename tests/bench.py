@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from apiserver import ApiServer
 from conftest import BACKENDS
 from lab import EPOK, Lab
-from manifests import account
 from objects import node, port, service, snapshot
 
 RUNS = 7
@@ -93,7 +91,7 @@ def beside_kubectl(lab: Lab, forwards: int, folder: Path) -> None:
     """A run with nothing to change, of the account that has the role of cron/, and the script, in turn."""
     server = ApiServer(lab.host, folder)
     server.create(*cluster(forwards)["items"])
-    server.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(account()))
+    server.grant()
     config = server.kubeconfig("epok", token=server.token())
     epok = [sys.executable, str(EPOK), "-i", "eth0", "--kubeconfig", config, "local"]
     script = ["sh", "-ec", SCRIPT, "sh", server.programs["kubectl"], config, JQ]

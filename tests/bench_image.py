@@ -5,26 +5,23 @@ and outside of it with the .venv, in turn: the cluster is a real kube-apiserver,
 Medians and peak memory of several runs; CPU time is user and system together.
 """
 
-import os
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-import yaml
-from apiserver import ADDRESS, PORT, ApiServer
+from apiserver import ApiServer
 from bench import RUNS, SIZES, cluster, meter
-from container import ACCOUNT, USER, Container, Store, service_account
+from container import ACCOUNT, API, Container, Image, Store, secret_volume, service_account
 from lab import EPOK, Lab
-from manifests import account
+from manifests import container, environment, manifests
 from sshd import Sshd, make_key
 
 HOST = "10.0.0.1"
 SECRET = "/etc/epok"
 
 
-def show_layers(store: Store) -> None:
-    image = store.image("localhost/epok")
+def show_layers(image: Image) -> None:
     for size, what in zip(image.layers, ("the base image", "/epok"), strict=True):
         print(f"{size / 1e6:8.1f} MB  {what}")
     sizes: dict[str, int] = {}
@@ -36,24 +33,19 @@ def show_layers(store: Store) -> None:
     print("of it:   " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in largest))
 
 
-def show_runs(lab: Lab, store: Store, forwards: int, folder: Path) -> None:
+def show_runs(lab: Lab, image: Image, forwards: int, folder: Path) -> None:
     server, sshd = ApiServer(lab.host, folder), Sshd(lab.host)
-    server.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(account()))
+    server.grant()
     server.create(*cluster(forwards)["items"])
-    secret = folder / "secret"
-    secret.mkdir()
-    key = make_key(secret / "id_rsa", "ed25519")
-    (secret / "known_hosts").write_text(f"{HOST} {sshd.host_key()}\n")
-    sshd.authorize(key.with_name("id_rsa.pub").read_text())
-    for file in secret.iterdir():
-        os.chown(file, 0, int(USER))
-        file.chmod(0o440)
-    env = {"EPOK_INTERFACES": "eth0", "EPOK_SSH_HOST": f"root@{HOST}"}
-    pod = {"EPOK_SSH_KEY": f"{SECRET}/id_rsa", "EPOK_SSH_KNOWN_HOSTS": f"{SECRET}/known_hosts"}
-    pod |= {"KUBERNETES_SERVICE_HOST": ADDRESS, "KUBERNETES_SERVICE_PORT": str(PORT)}
-    volumes = {SECRET: secret, ACCOUNT: service_account(folder / "account", server, "kube-system")}
-    inside = Container(store.image("localhost/epok"), volumes, env | pod).argv("ssh")
-    files = ["--key", str(key), "--known-hosts", str(secret / "known_hosts")]
+    key, known_hosts = make_key(folder / "key", "ed25519"), folder / "known_hosts"
+    known_hosts.write_text(f"{HOST} {sshd.host_key()}\n")
+    sshd.authorize(key.with_suffix(".pub").read_text())
+    data = {"id_rsa": key.read_bytes(), "known_hosts": known_hosts.read_bytes()}
+    account = service_account(folder / "account", server, "kube-system")
+    env = environment(container(manifests()), {"ssh_host": f"root@{HOST}", "ssh_port": "22"})
+    volumes = {SECRET: secret_volume(folder / "secret", data), ACCOUNT: account}
+    inside = Container(image, volumes, env | API).argv("ssh")
+    files = ["--key", str(key), "--known-hosts", str(known_hosts)]
     kubeconfig = server.kubeconfig("epok", token=server.token())
     settings = [f"{name}={value}" for name, value in env.items()]
     outside = ["env", *settings, sys.executable, str(EPOK), "ssh", *files, "--kubeconfig", kubeconfig]
@@ -67,12 +59,12 @@ def show_runs(lab: Lab, store: Store, forwards: int, folder: Path) -> None:
 
 def main() -> None:
     with Store() as store:
-        store.build()
-        show_layers(store)
+        image = store.build()
+        show_layers(image)
         print("forwards where        run      CPU     peak")
         for forwards in SIZES:
             with Lab("nft", nodes=0) as lab, tempfile.TemporaryDirectory() as folder:
-                show_runs(lab, store, forwards, Path(folder))
+                show_runs(lab, image, forwards, Path(folder))
 
 
 if __name__ == "__main__":

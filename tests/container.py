@@ -28,16 +28,16 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
-from apiserver import ApiServer
+from apiserver import ADDRESS, PORT, ApiServer
 from conftest import lacking
-from lab import EPOK
+from lab import EPOK, Made
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "epok"
 USER = "65532"
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+API = {"KUBERNETES_SERVICE_HOST": ADDRESS, "KUBERNETES_SERVICE_PORT": str(PORT)}  # for every container of a cluster
 DEVICES = ("null", "zero", "full", "random", "urandom")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # what runtimes give an image that says nothing
 
@@ -160,6 +160,19 @@ class Container:
         return subprocess.run(self.argv(*args, entrypoint=entrypoint), capture_output=True, text=True, timeout=60)
 
 
+def secret_volume(folder: Path, data: Mapping[str, bytes]) -> Path:
+    """A Secret as the kubelet mounts it: links to a folder of that moment, for the pod's group to read."""
+    moment = folder / "..2024_03_01"
+    moment.mkdir(parents=True)
+    (folder / "..data").symlink_to(moment.name)
+    for name, content in data.items():
+        (moment / name).write_bytes(content)
+        os.chown(moment / name, 0, int(USER))
+        (moment / name).chmod(0o440)
+        (folder / name).symlink_to(f"..data/{name}")
+    return folder
+
+
 def service_account(folder: Path, server: ApiServer, namespace: str) -> Path:
     """What a pod of epok's account finds in ACCOUNT: the token is for the pod's group, the rest for everybody."""
     folder.mkdir(exist_ok=True)
@@ -184,27 +197,17 @@ def resolved(root: Path, path: str) -> str:
     return found
 
 
-class Store:
+class Store(Made):
     """Images and containers, in a folder that lives as long as this."""
 
-    def __init__(self) -> None:
-        self.stack = contextlib.ExitStack()
+    def make(self) -> None:
         self.secret = secrets.token_hex(16)  # stands beside pip's settings, and must not stay in an image
-
-    def __enter__(self) -> "Store":
-        with self.stack:
-            self.folder = self.stack.enter_context(scratch())
-            self.stage = self.folder / "container"
-            self.stage.mkdir()
-            self.archive = base_archive(self.folder)
-            self.import_base()
-            self.stack = self.stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stack.close()
+        self.images: dict[str, Image] = {}
+        self.folder = self.stack.enter_context(scratch())
+        self.stage = self.folder / "container"
+        self.stage.mkdir()
+        self.archive = base_archive(self.folder)
+        self.import_base()
 
     def command(self, *args: str) -> list[str]:
         """What runs buildah on this store; its temporary files should go to `folder`."""
@@ -241,6 +244,12 @@ class Store:
         return self.image(name)
 
     def image(self, name: str) -> Image:
+        """The image of that name, which takes a copy of all its files the first time."""
+        if name not in self.images:
+            self.images[name] = self.unpack(name)
+        return self.images[name]
+
+    def unpack(self, name: str) -> Image:
         container = self.buildah("from", "--pull-never", name).strip()
         root = Path(self.buildah("mount", container).strip())
         found = json.loads(self.buildah("inspect", "--type=image", name))

@@ -1,10 +1,9 @@
 """The lab's host as its administrator has it: the distribution's own sshd, PAM, sudo and syslog's socket.
 
-What is written to /etc, /var/lib, /usr/local and /dev stays in the namespace: they are overlays.
+What is written to PLACES and /dev stays in the namespace.
 
     gateway = Gateway(lab.host)
-    secret = gateway.setup_host()
-    key = gateway.key_of(secret)
+    key = secret_data(gateway.setup_host().stdout)["id_rsa"]
 """
 
 import contextlib
@@ -14,21 +13,21 @@ import re
 import socket
 import subprocess
 import threading
-import time
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import yaml
-from lab import EPOK, HOST, Namespace
+from lab import Namespace
+from manifests import CRON
+from sshd import await_banner, penalties
 
-CRON = EPOK.parent / "cron"
+PLACES = ("/etc", "/home", "/opt", "/var/lib", "/usr/local")  # overlays
 # /dev as links, so that a socket made there is not one of the machine's.
 PRIVATE = """
-for place in etc home opt var/lib usr/local; do
-    mkdir -p /run/gateway/$place/upper /run/gateway/$place/work
-    options=lowerdir=/$place,upperdir=/run/gateway/$place/upper,workdir=/run/gateway/$place/work
-    mount -t overlay -o $options overlay /$place
+for place; do
+    mkdir -p /run/gateway$place/upper /run/gateway$place/work
+    options=lowerdir=$place,upperdir=/run/gateway$place/upper,workdir=/run/gateway$place/work
+    mount -t overlay -o $options overlay $place
 done
 mount --bind /run/alternatives /etc/alternatives
 mkdir /run/dev
@@ -39,7 +38,13 @@ rm -f /dev/log /etc/nologin
 echo "127.0.0.1 $(cat /proc/sys/kernel/hostname)" >>/etc/hosts
 ssh-keygen -A
 """
-PLACES = ("/etc", "/home", "/opt", "/var/lib", "/usr/local")
+# A rule of the older epok in Rust, as it made them.
+OLDER_RULE = (
+    "-A PREROUTING -i eth0 -p tcp -m tcp --dport 25 -m state --state NEW -m comment --comment "
+    '"service: default/mail; node: node1; epok_rule_id: 8d1f; epok_service_id: 71aa" '
+    "-j DNAT --to-destination 10.0.0.11:2025\n"
+)
+Done = subprocess.CompletedProcess[str]
 
 
 def load_gate() -> ModuleType:
@@ -73,14 +78,15 @@ class Gateway:
     def __init__(self, space: Namespace) -> None:
         self.space = space
         self.root = Path(f"/proc/{space.pid}/root")
-        space.run(["sh", "-ec", PRIVATE])
+        space.run(["sh", "-ec", PRIVATE, "sh", *PLACES])
         self.lines: list[str] = []
         self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.syslog.bind(str(self.root / "dev/log"))
         (self.root / "dev/log").chmod(0o666)
         threading.Thread(target=self.listen, daemon=True).start()
-        space.popen(["/usr/sbin/sshd", "-D", "-o", "MaxStartups=100", *no_penalties()])
-        self.await_banner()
+        options = ["MaxStartups 100", *penalties().splitlines()]
+        space.popen(["/usr/sbin/sshd", "-D", *(word for option in options for word in ("-o", option))])
+        await_banner(space, 22)
 
     def listen(self) -> None:
         with contextlib.suppress(OSError):
@@ -91,27 +97,10 @@ class Gateway:
         """What a program told syslog."""
         return [line for line in self.lines if f" {program}[" in line or f" {program}: " in line]
 
-    def await_banner(self) -> None:
-        deadline = time.monotonic() + 10
-        while True:
-            with contextlib.suppress(ConnectionRefusedError), self.space.entered():
-                with socket.create_connection((HOST, 22), 10) as sock:
-                    assert sock.recv(4) == b"SSH-"
-                return
-            assert time.monotonic() < deadline, "no sshd"
-            time.sleep(0.01)
-
-    def setup_host(self, *args: str, check: bool = True, env: dict[str, str] | None = None) -> Any:
+    def setup_host(self, *args: str, check: bool = True, env: dict[str, str] | None = None) -> Done:
         """Runs cron/setup-host as root; the process that is done."""
-        argv = [
-            "env",
-            "-i",
-            "PATH=/usr/bin:/bin",
-            *(f"{k}={v}" for k, v in (env or {}).items()),
-            str(CRON / "setup-host"),
-            *args,
-        ]
-        return self.space.run(argv, check=check)
+        clean = {"PATH": "/usr/bin:/bin", **(env or {})}
+        return self.space.run([str(CRON / "setup-host"), *args], check=check, env=clean)
 
     def state(self) -> dict[str, tuple[int, bytes]]:
         """Mode and content of every file that is not as on the machine."""
@@ -121,12 +110,6 @@ class Gateway:
             str(path.relative_to(upper)): (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"")
             for path in files
         }
-
-
-def no_penalties() -> list[str]:
-    """Newer servers shut out for a while who failed to log in; the tests do so all the time."""
-    says = subprocess.run(["sshd", "-T", "-o", "PerSourcePenalties=no"], capture_output=True, text=True)
-    return [] if "PerSourcePenalties" in says.stderr else ["-o", "PerSourcePenalties=no"]
 
 
 def secret_data(text: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from echo import INIT, INIT_ACK, KINDS, Sctp, has_sctp, open_raw_sctp, unpacked, without_ip_header
 from objects import node, snapshot
@@ -202,19 +202,16 @@ def pod(number: int) -> tuple[str, str]:
     return f"10.244.{number}.5", f"2001:db8:244:{number}::5"
 
 
-class Lab:
-    """All the namespaces, wired, with an echo server on `ports` of each node."""
+class Made:
+    """What `make` makes, in a with statement; what it put on `stack` ends with that, and when not all could be made."""
 
-    def __init__(
-        self, backend: str = "nft", nodes: int = 3, ports: Iterable[int] = NODE_PORTS, record: bool = False
-    ) -> None:
-        self.backend = backend
-        self.record = record
-        self.node_count = nodes
-        self.ports = tuple(ports)
+    def __init__(self) -> None:
         self.stack = contextlib.ExitStack()
 
-    def __enter__(self) -> "Lab":
+    def make(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
         with self.stack:
             self.make()
             self.stack = self.stack.pop_all()
@@ -224,6 +221,19 @@ class Lab:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stack.close()
+
+
+class Lab(Made):
+    """All the namespaces, wired, with an echo server on `ports` of each node."""
+
+    def __init__(
+        self, backend: str = "nft", nodes: int = 3, ports: Iterable[int] = NODE_PORTS, record: bool = False
+    ) -> None:
+        super().__init__()
+        self.backend = backend
+        self.record = record
+        self.node_count = nodes
+        self.ports = tuple(ports)
 
     def make(self) -> None:
         self.client = self.namespace("client")

@@ -1,7 +1,7 @@
 """cron/cronjob.yaml as objects, for the tests that need an account as epok has it in a cluster."""
 
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import yaml
 from lab import EPOK
@@ -27,3 +27,26 @@ def one(kind: str, objects: Iterable[Object]) -> Object:
     """The only object of that kind."""
     [found] = [made for made in objects if made["kind"] == kind]
     return found
+
+
+def template(objects: Iterable[Object]) -> Object:
+    """What the CronJob makes a pod of."""
+    return one("CronJob", objects)["spec"]["jobTemplate"]["spec"]["template"]
+
+
+def container(objects: Iterable[Object]) -> Object:
+    [only] = template(objects)["spec"]["containers"]
+    return only
+
+
+def environment(made: Object, secret: Mapping[str, str]) -> dict[str, str]:
+    """That of a container, as the kubelet makes it with the Secret epok-ssh."""
+
+    def value(variable: Object) -> str:
+        if "value" in variable:
+            return variable["value"]
+        key = variable["valueFrom"]["secretKeyRef"]
+        assert key["name"] == "epok-ssh"
+        return secret[key["key"]]
+
+    return {variable["name"]: value(variable) for variable in made["env"]}

@@ -88,7 +88,7 @@ class Sshd:
             self.write(f"etc/{name}", text, 0o600 if name == "shadow" else 0o644)
         self.sudoers()
         space.run(["sh", "-ec", MAKE_USERS])
-        self.write("config", self.penalties() + CONFIG)
+        self.write("config", penalties() + CONFIG)
         self.write("forced", FORCED, 0o755)
         self.write("break-off", "#!/bin/sh\nkill -9 $PPID\n", 0o755)
         self.write("banner", "Unauthorised access is \x1b[31mforbidden\x1b[0m.\nerror: not an error\n")
@@ -97,13 +97,6 @@ class Sshd:
             make_key(self.place / f"host_{kind}", kind)
         self.reset()
         self.start(*PORTS, *MISBEHAVING)
-
-    @staticmethod
-    def penalties() -> str:
-        """Newer servers shut out for a while who failed to log in; the tests do so all the time."""
-        version = subprocess.run(["ssh", "-V"], capture_output=True, text=True).stderr
-        found = re.search(r"OpenSSH_(\d+)\.(\d+)", version)
-        return "PerSourcePenalties no\n" if found and (int(found[1]), int(found[2])) >= (9, 8) else ""
 
     def write(self, name: str, text: str, mode: int = 0o644) -> None:
         (self.place / name).write_text(text)
@@ -125,18 +118,8 @@ class Sshd:
         argv += [word for kind in KEY_TYPES for word in ("-h", f"{PLACE}/{keys}_{kind}")]
         running = self.space.popen(argv)
         for port in ports:
-            self.await_banner(port)
+            await_banner(self.space, port)
         return running
-
-    def await_banner(self, port: int) -> None:
-        deadline = time.monotonic() + 10
-        while True:
-            with contextlib.suppress(ConnectionRefusedError), self.space.entered():
-                with socket.create_connection(("127.0.0.1", port), 10) as sock:
-                    assert sock.recv(4) == b"SSH-"
-                return
-            assert time.monotonic() < deadline, f"no sshd on port {port}"
-            time.sleep(0.01)
 
     def authorize(self, *lines: str) -> None:
         self.write("authorized_keys", "".join(f"{line}\n" for line in lines))
@@ -159,6 +142,25 @@ class Sshd:
     def host_key(self, kind: str = "ed25519") -> str:
         """Like "ssh-ed25519 AAAA..."."""
         return " ".join((self.place / f"host_{kind}.pub").read_text().split()[:2])
+
+
+def penalties() -> str:
+    """A line for the config: newer servers shut out for a while who failed to log in, which tests do all the time."""
+    version = subprocess.run(["ssh", "-V"], capture_output=True, text=True).stderr
+    found = re.search(r"OpenSSH_(\d+)\.(\d+)", version)
+    return "PerSourcePenalties no\n" if found and (int(found[1]), int(found[2])) >= (9, 8) else ""
+
+
+def await_banner(space: Namespace, port: int) -> None:
+    """Returns when an SSH server answers there."""
+    deadline = time.monotonic() + 10
+    while True:
+        with contextlib.suppress(ConnectionRefusedError), space.entered():
+            with socket.create_connection(("127.0.0.1", port), 10) as sock:
+                assert sock.recv(4) == b"SSH-"
+            return
+        assert time.monotonic() < deadline, f"no sshd on port {port}"
+        time.sleep(0.01)
 
 
 def make_key(file: Path, kind: str, *options: str) -> Path:

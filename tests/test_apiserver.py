@@ -37,7 +37,7 @@ Done = subprocess.CompletedProcess[str]
 @pytest.fixture(scope="module")
 def server(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> ApiServer:
     made = ApiServer(lab.host, tmp_path_factory.mktemp("apiserver"))
-    made.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(account()))
+    made.grant()
     return made
 
 

@@ -16,7 +16,7 @@ import yaml
 from apiserver import ApiServer
 from conftest import BACKENDS, need
 from lab import EPOK, Lab
-from manifests import CRON, manifests, one
+from manifests import CRON, container, environment, manifests, one, template
 from objects import Object
 
 import epok
@@ -91,29 +91,6 @@ def installed(shell: Shell) -> Done:
     return shell(INSTALL)
 
 
-def template(objects: list[Object]) -> Object:
-    """What the CronJob makes a pod of."""
-    return one("CronJob", objects)["spec"]["jobTemplate"]["spec"]["template"]
-
-
-def container(objects: list[Object]) -> Object:
-    [only] = template(objects)["spec"]["containers"]
-    return only
-
-
-def environment(objects: list[Object], secret: dict[str, str]) -> dict[str, str]:
-    """The container's, as the kubelet would make it."""
-
-    def value(variable: Object) -> str:
-        if "value" in variable:
-            return variable["value"]
-        key = variable["valueFrom"]["secretKeyRef"]
-        assert key["name"] == "epok-ssh"
-        return secret[key["key"]]
-
-    return {variable["name"]: value(variable) for variable in container(objects)["env"]}
-
-
 def by_kind(text: str) -> dict[str, Object]:
     return {made["kind"]: made for made in yaml.safe_load_all(text)}
 
@@ -144,7 +121,7 @@ def test_deadline_lets_epok_speak_and_comes_before_the_next_minute() -> None:
 
 def test_epok_takes_the_command_line_and_environment_of_the_pod() -> None:
     made = manifests(interfaces="lo,eth+")
-    environ = environment(made, {"ssh_host": "epok@192.0.2.1,epok@192.0.2.2:2222", "ssh_port": "22"})
+    environ = environment(container(made), {"ssh_host": "epok@192.0.2.1,epok@192.0.2.2:2222", "ssh_port": "22"})
     assert set(environ) <= {setting.variable for setting in epok.SETTINGS}
     options = epok.parse_options(container(made)["args"], environ)
     assert [str(login) for login in options.host] == ["epok@192.0.2.1", "epok@192.0.2.2:2222"]
@@ -199,7 +176,7 @@ def test_a_forgotten_variable_is_refused(shell: Shell, variable: str) -> None:
 
 def test_forgotten_interfaces_are_what_epok_complains_about() -> None:
     made = manifests(interfaces="")
-    environ = environment(made, {"ssh_host": "epok@192.0.2.1", "ssh_port": "22"})
+    environ = environment(container(made), {"ssh_host": "epok@192.0.2.1", "ssh_port": "22"})
     with pytest.raises(epok.Fatal, match="EPOK_INTERFACES"):
         epok.parse_options(container(made)["args"], environ)
 
@@ -217,7 +194,7 @@ def test_pod_finds_in_the_secret_what_it_looks_for(installed: Done, server: ApiS
     made = [server.request("GET", "/apis/batch/v1/namespaces/epok/cronjobs/epok")]
     stored = server.request("GET", "/api/v1/namespaces/epok/secrets/epok-ssh")["data"]
     secret = {key: base64.b64decode(value).decode() for key, value in stored.items()}
-    options = epok.parse_options(container(made)["args"], environment(made, secret))
+    options = epok.parse_options(container(made)["args"], environment(container(made), secret))
     assert options.host == (epok.Login("epok", "192.0.2.1", 22),)
     [mount] = container(made)["volumeMounts"]
     files = {f"{mount['mountPath']}/{key}": value for key, value in secret.items()}
@@ -225,7 +202,7 @@ def test_pod_finds_in_the_secret_what_it_looks_for(installed: Done, server: ApiS
 
 
 def test_pod_starts_with_a_secret_of_the_older_epok() -> None:
-    environment(manifests(), {"ssh_host": "epok@192.0.2.1", "ssh_port": "22"})
+    environment(container(manifests()), {"ssh_host": "epok@192.0.2.1", "ssh_port": "22"})
     assert all("items" not in volume["secret"] for volume in template(manifests())["spec"]["volumes"])
 
 
@@ -374,6 +351,6 @@ def test_an_overlay_says_only_what_differs(shell: Shell, tmp_path: Path) -> None
     made = json.loads(done.stdout)["items"]
     assert container(made)["image"] == "registry.example/epok:2.0.0"
     assert [binding["namespace"] for binding in one("ClusterRoleBinding", made)["subjects"]] == ["other"]
-    environ = environment(made, {"ssh_host": "epok@192.0.2.1", "ssh_port": "22"})
+    environ = environment(container(made), {"ssh_host": "epok@192.0.2.1", "ssh_port": "22"})
     options = epok.parse_options(container(made)["args"], environ)
     assert (options.interfaces, options.masquerade) == (("lo", "eth+"), "always")

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import BACKENDS, need, until
-from gateway import Gateway, gate, secret_data
+from gateway import OLDER_RULE, Done, Gateway, gate, secret_data
 from lab import EPOK, HOST, HOST6, Lab
 from objects import endpoint, endpoint_slice, port, service, slice_port
 from sshd import make_key
+
+import epok
 
 once = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 REFUSED = 126
@@ -164,17 +166,16 @@ def test_udp_clients_of_before_are_sent_the_new_way(lab: Lab, client: Client) ->
 
 def test_rules_that_jump_to_epok_from_elsewhere_and_those_of_the_older_epok_go(lab: Lab, client: Client) -> None:
     assert client.epok().status == 0
-    odd = """*nat
--A PREROUTING -i eth7 -m comment --comment "somebody's \\"own\\" try" -j EPOK
--A PREROUTING -i eth0 -p tcp -m tcp --dport 25 -m state --state NEW -m comment --comment \
-"service: default/mail; node: node1; epok_rule_id: 8d1f; epok_service_id: 71aa" -j DNAT --to-destination 10.0.0.11:2025
-COMMIT
-""".replace("\\\n", "")
-    restore(lab, odd)
+    odd = """-A PREROUTING -i eth7 -m comment --comment "somebody's \\"own\\" try" -j EPOK\n"""
+    restore(lab, f"*nat\n{odd}{OLDER_RULE}COMMIT\n")
     done = client.epok()
     assert done.status == 0 and "eth7" not in lab.saved() and "epok_rule_id" in lab.saved(), done.err
     done = client.epok("--clean")
     assert done.status == 0 and lab.saved().count("\n-A") == 0, done.err + lab.saved()
+
+
+def test_the_gate_knows_the_rules_of_the_older_epok_by_what_epok_knows_them_by() -> None:
+    assert gate.OLDER_COMMENT.pattern == epok.OLDER_COMMENT.pattern
 
 
 def test_chains_of_others_with_epoks_prefix_and_odd_names_go(lab: Lab, client: Client) -> None:
@@ -511,8 +512,8 @@ KEYS = ("etc/epok/id_ed25519", "etc/epok/id_ed25519.pub")
 TRACES = re.compile(r"etc/upper/(\.pwd\.lock|(passwd|shadow|group|gshadow|subuid|subgid)-?)$")
 
 
-def says(done: Any) -> list[str]:
-    lines: list[str] = done.stderr.splitlines()
+def says(done: Done) -> list[str]:
+    lines = done.stderr.splitlines()
     assert all(line.startswith("setup-host: ") for line in lines), lines
     return [line.removeprefix("setup-host: ") for line in lines]
 
@@ -604,7 +605,7 @@ def test_setup_host_leaves_a_user_and_a_sudoers_file_alone_that_are_not_its_own(
 def test_setup_host_says_in_one_line_what_is_wrong_and_does_nothing(
     client: Client, bare: Gateway, args: tuple[str, ...], words: str, tmp_path: Path
 ) -> None:
-    two = "\n".join((make_key(tmp_path / name, "ed25519").with_suffix(".pub").read_text().strip()) for name in "ab")
+    two = "\n".join(make_key(tmp_path / name, "ed25519").with_suffix(".pub").read_text().strip() for name in "ab")
     (bare.root / "run" / "two.pub").write_text(two)
     before = bare.state()
     done = bare.setup_host(*args, check=False)

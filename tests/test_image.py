@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-import yaml
-from apiserver import ADDRESS, PORT, ApiServer
+from apiserver import ApiServer
 from conftest import BACKENDS, lacking, need
-from container import ACCOUNT, CACHE, USER, Container, Image, Store, scratch, service_account
+from container import ACCOUNT, API, CACHE, USER, Container, Image, Store, scratch, secret_volume, service_account
 from lab import EPOK, Lab, Namespace
-from manifests import account
+from manifests import container, environment, manifests
 from objects import endpoint, endpoint_slice, port, service
 from sshd import Sshd, make_key
 
@@ -56,34 +55,21 @@ def server(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Sshd:
 
 @pytest.fixture
 def secret(server: Sshd, tmp_path: Path) -> Path:
-    """The CronJob's Secret as the kubelet mounts it: links to a folder of that moment, for the pod's group to read."""
-    data = tmp_path / "secret" / "..2024_03_01"
-    data.mkdir(parents=True)
-    key = make_key(data / "id_rsa", "ed25519")
-    (data / "known_hosts").write_text(f"{HOST} {server.host_key()}\n")
-    server.authorize(key.with_name("id_rsa.pub").read_text())
-    key.with_name("id_rsa.pub").unlink()
-    (data.parent / "..data").symlink_to(data.name)
-    for file in list(data.iterdir()):
-        os.chown(file, 0, int(USER))
-        file.chmod(0o440)
-        (data.parent / file.name).symlink_to(f"..data/{file.name}")
-    return data.parent
+    """The CronJob's, with a key that the server takes."""
+    key = make_key(tmp_path / "key", "ed25519")
+    server.authorize(key.with_suffix(".pub").read_text())
+    known_hosts = f"{HOST} {server.host_key()}\n".encode()
+    return secret_volume(tmp_path / "secret", {"id_rsa": key.read_bytes(), "known_hosts": known_hosts})
 
 
 def pod(image: Image, secret: Path, volumes: Mapping[str, Path] | None = None, **env: str) -> Container:
     """A container with what the CronJob gives it."""
-    settings = {
-        "EPOK_INTERFACES": "eth0",
-        "EPOK_SSH_HOST": f"root@{HOST}",
-        "EPOK_SSH_KEY": f"{SECRET}/id_rsa",
-        "EPOK_SSH_KNOWN_HOSTS": f"{SECRET}/known_hosts",
-    }
+    settings = environment(container(manifests()), {"ssh_host": f"root@{HOST}", "ssh_port": "22"})
     return Container(image, {SECRET: secret, **(volumes or {})}, {**settings, **env})
 
 
-def in_pod(space: Namespace, container: Container, *args: str) -> Done:
-    return space.run(container.argv(*args), check=False)
+def in_pod(space: Namespace, made: Container, *args: str) -> Done:
+    return space.run(made.argv(*args), check=False)
 
 
 def with_snapshot(image: Image, secret: Path) -> Container:
@@ -220,11 +206,11 @@ def test_a_dry_run_of_the_bundled_snapshot_prints_the_forwards(lab: Lab, image: 
 
 @one_lab
 def test_a_run_makes_the_host_right_and_the_next_changes_nothing(lab: Lab, image: Image, secret: Path) -> None:
-    container, before = with_snapshot(image, secret), files(image.root)
-    first = in_pod(lab.nodes[0], container, "ssh")
+    made, before = with_snapshot(image, secret), files(image.root)
+    first = in_pod(lab.nodes[0], made, "ssh")
     assert first.returncode == 0, first.stderr
     assert lab.ask(25).name in NODES
-    second = in_pod(lab.nodes[0], container, "ssh")
+    second = in_pod(lab.nodes[0], made, "ssh")
     assert second.returncode == 0 and "in sync" in second.stderr, second.stderr
     odd = [line for line in (first.stderr + second.stderr).splitlines() if line.startswith(("warning", "error"))]
     assert all("rejected: default/web" in line for line in odd)  # what the snapshot is meant to show
@@ -245,7 +231,7 @@ def test_a_key_that_is_not_for_its_group_is_an_error_that_says_so(lab: Lab, imag
 @pytest.fixture(scope="module")
 def api(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> ApiServer:
     made = ApiServer(lab.host, tmp_path_factory.mktemp("apiserver"))
-    made.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(account()))
+    made.grant()
     made.create(*lab.node_objects(), service("mail", "25:2025", [port(25, 2025, "smtp")], policy="Local"))
     made.create(endpoint_slice("mail", [endpoint("node2", "10.244.2.5")]))
     return made
@@ -254,8 +240,7 @@ def api(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> ApiServer:
 def in_cluster(lab: Lab, api: ApiServer, image: Image, secret: Path, **env: str) -> Done:
     """A run with the account that a pod finds, and what it set up."""
     mounted = service_account(secret.parent / "account", api, "kube-system")
-    address = {"KUBERNETES_SERVICE_HOST": ADDRESS, "KUBERNETES_SERVICE_PORT": str(PORT)}
-    done = in_pod(lab.host, pod(image, secret, {ACCOUNT: mounted}, **address, **env), "ssh")
+    done = in_pod(lab.host, pod(image, secret, {ACCOUNT: mounted}, **API, **env), "ssh")
     assert done.returncode == 0, re.findall(r"(?m)^(?:error|warning): .*", done.stderr)
     assert lab.ask(25).name == "node2"
     return done

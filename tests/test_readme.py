@@ -5,12 +5,10 @@ There is no kubelet, so a test plays it (`run_job`), and no docker engine: `dock
 
 import base64
 import contextlib
-import functools
 import os
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
 import threading
@@ -18,11 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from apiserver import ADDRESS, PORT, ApiServer
+from apiserver import ApiServer
 from conftest import BACKENDS, need, until
-from container import ACCOUNT, USER, Container, Image, Store, service_account
-from gateway import Gateway
+from container import ACCOUNT, API, Container, Store, secret_volume, service_account
+from gateway import OLDER_RULE, Gateway
 from lab import EPOK, HOST, Lab
+from manifests import environment
 from objects import port, service
 from sshd import make_key
 
@@ -40,11 +39,6 @@ TIMER = "On the host, every minute, by systemd"
 HAND = "By hand"
 OLDER = "Coming from the older epok in Rust"
 MAIL = service("mail", "25:2025", [port(25, 2025)])
-OLDER_RULE = """*nat
--A PREROUTING -i eth0 -p tcp -m tcp --dport 25 -m state --state NEW -m comment --comment \
-"service: default/mail; node: node1; epok_rule_id: 8d1f; epok_service_id: 71aa" -j DNAT --to-destination 10.0.0.11:2025
-COMMIT
-"""
 
 
 class World:
@@ -106,6 +100,11 @@ esac"""
         RAN.add((heading, number))
         return done.stdout + done.stderr
 
+    def now(self, name: str) -> str:
+        """A run of the CronJob that does not wait for the minute, as a Job of that name; returns its log."""
+        self.server.kubectl("create", "job", "-n", "epok", "--from=cronjob/epok", name)
+        return self.run_job("epok", name)
+
     def run_job(self, namespace: str, name: str) -> str:
         """What the kubelet and the Job's controller do; returns the container's log."""
         path = f"/apis/batch/v1/namespaces/{namespace}/jobs/{name}"
@@ -113,15 +112,11 @@ esac"""
         [spec] = pod["containers"]
         stored = self.server.request("GET", f"/api/v1/namespaces/{namespace}/secrets/epok-ssh")["data"]
         secret = {key: base64.b64decode(value) for key, value in stored.items()}
-        env = {
-            one["name"]: one["value"] if "value" in one else secret[one["valueFrom"]["secretKeyRef"]["key"]].decode()
-            for one in spec["env"]
-        }
-        env |= {"KUBERNETES_SERVICE_HOST": ADDRESS, "KUBERNETES_SERVICE_PORT": str(PORT)}
+        env = API | environment(spec, {key: value.decode() for key, value in secret.items()})
         [mount] = [one for one in spec["volumeMounts"] if one["name"] == pod["volumes"][0]["name"]]
         account = service_account(self.folder / f"{name}-account", self.server, namespace)
-        volumes = {mount["mountPath"]: self.secret_volume(name, secret), ACCOUNT: account}
-        container = Container(self.image(spec["image"]), volumes, env)
+        volumes = {mount["mountPath"]: secret_volume(self.folder / f"{name}-secret", secret), ACCOUNT: account}
+        container = Container(self.store.image(spec["image"]), volumes, env)
         done = self.lab.host.run(container.argv(*spec["args"]), check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         now = "2024-01-01T00:00:00Z"
@@ -131,19 +126,6 @@ esac"""
         status = {"succeeded": 1, "startTime": now, "completionTime": now, "conditions": ends}
         self.server.patch(f"{path}/status", status={**status, "uncountedTerminatedPods": {}})
         return done.stderr
-
-    @functools.cache  # noqa: B019
-    def image(self, name: str) -> Image:
-        return self.store.image(name)
-
-    def secret_volume(self, name: str, secret: dict[str, bytes]) -> Path:
-        folder = self.folder / f"{name}-secret"
-        folder.mkdir()
-        for key, value in secret.items():
-            (folder / key).write_bytes(value)
-            os.chown(folder / key, 0, int(USER))
-            (folder / key).chmod(0o440)
-        return folder
 
     @contextlib.contextmanager
     def controllers(self, namespace: str, job: str) -> Iterator[None]:
@@ -192,8 +174,6 @@ def world(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]
     need("envsubst", "apt-get install gettext-base")
     need("buildah", "apt-get install buildah")
     folder = tmp_path_factory.mktemp("readme")
-    for parent in (folder, folder.parent, folder.parent.parent):  # for the service's user, and the API server's files
-        parent.chmod(parent.stat().st_mode | stat.S_IXOTH)
     with Store() as store:
         yield World(lab, store, folder)
 
@@ -212,8 +192,7 @@ def test_all_tests_are_what_ci_runs(world: World) -> None:
 def test_in_the_cluster(world: World) -> None:
     world.read(CLUSTER, 0)
     world.read(CLUSTER, 1)
-    world.server.kubectl("create", "job", "-n", "epok", "--from=cronjob/epok", "first")
-    assert "now forwarding tcp/25" in world.run_job("epok", "first")
+    assert "now forwarding tcp/25" in world.now("first")
     assert world.forwards()
 
     key = make_key(world.home / ".ssh" / "epok", "ed25519")
@@ -221,21 +200,19 @@ def test_in_the_cluster(world: World) -> None:
     (world.home / ".ssh" / "epok_known_hosts").write_text(shown)
     world.server.kubectl("delete", "secret", "-n", "epok", "epok-ssh")
     world.read(CLUSTER, 2)
-    world.server.kubectl("create", "job", "-n", "epok", "--from=cronjob/epok", "second")
-    assert "in sync" in world.run_job("epok", "second")
+    assert "in sync" in world.now("second")
 
     assert world.read(CLUSTER, 3).count(" unchanged\n") == 4
 
 
 def test_out_of_the_cluster_again(world: World) -> None:
-    world.server.kubectl("create", "job", "-n", "epok", "--from=cronjob/epok", "third")
-    world.run_job("epok", "third")
+    world.now("third")
     assert world.forwards()
     with world.controllers("epok", "clean"):
         world.read("Uninstall", 0)
     assert not world.forwards() and "EPOK" not in world.lab.saved() + world.lab.saved(6)
     everywhere = world.server.kubectl("get", "cronjob,sa,clusterrole,clusterrolebinding", "-A", "-o", "name")
-    assert "epok" not in everywhere.replace("\n", " ")
+    assert "epok" not in everywhere
     world.read("Uninstall", 1)
     assert "epok" not in world.lab.host.run(["cat", "/etc/passwd"]).stdout
 
@@ -283,25 +260,20 @@ def test_coming_from_the_older_epok(world: World) -> None:
     host.run(["useradd", "--create-home", "epok"])
     sudoers = "%epok ALL=(ALL) NOPASSWD: /usr/sbin/iptables, /usr/sbin/iptables-save"
     host.run(["sh", "-c", "cat >/etc/sudoers.d/epok"], sudoers)
-    host.run(["iptables-restore", "-n"], OLDER_RULE)
+    host.run(["iptables-restore", "-n"], f"*nat\n{OLDER_RULE}COMMIT\n")
     kubectl("create", "ns", "epok")
     kubectl("create", "secret", "-n", "epok", "generic", "epok-ssh", "--from-literal=ssh_host=10.0.0.1")
     kubectl("create", "deployment", "-n", "epok", "epok", "--image=epok")
     world.read(OLDER, 0)
     world.read(OLDER, 1)
-    assert names_of(world, "deployments -n epok", "epok") == ""
-    kubectl("create", "job", "-n", "epok", "--from=cronjob/epok", "fourth")
+    assert kubectl("get", "deployments", "-n", "epok", "-o", "name") == ""
     before = world.lab.saved()
-    assert "now forwarding tcp/25" in world.run_job("epok", "fourth")
+    assert "now forwarding tcp/25" in world.now("fourth")
     assert world.lab.saved().count("epok_rule_id") == before.count("epok_rule_id") == 1
     assert world.forwards()
 
 
-def names_of(world: World, what: str, name: str) -> str:
-    return world.server.kubectl("get", *what.split(), "--ignore-not-found", "-o", "name", name)
-
-
-def test_what_a_run_costs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_run_costs(world: World) -> None:
     """The whole of it takes minutes."""
     script = BLOCKS["For developers", 0].replace(".venv/bin/python", f"{sys.executable} -B")
     quick = {**os.environ, "EPOK_BENCH": "10"}
