@@ -28,6 +28,9 @@ Options (the command line wins, then the environment, then the default):
                                run for each chain; true unless given. [EPOK_BATCH_COMMANDS]
   --batch-size=<bytes>         The largest input of iptables-restore, 1677722 unless given. A larger swap
                                goes in stages: new chains, the flip, old chains. [EPOK_BATCH_SIZE]
+  --max-nodes=<n>              Forward a Service to at most so many of the nodes, 16 unless given. Each
+                               Service has nodes of its own, so that all get their share.
+                               [EPOK_MAX_NODES]
   --masquerade=<when>          Whether nodes see the host's address instead of the client's: always, never
                                or auto, which is all but Services with externalTrafficPolicy Local; auto
                                unless given. [EPOK_MASQUERADE]
@@ -306,9 +309,9 @@ def to_seconds(text: str) -> float:
     return float(text)
 
 
-def to_bytes(text: str) -> int:
+def to_count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) == 0:
-        raise ValueError("accepted is a number of bytes above zero")
+        raise ValueError("accepted is a number above zero")
     return int(text)
 
 
@@ -359,7 +362,8 @@ class Options:
     external_interface: str = setting("EPOK_EXTERNAL_INTERFACE", "", str)
     addresses: tuple[Network, ...] = setting("EPOK_ADDRESSES", "", to_networks)
     batch_commands: str = setting("EPOK_BATCH_COMMANDS", "true", one_of("true", "false"))
-    batch_size: int = setting("EPOK_BATCH_SIZE", "1677722", to_bytes)
+    batch_size: int = setting("EPOK_BATCH_SIZE", "1677722", to_count)
+    max_nodes: int = setting("EPOK_MAX_NODES", "16", to_count)
     masquerade: str = setting("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
     mark: Mark = setting("EPOK_MARK", "0x30000000", to_mark)
     kubeconfig: str = setting("KUBECONFIG", "", str)
@@ -768,17 +772,22 @@ class Cluster:
     def all_pages(self, kind: Kind, selector: str) -> list[Any]:
         found: list[Any] = []
         query = {"limit": "500", **({"labelSelector": selector} if selector else {})}
-        while True:
-            page = persist(self.deadline, self.page, kind, query)
-            if page is None:
-                raise Transient(f"{self.name}: the list of {kind.path} expired between two pages")
-            found += [keep for item in page.objects("items") if (keep := kind.convert(item))]
+        page = self.page(kind, query)
+        while page:
             query["continue"] = page.inner("metadata").get("continue", "")
-            if not query["continue"]:
+            # the next one loads while this one is converted
+            loading = Background(self.page, kind, dict(query)) if query["continue"] else None
+            found += [keep for item in page.objects("items") if (keep := kind.convert(item))]
+            if loading is None:
                 return found
+            page = loading.result(self.deadline, f"{self.name}: the list of {kind.path}")
+        raise Transient(f"{self.name}: the list of {kind.path} expired between two pages")
 
     def page(self, kind: Kind, query: Mapping[str, str]) -> Fields | None:
         """One page; None when its continue token has expired."""
+        return persist(self.deadline, self.ask_page, kind, query)
+
+    def ask_page(self, kind: Kind, query: Mapping[str, str]) -> Fields | None:
         answer = self.request("GET", kind.path, self.deadline, query)
         if answer.status == 410:
             return None
@@ -974,8 +983,8 @@ class Target(NamedTuple):
 class Forward:
     """External ports `first` to `last` go to the targets; the n-th port to the n-th after the target's port.
 
-    `direct` targets are pods, not NodePorts; `sources` the networks that may use it, None for everybody. `known` are
-    the addresses of targets, present ones and, with affinity, those that may come back.
+    `direct` targets are pods, not NodePorts; `sources` the networks that may use it, None for everybody. `known` are,
+    with affinity, the addresses that clients are shared out over, also those that may come back.
     """
 
     protocol: str
@@ -985,7 +994,6 @@ class Forward:
     port: str
     targets: tuple[Target, ...]
     direct: bool
-    sticky: bool
     masquerade: bool
     internal: bool
     sources: tuple[Network, ...] | None
@@ -1179,11 +1187,16 @@ def choose_nodes(nodes: Iterable[Node], plan: Plan) -> list[Node]:
 
 
 class Place(NamedTuple):
-    """Where a Service is reached, now (`live`) or later: a pod and its ports by name and protocol, with None a node."""
+    """Where a Service is reached: a node, or a pod with its ports by name and protocol.
 
+    It is used now (`live`) or perhaps later, and one that is not `first` takes the place of one that is gone.
+    """
+
+    name: str
     address: Address
     ports: Mapping[tuple[str, str], int] | None
     live: bool
+    first: bool = True
 
     def target(self, port: Port) -> Target:
         return Target(
@@ -1191,34 +1204,84 @@ class Place(NamedTuple):
         )
 
 
-def places_of(service: Service, snapshot: Snapshot, nodes: Sequence[Node], own: Set[str]) -> list[Place]:
-    """The nodes that take a Service's connections, or, on a host that is one of them, its pods.
+Places = Mapping[int, list[Place]]  # by IP version
+
+
+def by_version(places: Iterable[Place]) -> Places:
+    """Each address once and in order; of one that two have, the live one counts, with the ports of both."""
+    unique: dict[Address, Place] = {}
+    for place in sorted(places, key=lambda place: place.live):
+        ports = unique.get(place.address, place).ports
+        unique[place.address] = place._replace(ports=place.ports and {**(ports or {}), **place.ports})
+    found: dict[int, list[Place]] = {4: [], 6: []}
+    for address in sorted(unique, key=lambda address: (address.version, address)):
+        found[address.version].append(unique[address])
+    return found
+
+
+def node_places(nodes: Iterable[Node], chosen: Iterable[Node]) -> Places:
+    """All nodes; those that were chosen are live."""
+    live = {node.name for node in chosen}
+    return by_version(Place(node.name, ip, None, node.name in live) for node in nodes for ip in node.addresses)
+
+
+def pod_places(service: Service, endpoints: Iterable[Endpoint], own: Set[str]) -> Places:
+    """A Service's pods; with policy Local those on the nodes that are the host itself."""
+    usable = [e for e in endpoints if e.address and (not service.local or e.node in own)]
+    pairs = zip(usable, in_use(usable), strict=True)
+    return by_version(Place(e.node, e.address, e.ports, live) for e, live in pairs if e.address)
+
+
+def having_pods(nodes: Places, endpoints: Sequence[Endpoint]) -> Places:
+    """Of the nodes those that have pods; only where these can be used they are live."""
+    having = {e.node for e in endpoints}
+    using = {e.node for e in itertools.compress(endpoints, in_use(endpoints))}
+    return {
+        version: [place._replace(live=place.live and place.name in using) for place in places if place.name in having]
+        for version, places in nodes.items()
+    }
+
+
+def in_use(endpoints: Sequence[Endpoint]) -> list[bool]:
+    """Which of them get connections: the ready ones, and where there is none those that end but still serve."""
+    ready = [endpoint.ready for endpoint in endpoints]
+    return ready if any(ready) else [endpoint.serving for endpoint in endpoints]
+
+
+def nearest(service: str, places: list[Place], most: int) -> list[Place]:
+    """At most so many of the nodes: those that a Service ranks highest, and what takes the place of those not live.
+
+    Each Service has a ranking of its own (rendezvous hashing: Thaler and Ravishankar, 1996), so that all nodes have
+    about equally many Services, and a node that comes or goes changes only those that rank it high.
+    """
+    if len(places) <= most:
+        return places
+    ranked = sorted(places, key=lambda place: hashlib.sha256(f"{service} {place.name}".encode()).digest())
+    firsts, others = ranked[:most], (place for place in ranked[most:] if place.live)
+    lacking = sum(not place.live for place in firsts)
+    stand_ins = [place._replace(first=False) for place in itertools.islice(others, lacking)]
+    return sorted(firsts + stand_ins, key=lambda place: place.address)
+
+
+def places_of(service: Service, snapshot: Snapshot, nodes: Places, own: Set[str], options: Options) -> list[Place]:
+    """Where a Service's connections may go: nodes, or, on a host that is one of them, its pods.
 
     On such a host a NodePort cannot be the target: a connection is translated once, so kube-proxy would not see it.
     """
-    known = [e for e in snapshot.endpoints.get(service.key, ()) if not own or not service.local or e.node in own]
-    live = [e.ready for e in known] if any(e.ready for e in known) else [e.serving for e in known]
+    endpoints = snapshot.endpoints.get(service.key, ())
     if own:
-        found = [Place(e.address, e.ports, is_live) for e, is_live in zip(known, live, strict=True) if e.address]
+        found = pod_places(service, endpoints, own)
     else:
-        having, using = {e.node for e in known}, {e.node for e in itertools.compress(known, live)}
-        chosen = {node.name for node in nodes if not service.local or node.name in using}
-        used = [node for node in snapshot.nodes if not service.local or node.name in having]
-        found = [Place(address, None, node.name in chosen) for node in used for address in node.addresses]
-    unique: dict[Address, Place] = {}
-    for place in sorted(
-        found, key=lambda place: place.live
-    ):  # of one address that two slices have, the live one counts
-        if place.address.version in service.versions:
-            ports = unique.get(place.address, place).ports
-            unique[place.address] = place._replace(ports=place.ports and {**(ports or {}), **place.ports})
-    return sorted(unique.values(), key=lambda place: (place.address.version, place.address))
+        nodes = having_pods(nodes, endpoints) if service.local else nodes
+        found = {version: nearest(service.key, places, options.max_nodes) for version, places in nodes.items()}
+    return [place for version in sorted({*service.versions}) for place in found[version]]
 
 
 def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset()) -> Plan:
     """Decides what is forwarded; `own` are the names of the nodes that the host itself is."""
     plan = Plan()
     nodes = [] if own else choose_nodes(snapshot.nodes, plan)
+    everywhere = node_places(snapshot.nodes, nodes)
     taken: dict[tuple[str, int], tuple[str, int]] = {}
     if options.executor == "ssh":
         taken = {("tcp", login.port): ("", 0) for login in options.host}
@@ -1230,7 +1293,7 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
             plan.rejections.append(Rejection(service.key, "", str(error)))
             continue
         claims = list(granted(service, taken, plan))
-        places = places_of(service, snapshot, nodes, own)
+        places = places_of(service, snapshot, everywhere, own, options)
         live = any(place.live for place in places)
         if claims and not live and (nodes or own):
             what = "ready endpoint" if own or service.local else "node"
@@ -1239,7 +1302,7 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
         lacking = [forward.port for forward in forwards if live and not forward.targets]
         if lacking:
             plan.warnings.append(f"{service.key}: not forwarded, no ready pod has the port {enumerated(lacking)}")
-        merged = merge(forward for forward in forwards if forward.targets)
+        merged = merge([forward for forward in forwards if forward.targets])
         if len(merged) * len(sources or ()) > MAX_SOURCES:
             what = f"{len(merged)} external ports for {len(sources or ())} networks make more than {MAX_SOURCES} rules"
             plan.rejections.append(Rejection(service.key, "", f"{what}; ask for fewer"))
@@ -1296,16 +1359,17 @@ def forward_of(
         port=claim.port.name or str(claim.port.port),
         targets=tuple(target for place in places if place.live and (target := place.target(claim.port)).port),
         direct=direct,
-        sticky=service.sticky,
         masquerade=options.masquerade == "always" or (options.masquerade == "auto" and not service.local),
         internal=INTERNAL_ANNOTATION in service.annotations,
         sources=sources,
-        known=tuple(place.address for place in places) if service.sticky else (),
+        known=tuple(place.address for place in places if place.first) if service.sticky else (),
     )
 
 
-def merge(forwards: Iterable[Forward]) -> list[Forward]:
+def merge(forwards: list[Forward]) -> list[Forward]:
     """Those of a Service's forwards to neighbouring ports of the same targets become one range."""
+    if len(forwards) < 2:
+        return forwards
 
     def run_of(pair: tuple[int, Forward]) -> tuple[object, ...]:
         number, forward = pair
@@ -1476,9 +1540,11 @@ def add_leaf(forward: Forward, family: Family, options: Options, nat: Table) -> 
         return []
     forwarded, masquerade = options.mark
     bits = forwarded | masquerade if forward.masquerade else forwarded
+    addresses = tuple(target.address for target in targets)
+    known = tuple(address for address in forward.known if address.version == family.version)
+    ports = [port_of(forward, target) for target in targets]
     rules = [f"-j CONNMARK --set-xmark {bits:#x}/{forwarded | masquerade:#x}"]
-    for target, before, after in shares(targets, forward):
-        rules.append(f"{before}-p {forward.protocol}{after} -j DNAT --to-destination {destination(forward, target)}")
+    rules += [start + ports[number] for number, start in shares(forward.protocol, addresses, known)]
     prefix = f"EPOK-{forward.protocol}-{Range(forward.first, forward.last)}"
     chain = nat.add(prefix, rules)
     # 255 bytes are all that iptables keeps: four names of 63 make more
@@ -1487,30 +1553,33 @@ def add_leaf(forward: Forward, family: Family, options: Options, nat: Table) -> 
         raise Fatal(f"{quoted(comment)} cannot stand in a comment of iptables; nothing was changed")
     if sources and all(network.prefixlen for network in sources):
         chain = nat.add(prefix, [f'-s {text_of(n)} -m comment --comment "{comment}" -g {chain}' for n in sources])
-    ports = f"{forward.first}:{forward.last}" if forward.last > forward.first else f"{forward.first}"
-    rule = f'-p {forward.protocol} -m {forward.protocol} --dport {ports} -m comment --comment "{comment}" -g {chain}'
+    external = f"{forward.first}:{forward.last}" if forward.last > forward.first else f"{forward.first}"
+    rule = f'-p {forward.protocol} -m {forward.protocol} --dport {external} -m comment --comment "{comment}" -g {chain}'
     return [Leaf(forward.first, forward.last, forward.protocol, forward.internal, rule)]
 
 
-def shares(targets: Sequence[Target], forward: Forward) -> Iterator[tuple[Target, str, str]]:
-    """The targets with what a packet must match to get there, the words before and after the protocol."""
-    if forward.sticky and len(targets) > 1:
-        make = type(targets[0].address)
-        by_name = {str(target.address): target for target in targets}
-        known = {str(address) for address in forward.known if isinstance(address, make)}
-        owners = buckets_of(tuple(sorted(known | by_name.keys())), tuple(by_name))
-        for bucket, owner in enumerate(owners):
-            yield by_name[owner], f"-s {make(bucket)}/{make(len(owners) - 1)} ", ""
-        return
-    for left, target in zip(range(len(targets), 0, -1), targets, strict=True):
-        # 1/left as iptables-save prints it: the kernel keeps 31 bits of a probability
-        chance = f"{int(2**31 / left + 0.5) / 2**31:.11f}"
-        yield target, "", f" -m statistic --mode random --probability {chance}" if left > 1 else ""
+@functools.lru_cache
+def shares(protocol: str, targets: tuple[Address, ...], known: tuple[Address, ...]) -> list[tuple[int, str]]:
+    """The rules that pick one of the targets: its number, and all of the rule but the port, which comes last.
+
+    At random, or by the client's address where some are `known` that clients are shared out over.
+    """
+    hosts = [f"[{address}]" if address.version == 6 else f"{address}" for address in targets]
+    ends = [f"-j DNAT --to-destination {host}:" for host in hosts]
+    if known and len(targets) > 1:
+        owners = buckets_of(tuple(map(str, known)), tuple(map(str, targets)))
+        make = type(targets[0])
+        mask = make(len(owners) - 1)
+        return [(n, f"-s {make(bucket)}/{mask} -p {protocol} {ends[n]}") for bucket, n in enumerate(owners)]
+    # 1/left as iptables-save prints it: the kernel keeps 31 bits of a probability
+    chances = [f"{int(2**31 / left + 0.5) / 2**31:.11f}" for left in range(len(targets), 1, -1)]
+    matches = [f" -m statistic --mode random --probability {chance}" for chance in chances] + [""]
+    return [(n, f"-p {protocol}{match} {end}") for n, (match, end) in enumerate(zip(matches, ends, strict=True))]
 
 
 @functools.lru_cache
-def buckets_of(known: tuple[str, ...], live: tuple[str, ...]) -> list[str]:
-    """Shares the low bits of client addresses out evenly: one of the `live` names for each bucket.
+def buckets_of(known: tuple[str, ...], live: tuple[str, ...]) -> list[int]:
+    """Shares the low bits of client addresses out evenly: for each bucket the number of one of the `live` names.
 
     Those that are known take in turn what they like best, as in Maglev (Eisenbud et al., NSDI 2016); then the buckets
     of those that are not live are given away. So while one is gone, the clients of the others stay where they are.
@@ -1518,26 +1587,28 @@ def buckets_of(known: tuple[str, ...], live: tuple[str, ...]) -> list[str]:
     count = 64
     while count < 4 * len(known):
         count *= 2
-    liked = {
-        name: sorted(range(count), key=lambda n: hashlib.sha256(f"{name} {n}".encode()).digest()) for name in known
-    }
     owners: dict[int, str] = {}
     for names in (known, live):
         owners = {bucket: name for bucket, name in owners.items() if name in names}
         held = collections.Counter(owners.values())
-        wishes = {name: iter(liked[name]) for name in names}
+        wishes = {name: iter(liked_buckets(name, count)) for name in names}
         while len(owners) < count:
             poorest = min(names, key=lambda name: held[name])
             owners[next(bucket for bucket in wishes[poorest] if bucket not in owners)] = poorest
             held[poorest] += 1
-    return [owners[bucket] for bucket in range(count)]
+    return [live.index(owners[bucket]) for bucket in range(count)]
 
 
-def destination(forward: Forward, target: Target) -> str:
-    host = f"[{target.address}]" if target.address.version == 6 else str(target.address)
+@functools.lru_cache(maxsize=1024)
+def liked_buckets(name: str, count: int) -> list[int]:
+    return sorted(range(count), key=lambda n: hashlib.sha256(f"{name} {n}".encode()).digest())
+
+
+def port_of(forward: Forward, target: Target) -> str:
+    """The port of a DNAT rule; of a range with the port that it begins with, for which the first one stands."""
     if forward.first == forward.last:
-        return f"{host}:{target.port}"
-    return f"{host}:{target.port}-{target.port + forward.last - forward.first}/{forward.first}"
+        return f"{target.port}"
+    return f"{target.port}-{target.port + forward.last - forward.first}/{forward.first}"
 
 
 # ------------------------------------------------ transaction: iptables-save, Tables -> iptables-restore
@@ -1547,26 +1618,29 @@ def owned(chain: str) -> bool:
     return chain == ROOT or chain.startswith(ROOT + "-")
 
 
+# one by one, for memory; splitlines() would also split at some characters of a comment
+SAVED_LINE = re.compile(r"-A ([^ \n]+) ?(.*)|(.+)")
+
+
 def parse_table(text: str, name: str) -> Table | None:
     """Reads what iptables-save -t prints of one table; None unless it is whole."""
     table = Table()
     seen = inside = False
-    for line in text.split("\n"):  # splitlines() would also split at some characters of a comment
-        if line.startswith("*"):
+    for found in SAVED_LINE.finditer(text):
+        chain, rule, line = found.groups()
+        if line is None:
+            if inside:
+                read_rule(table, name, chain, rule)
+        elif line.startswith("*"):
             if inside or (line == f"*{name}" and seen):
                 return None
             inside = line == f"*{name}"
             seen = seen or inside
-        elif "incompatible" in line and not line.startswith("-A "):
+        elif "incompatible" in line:
             return None  # nft cannot print native rules: what it prints is not what is there
-        elif not inside:
-            continue
-        elif line == "COMMIT":
+        elif inside and line == "COMMIT":
             inside = False
-        elif line.startswith("-A "):
-            chain, _, rule = line[3:].partition(" ")
-            read_rule(table, name, chain, rule)
-        elif line.startswith(":") and owned(chain := line[1:].split(" ", 1)[0]):
+        elif inside and line.startswith(":") and owned(chain := line[1:].split(" ", 1)[0]):
             table.chains[chain] = []
     return table if seen and not inside else None
 
@@ -1748,15 +1822,21 @@ class SshHost:
         self.name, self.machine, self.user = str(login), str(login), login.user
         self.sudo = () if login.user == "root" else ("sudo", "-n")
         self.client: Any = None
+        self.opening = threading.Lock()
 
     def run(self, argv: Sequence[str], text: str, deadline: Deadline) -> Result:
-        """Runs a command over the one connection, which is made when there is none. Raises Transient when it breaks."""
+        """Runs a command over the one connection, which is made when there is none. Raises Transient when it breaks.
+
+        Several may run at the same time.
+        """
         import paramiko
 
         doing = f"{self.name}: {shlex.join(argv)}"
+        client = None
         try:
-            self.client = self.client or self.connect(deadline)
-            channel = self.client.get_transport().open_session(timeout=deadline.remaining())
+            with self.opening:  # one at a time: paramiko mixes up why they failed
+                client = self.client = self.client or self.connect(deadline)
+                channel = client.get_transport().open_session(timeout=deadline.remaining())
             channel.settimeout(deadline.remaining())
             channel.exec_command(shlex.join(argv))
             # all three at once: neither side may wait for the other with full buffers
@@ -1770,8 +1850,12 @@ class SshHost:
             channel.close()
             log.debug("%s: exit status %d", doing, channel.exit_status)
             return Result(channel.exit_status, out, err)
+        except paramiko.ChannelException as error:  # its MaxSessions is reached
+            raise Transient(f"{doing}: {one_line(error)}") from None
         except (paramiko.SSHException, OSError, EOFError) as error:
-            self.close()
+            with self.opening:
+                if client is self.client:  # or another thread has a new one already
+                    self.close()
             raise Transient(f"{doing}: {one_line(error)}") from None
         except ValueError as error:  # a host name that is none, a key in ~/.ssh that is no text
             raise Fatal(f"{doing}: {one_line(error)}; check --host, and give a key with --key") from None
@@ -1946,7 +2030,7 @@ class Facts(NamedTuple):
 def read_host(host: Host, deadline: Deadline) -> tuple[Facts, Background]:
     """The facts, and the tables, which take longer, as a result to come."""
     facts = persist(deadline, read_facts, host, deadline)
-    return facts, Background(persist, deadline, read_all_tables, host, deadline)
+    return facts, Background(read_all_tables, host, deadline)
 
 
 def read_facts(host: Host, deadline: Deadline) -> Facts:
@@ -1970,18 +2054,23 @@ def read_all_tables(host: Host, deadline: Deadline) -> Found:
 
 def read_tables(host: Host, family: Family, deadline: Deadline) -> Tables | None:
     """epok's part of the tables, None when the host has no such IP version. Raises Transient or Fatal."""
-    tables = {}
-    for name in BUILT_IN:
-        argv = (*host.sudo, f"{family.tool}-save", "-t", name)
-        result = host.run(argv, "", deadline)
-        lacking = r"command not found|Address family not supported|Table does not exist"
-        if family.version == 6 and result.status != 0 and (result.status == 127 or re.search(lacking, result.err)):
-            return None
-        table = parse_table(result.out, name) if result.status == 0 else None
-        if table is None or "incompatible" in result.err:
-            raise refusal(host, argv, result)
-        tables[name] = table
-    return tables
+    # at the same time; with more than two, hosts with a low MaxSessions would refuse
+    reading = [(name, Background(persist, deadline, read_table, host, family, name, deadline)) for name in BUILT_IN]
+    tables = {name: thread.result(deadline, f"{host.name}: reading its rules") for name, thread in reading}
+    return None if None in tables.values() else tables
+
+
+def read_table(host: Host, family: Family, name: str, deadline: Deadline) -> Table | None:
+    """epok's part of a table, None when the host has no such IP version. Raises Transient or Fatal."""
+    argv = (*host.sudo, f"{family.tool}-save", "-t", name)
+    result = host.run(argv, "", deadline)
+    lacking = r"command not found|Address family not supported|Table does not exist"
+    if family.version == 6 and result.status != 0 and (result.status == 127 or re.search(lacking, result.err)):
+        return None
+    table = parse_table(result.out, name) if result.status == 0 else None
+    if table is None or "incompatible" in result.err:
+        raise refusal(host, argv, result)
+    return table
 
 
 def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> Exception:

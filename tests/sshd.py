@@ -19,7 +19,8 @@ from lab import Namespace
 
 PLACE = "/run/epok"  # as seen inside; the lab gives the host a /run of its own
 USER = "tester"
-PORTS = (22, 2222)
+FEW_SESSIONS, SESSIONS = 2222, 2
+PORTS = (22, FEW_SESSIONS)
 MISBEHAVING = range(2201, 2206)
 STALLED_LOGIN, BROKEN_LOGIN, STALLED_COMMAND, ENDLESS_OUTPUT, DRIPPING_OUTPUT = MISBEHAVING
 KEY_TYPES = ("ed25519", "ecdsa", "rsa")
@@ -35,6 +36,8 @@ Banner {PLACE}/banner
 ForceCommand {PLACE}/forced
 LogLevel VERBOSE
 MaxStartups 100
+Match LocalPort {FEW_SESSIONS}
+    MaxSessions {SESSIONS}
 Match LocalPort {STALLED_LOGIN}
     AuthorizedKeysFile none
     AuthorizedKeysCommand /bin/sleep 60

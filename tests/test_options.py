@@ -45,6 +45,7 @@ ROWS = [
     Row("--addresses", "", "EPOK_ADDRESSES", "192.0.2.1, 2001:db8::/64", networks("192.0.2.1", "2001:db8::/64"), "::1"),
     Row("--batch-commands", "", "EPOK_BATCH_COMMANDS", "False", "false", "true"),
     Row("--batch-size", "", "EPOK_BATCH_SIZE", "2000000", 2_000_000, "1000000"),
+    Row("--max-nodes", "", "EPOK_MAX_NODES", "3", 3, "100"),
     Row("--masquerade", "", "EPOK_MASQUERADE", "always", "always", "never"),
     Row("--mark", "", "EPOK_MARK", "0x3", (1, 2), "12"),
     Row("--kubeconfig", "", "KUBECONFIG", "/etc/k3s.yaml", "/etc/k3s.yaml", "/other"),
@@ -137,8 +138,8 @@ def test_the_command_line_beats_the_environment_good_or_bad(row: Row, broken: bo
 
 DEFAULTS = {
     "executor": "local", "dry_run": False, "clean": False, "log_level": "info", "interfaces": ("eth0",),
-    "external_interface": "", "addresses": (), "batch_commands": "true", "batch_size": 1_677_722, "masquerade": "auto",
-    "mark": (0x10000000, 0x20000000), "kubeconfig": "", "context": "", "snapshot": "", "timeout": 50, "host": (),
+    "external_interface": "", "addresses": (), "batch_commands": "true", "batch_size": 1_677_722, "max_nodes": 16,
+    "masquerade": "auto", "mark": (0x10000000, 0x20000000), "kubeconfig": "", "context": "", "snapshot": "", "timeout": 50, "host": (),
     "port": 22, "key": "", "known_hosts": f"{HOME}/.ssh/known_hosts", "host_key": (),
 }  # fmt: skip
 
@@ -234,7 +235,8 @@ BAD = {  # option: what its message shows of what is accepted, and texts that ar
         "192.0.2.0/255.255.255.0", "192.0.2.0/", "192.0.2.0/+8", "\u0661.0.0.1", "3221225985", "0x7f.0.0.1",
         "!10.0.0.1", "192.0.2.1 192.0.2.2", "192.0.2.1,x", ",", " "]),
     "--batch-commands": ("true, false", ["yes", "1", "tru", " ", "true,false", "true\n", "x" * 10_000]),
-    "--batch-size": ("bytes", [
+    "--max-nodes": ("above zero", ["0", "-1", "all", "1.5", "\u0661", " ", "1,2"]),
+    "--batch-size": ("above zero", [
         "0", "-1", "+1", "1M", "1e6", "1.5", "1_000_000", "0x100000", "\u0661" * 7, " ", "9" * 5_000]),
     "--masquerade": ("auto, always, never", ["yes", "true", "0", "au", "auto,never", " ", "auto\n", "x" * 101]),
     "--mark": ("0x30000000", [

@@ -1,9 +1,11 @@
 """A snapshot of the cluster to forwards and to reasons why not."""
 
+import itertools
 import json
 import random
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -301,7 +303,7 @@ def test_masquerade(when: str, policy: str, expected: bool) -> None:
 
 @pytest.mark.parametrize(("affinity", "expected"), [("None", False), ("ClientIP", True), (None, False)])
 def test_session_affinity_is_kept(affinity: "str | None", expected: bool) -> None:
-    assert {made.sticky for made in mapped("25,53", sessionAffinity=affinity).forwards} == {expected}
+    assert {bool(made.known) for made in mapped("25,53", sessionAffinity=affinity).forwards} == {expected}
 
 
 # ------------------------------------------------ who may use it
@@ -786,3 +788,96 @@ def test_a_pod_that_two_slices_name_has_the_ports_of_both() -> None:
     plan = planned(both, *slices, own=["k3s"])
     assert not plan.warnings
     assert sorted(str(target.port) for made in plan.forwards for target in made.targets) == ["8080", "8443"]
+
+
+# ------------------------------------------------ more nodes than --max-nodes
+
+MANY = [node(f"n{number}", f"10.0.0.{number}", f"2001:db8:2::{number}") for number in range(1, 101)]
+FEW = [*LOCAL, "--max-nodes", "8"]
+
+
+def nodes_by_service(nodes: Sequence[Object], *services: Object) -> dict[str, set[str]]:
+    plan = planned(*nodes, *services, argv=FEW)
+    return {made.service: {str(target.address) for target in made.targets} for made in plan.forwards}
+
+
+def webs(count: int, **changes: Any) -> list[Object]:
+    return [service(f"web{n}", f"{1000 + n}:30080", [port(80, 30080)], **changes) for n in range(count)]
+
+
+def unready(nodes: Sequence[Object], *gone: int) -> list[Object]:
+    return [node(f"n{n}", f"10.0.0.{n}", ready=n not in gone) for n in range(1, len(nodes) + 1)]
+
+
+def test_a_service_goes_to_at_most_so_many_nodes_of_each_ip_version() -> None:
+    plan = planned(*MANY, *webs(20, families=["IPv4", "IPv6"]), argv=FEW)
+    for made in plan.forwards:
+        assert [target.address.version for target in made.targets] == [4] * 8 + [6] * 8
+        hosts = [str(target.address).replace("::", ".").split(".")[-1] for target in made.targets]
+        assert hosts[:8] != [] and set(hosts[:8]) == set(hosts[8:]), "the same nodes in both"
+
+
+@pytest.mark.parametrize("count", [1, 7, 8])
+def test_while_there_are_no_more_nodes_than_that_a_service_goes_to_all(count: int) -> None:
+    assert all(len(found) == count for found in nodes_by_service(MANY[:count], *webs(20)).values())
+
+
+def test_the_nodes_have_about_equally_many_services() -> None:
+    found = nodes_by_service(MANY, *webs(2000))
+    counts = Counter(itertools.chain.from_iterable(found.values()))
+    assert len(counts) == 100 and sum(counts.values()) == 2000 * 8
+    assert max(counts.values()) < 160 * 1.4 and min(counts.values()) > 160 * 0.6
+
+
+@pytest.mark.parametrize("gone", [MANY[:41] + MANY[42:], unready(MANY, 42)], ids=["deleted", "not ready"])
+def test_a_node_that_is_lost_moves_only_the_services_that_it_had(gone: list[Object]) -> None:
+    lost = "10.0.0.42"
+    before, after = (nodes_by_service(nodes, *webs(500)) for nodes in (MANY, gone))
+    assert any(lost in found for found in before.values())
+    for name, found in before.items():
+        assert len(after[name]) == 8
+        assert found - after[name] == found & {lost}
+
+
+@pytest.mark.parametrize("families", [["IPv4"], ["IPv4", "IPv6"]])
+def test_the_order_of_nodes_and_services_does_not_matter(families: list[str]) -> None:
+    cluster = [*MANY, *webs(30, families=families)]
+    plans = [planned(*random.Random(seed).sample(cluster, len(cluster)), argv=FEW) for seed in range(2)]
+    assert plans[0].forwards == plans[1].forwards
+
+
+def clients(*gone: int) -> dict[str, list[str]]:
+    """For each Service with affinity, where a client with these low bits of its address goes."""
+    options = epok.parse_options(FEW, {})
+    plan = planned(*unready(MANY, *gone), *webs(30, sessionAffinity="ClientIP"), argv=FEW)
+    nat = epok.render(plan.forwards, epok.FAMILIES[0], options)["nat"]
+    leaves = {name: rules for name, rules in nat.chains.items() if "CONNMARK" in rules[0] and "EPOK-tcp" in name}
+    return {name[:13]: [rule.split()[-1] for rule in rules[1:]] for name, rules in leaves.items()}
+
+
+def test_with_affinity_only_the_clients_of_a_lost_node_move_and_come_back_with_it() -> None:
+    before = clients()
+    for gone in ([42], [42, 17, 3], list(range(1, 61))):
+        lost = {f"10.0.0.{n}:30080" for n in gone}
+        after = clients(*gone)
+        assert before.keys() == after.keys()
+        for name, homes in before.items():
+            assert len(set(homes)) == len(set(after[name])) == 8
+            assert not lost & set(after[name])
+            assert [new for old, new in zip(homes, after[name], strict=True) if old not in lost] == [
+                old for old in homes if old not in lost
+            ]
+    assert clients() == before
+
+
+def test_policy_local_goes_to_at_most_so_many_of_the_nodes_that_have_a_pod() -> None:
+    pods = [endpoint(f"n{n}", f"10.42.{n}.5", ready=n % 3 != 0) for n in range(1, 61)]
+    plan = planned(*MANY, *webs(1, policy="Local"), endpoint_slice("web0", pods), argv=FEW)
+    chosen = [int(address.split(".")[-1]) for address in addresses(plan)]
+    assert len(chosen) == 8 and all(n <= 60 and n % 3 for n in chosen)
+
+
+def test_a_host_that_is_a_node_forwards_to_all_pods_however_many() -> None:
+    pods = [endpoint(f"n{n}", f"10.42.{n}.5") for n in range(1, 61)]
+    slices = endpoint_slice("web0", pods, [slice_port(8080)])
+    assert len(addresses(planned(*MANY, *webs(1), slices, argv=FEW, own=["n1"]))) == 60

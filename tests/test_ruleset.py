@@ -53,7 +53,7 @@ def targets(count: int = 3, port: int = 30000, net: str = "10.0.1.0") -> tuple[e
 def forward(first: int, last: int = 0, **changes: Any) -> epok.Forward:
     fields: dict[str, Any] = {
         "protocol": "tcp", "service": "default/mail", "port": "smtp", "targets": targets(),
-        "masquerade": True, "internal": False, "sources": None, "direct": False, "sticky": False,
+        "masquerade": True, "internal": False, "sources": None, "direct": False, "known": (),
     }  # fmt: skip
     return epok.Forward(first=first, last=last or first, **{**fields, **changes})
 
@@ -90,7 +90,7 @@ def plans(draw: st.DrawFn) -> list[epok.Forward]:
                     service=draw(st.sampled_from(["default/mail", "kube-system/dns.udp"])),
                     masquerade=draw(st.booleans()),
                     internal=draw(st.booleans()),
-                    sticky=draw(st.booleans()),
+                    known=tuple(nodes) if draw(st.booleans()) else (),
                     direct=draw(st.booleans()),
                     sources=None if sources is None else networks(sources),
                 )  # fmt: skip
@@ -240,7 +240,7 @@ def check(nat: epok.Table, forwards: Sequence[epok.Forward], opts: epok.Options,
         return
     meant, both = places(one, packet), opts.mark.forwarded | opts.mark.masquerade
     assert seen[0] == f"{both if one.masquerade else opts.mark.forwarded:#x}/{both:#x}", packet
-    if one.sticky:
+    if one.known:
         assert len(seen[1]) == 1 and seen[1][0] in meant, packet
     else:
         assert seen[1] == meant, packet
@@ -463,7 +463,7 @@ def test_with_client_affinity_every_address_has_one_node_and_the_nodes_as_many_a
 
 def homes(nodes: Sequence[epok.Target], family: epok.Family) -> list[str]:
     """For each value that the low bits of a client's address can have, where it is sent."""
-    nat = epok.render([forward(25, targets=tuple(nodes), sticky=True)], family, options())["nat"]
+    nat = epok.render([forward(25, targets=tuple(nodes), known=tuple(node.address for node in nodes))], family, options())["nat"]
     leaf = [read(rule) for rules in nat.chains.values() for rule in rules if "DNAT" in rule]
     if len(nodes) == 1:
         return [leaf[0].rest[1]]
