@@ -1,126 +1,55 @@
-"""Prints what a run costs: wall time, peak memory and size of the swap. Must be run as root.
+"""bench.py [PART...]: prints what epok costs, beside what people use instead, and a table at the end. Needs root.
 
-Times are medians of several runs in the lab, the cluster read from a file; iptables-save alone stands beside them.
-Then the cluster is a real kube-apiserver, and beside each run stands what a shell script would begin with: kubectl
-piped into jq, and iptables-save.
+    path     connecting, UDP and a stream through 1 to 10,000 forwards, beside rules in a row; draws bench.svg
+    runs     a run of epok by forwards and nodes and by step, beside kubectl and jq, a script, an iptables a rule
+    nodes    what --max-nodes saves
+    stages   a swap at once and in stages
+    swaps    whether connections fail while epok swaps again and again
+
+Without a name all of them, which takes about TIME minutes. EPOK_BENCH=10 shows in a minute whether they run. Figures of
+one part are measured side by side, real iptables and a real kube-apiserver in the lab's network namespaces.
 """
 
-import itertools
-import json
-import os
-import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from apiserver import ApiServer
-from conftest import BACKENDS
-from lab import EPOK, Lab
-from objects import node, port, service, snapshot
+from bench_nodes import measure_nodes
+from bench_path import measure_path
+from bench_run import measure_runs
+from bench_swap import measure_stages, measure_swaps
+from measure import Figure
 
-RUNS = 7
-SIZES = [int(size) for size in os.environ.get("EPOK_BENCH", "10,2700").split(",")]  # forwards
-NODES = [node(f"node{number}", f"10.0.0.{10 + number}") for number in range(1, 11)]
-
-
-def cluster(forwards: int, changed: int = -1) -> dict[str, Any]:
-    """Ten nodes, and as many Services with one forward each; that of `changed` has another NodePort."""
-    services = []
-    for number in range(forwards):
-        node_port = 29999 if number == changed else 20000 + number
-        services.append(service(f"service-{number}", f"{10000 + number}:{node_port}", [port(80, node_port, "http")]))
-    return snapshot(*NODES, *services)
+PARTS: dict[str, Callable[[Path], list[Figure]]] = {
+    "path": measure_path,
+    "runs": measure_runs,
+    "nodes": measure_nodes,
+    "stages": measure_stages,
+    "swaps": measure_swaps,
+}
 
 
-# A process of its own: the peak memory of a child is never less than its parent's when it was forked.
-METER = """import resource, subprocess, sys, time
-start = time.perf_counter()
-status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(time.perf_counter() - start, used.ru_maxrss / 1024, used.ru_utime + used.ru_stime)
-sys.exit(status)"""
+def shown(figure: Figure) -> str:
+    value = f"{figure.value:10.0f}" if figure.value >= 100 or figure.value.is_integer() else f"{figure.value:10.2f}"
+    line = f"{figure.what:70} {figure.backend:7}{value} {figure.unit:6}"
+    if figure.goal is None:
+        return line.rstrip()
+    return f"{line} at most {figure.goal:g}" + ("" if figure.value <= figure.goal else ": MISSED")
 
 
-def measure(lab: Lab, argv: Sequence[str]) -> tuple[float, float]:
-    """Seconds and peak megabytes of a command in the host's namespaces."""
-    seconds, megabytes, _ = meter(lab, argv)
-    return seconds, megabytes
-
-
-def meter(lab: Lab, argv: Sequence[str]) -> tuple[float, float, float]:
-    """The same, and seconds of CPU."""
-    seconds, megabytes, cpu = lab.host.run([sys.executable, "-ISc", METER, *argv]).stdout.split()
-    return float(seconds), float(megabytes), float(cpu)
-
-
-def median(lab: Lab, argv: Sequence[str]) -> tuple[float, float]:
-    seconds, megabytes = zip(*(measure(lab, argv) for _ in range(RUNS)), strict=True)
-    return statistics.median(seconds), max(megabytes)
-
-
-def run(lab: Lab, forwards: int, folder: Path) -> None:
-    names = [folder / f"{forwards}-{what}.json" for what in ("before", "after")]
-    for name, content in zip(names, (cluster(forwards), cluster(forwards, changed=forwards // 2)), strict=True):
-        name.write_text(json.dumps(content))
-    epok = [[sys.executable, str(EPOK), "-i", "eth0", "--snapshot", str(name), "local"] for name in names]
-    lab.flush()
-    first, _ = measure(lab, epok[0])
-    sync, memory = median(lab, epok[0])
-    save, _ = median(lab, ["iptables-save", "-t", "nat"])
-    dry = lab.host.run([*epok[1][:-1], "--dry-run", "local"], check=False).stdout
-    size = len(dry[dry.index("*nat") :])
-    changed, _ = measure(lab, epok[1])
-    print(
-        f"{lab.backend:7} {forwards:6} {first:8.2f} s {sync:8.2f} s {memory:6.0f} MB {save:9.3f} s"
-        f" {changed:9.2f} s {size:8} bytes",
-        flush=True,
-    )
-
-
-JQ = """[.items[] | select(.kind == "Service" and .metadata.annotations["getbetter.ro/externalport"]) |
-  [.metadata.namespace, .metadata.name, .metadata.annotations["getbetter.ro/externalport"], .spec.ports]],
-  [.items[] | select(.kind == "Node") | .status.addresses]"""
-SCRIPT = """kubectl=$1 config=$2 jq=$3
-$kubectl --kubeconfig "$config" get services,nodes -A -o json | jq "$jq"
-for table in nat filter; do iptables-save -t $table; ip6tables-save -t $table; done"""
-
-
-def beside_kubectl(lab: Lab, forwards: int, folder: Path) -> None:
-    """A run with nothing to change, of the account that has the role of cron/, and the script, in turn."""
-    server = ApiServer(lab.host, folder)
-    server.create(*cluster(forwards)["items"])
-    server.grant()
-    config = server.kubeconfig("epok", token=server.token())
-    epok = [sys.executable, str(EPOK), "-i", "eth0", "--kubeconfig", config, "local"]
-    script = ["sh", "-ec", SCRIPT, "sh", server.programs["kubectl"], config, JQ]
-    measure(lab, epok)
-    server.forget()
-    measure(lab, epok)
-    requests = len(server.asked())
-    own, its = zip(*((measure(lab, epok), measure(lab, script)) for _ in range(RUNS)), strict=True)
-    seconds = [statistics.median(second for second, _ in side) for side in (own, its)]
-    memory = max(megabytes for _, megabytes in own)
-    print(
-        f"{lab.backend:7} {forwards:6} {seconds[0]:8.2f} s {memory:6.0f} MB {requests:8} {seconds[1]:18.2f} s"
-        f" {seconds[0] / seconds[1]:8.2f}",
-        flush=True,
-    )
-
-
-def main() -> None:
-    print("backend forwards first run   in sync    peak  iptables-save one change  its input")
-    with tempfile.TemporaryDirectory() as folder:
-        for backend in BACKENDS:
-            with Lab(backend, nodes=0) as lab:
-                for forwards in SIZES:
-                    run(lab, forwards, Path(folder))
-    print("backend forwards    in sync    peak requests   kubectl, jq, save    ratio")
-    for backend, forwards in itertools.product(BACKENDS, SIZES):
-        with Lab(backend, nodes=0) as lab, tempfile.TemporaryDirectory() as folder:
-            beside_kubectl(lab, forwards, Path(folder))
+def main(names: list[str]) -> None:
+    if unknown := set(names) - PARTS.keys():
+        raise SystemExit(f"bench.py: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    figures = []
+    for name in names or PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"\n# {name}", flush=True)
+            figures += PARTS[name](Path(folder))
+    print("\n# all figures")
+    for figure in figures:
+        print(shown(figure))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 
 from apiserver import ApiServer
-from bench import RUNS, SIZES, cluster, meter
 from container import ACCOUNT, API, Container, Image, Store, secret_volume, service_account
 from lab import EPOK, Lab
 from manifests import container, environment, manifests
+from measure import RUNS, SIZES, cluster, meter
 from sshd import Sshd, make_key
 
 HOST = "10.0.0.1"

@@ -139,8 +139,8 @@ def test_the_command_line_beats_the_environment_good_or_bad(row: Row, broken: bo
 DEFAULTS = {
     "executor": "local", "dry_run": False, "clean": False, "log_level": "info", "interfaces": ("eth0",),
     "external_interface": "", "addresses": (), "batch_commands": "true", "batch_size": 1_677_722, "max_nodes": 16,
-    "masquerade": "auto", "mark": (0x10000000, 0x20000000), "kubeconfig": "", "context": "", "snapshot": "", "timeout": 50, "host": (),
-    "port": 22, "key": "", "known_hosts": f"{HOME}/.ssh/known_hosts", "host_key": (),
+    "masquerade": "auto", "mark": (0x10000000, 0x20000000), "kubeconfig": "", "context": "", "snapshot": "",
+    "timeout": 50, "host": (), "port": 22, "key": "", "known_hosts": f"{HOME}/.ssh/known_hosts", "host_key": (),
 }  # fmt: skip
 
 

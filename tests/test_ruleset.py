@@ -463,7 +463,8 @@ def test_with_client_affinity_every_address_has_one_node_and_the_nodes_as_many_a
 
 def homes(nodes: Sequence[epok.Target], family: epok.Family) -> list[str]:
     """For each value that the low bits of a client's address can have, where it is sent."""
-    nat = epok.render([forward(25, targets=tuple(nodes), known=tuple(node.address for node in nodes))], family, options())["nat"]
+    one = forward(25, targets=tuple(nodes), known=tuple(node.address for node in nodes))
+    nat = epok.render([one], family, options())["nat"]
     leaf = [read(rule) for rules in nat.chains.values() for rule in rules if "DNAT" in rule]
     if len(nodes) == 1:
         return [leaf[0].rest[1]]
