@@ -6,7 +6,7 @@
     stages   a swap at once and in stages
     swaps    whether connections fail while epok swaps again and again
 
-Without a name all of them, which takes about TIME minutes. EPOK_BENCH=10 shows in a minute whether they run. Figures of
+Without a name all of them, which takes about 20 minutes. EPOK_BENCH=10 shows in a minute whether they run. Figures of
 one part are measured side by side, real iptables and a real kube-apiserver in the lab's network namespaces.
 """
 
@@ -31,7 +31,8 @@ PARTS: dict[str, Callable[[Path], list[Figure]]] = {
 
 
 def shown(figure: Figure) -> str:
-    value = f"{figure.value:10.0f}" if figure.value >= 100 or figure.value.is_integer() else f"{figure.value:10.2f}"
+    digits = 0 if figure.value >= 100 or figure.value == int(figure.value) else 2
+    value = f"{figure.value:10.{digits}f}"
     line = f"{figure.what:70} {figure.backend:7}{value} {figure.unit:6}"
     if figure.goal is None:
         return line.rstrip()

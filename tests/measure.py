@@ -1,0 +1,65 @@
+"""What the benchmarks share: the clusters they forward, the meter for commands, and the figures they end with."""
+
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lab import Lab
+from objects import node, port, service, snapshot
+
+RUNS = 7
+SIZES = [int(size) for size in os.environ.get("EPOK_BENCH", "10,2700,10000").split(",")]  # forwards
+SMALL = "EPOK_BENCH" in os.environ  # as the README's test has it: whether it runs, not what it shows
+
+# A process of its own: the peak memory of a child is never less than its parent's when it was forked.
+METER = """import resource, subprocess, sys, time
+start = time.perf_counter()
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(time.perf_counter() - start, used.ru_maxrss / 1024, used.ru_utime + used.ru_stime)
+sys.exit(status)"""
+
+
+class Figure(NamedTuple):
+    """A line of the table at the end; `goal` is the most that `value` may be, None where there is no budget."""
+
+    what: str
+    backend: str
+    value: float
+    unit: str
+    goal: float | None = None
+
+
+class Used(NamedTuple):
+    """What a command took; CPU is user and system time of all its processes."""
+
+    seconds: float
+    megabytes: float
+    cpu: float
+
+
+def nodes_of(count: int) -> list[dict[str, Any]]:
+    """Nodes with the addresses 10.0.0.11 and on."""
+    return [node(f"node{number}", f"10.0.0.{10 + number}") for number in range(1, count + 1)]
+
+
+def cluster(forwards: int, changed: int = -1, nodes: int = 10) -> dict[str, Any]:
+    """Nodes, and as many Services with one forward each; that of `changed` has another NodePort."""
+    services = []
+    for number in range(forwards):
+        node_port = 30000 if number == changed else 20000 + number
+        services.append(service(f"service-{number}", f"{10000 + number}:{node_port}", [port(80, node_port, "http")]))
+    return snapshot(*nodes_of(nodes), *services)
+
+
+def meter(lab: Lab, argv: Sequence[str]) -> Used:
+    """What a command takes in the host's namespaces."""
+    return Used(*map(float, lab.host.run([sys.executable, "-ISc", METER, *argv], timeout=600).stdout.split()))
+
+
+def middle(used: Sequence[Used]) -> Used:
+    """The medians of time, and the highest peak of memory."""
+    seconds, megabytes, cpu = zip(*used, strict=True)
+    return Used(statistics.median(seconds), max(megabytes), statistics.median(cpu))
