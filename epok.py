@@ -30,7 +30,8 @@ Options (the command line wins, then the environment, then the default):
                                goes alone. A larger swap goes in stages: new chains, the flip, old chains.
                                [EPOK_BATCH_SIZE]
   --max-nodes=<n>              Forward a Service to at most so many of the nodes, 16 unless given. Each
-                               Service has nodes of its own, so that all get their share.
+                               Service has nodes of its own, so that all get their share. On a host that is a
+                               node it goes to all of its pods.
                                [EPOK_MAX_NODES]
   --masquerade=<when>          Whether nodes see the host's address instead of the client's: always, never
                                or auto, which is all but Services with externalTrafficPolicy Local; auto
@@ -83,7 +84,6 @@ done; 2 the command line is wrong; 3 --dry-run and the host differs.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import datetime
@@ -790,6 +790,7 @@ class Cluster:
         return persist(self.deadline, self.ask_page, kind, query)
 
     def ask_page(self, kind: Kind, query: Mapping[str, str]) -> Fields | None:
+        """The same once. Raises Transient or Fatal."""
         answer = self.request("GET", kind.path, self.deadline, query)
         if answer.status == 410:
             return None
@@ -1209,10 +1210,10 @@ class Place(NamedTuple):
 Places = Mapping[int, list[Place]]  # by IP version
 
 
-def by_version(places: Iterable[Place]) -> Places:
-    """Each address once and in order; of one that two have, the live one counts, with the ports of both."""
+def each_address_once(places: Iterable[Place]) -> Places:
+    """In order; of an address that two have, the live one counts, with the ports of both."""
     unique: dict[Address, Place] = {}
-    for place in sorted(places, key=lambda place: place.live):
+    for place in sorted(places, key=lambda place: (place.live, place.name)):
         ports = unique.get(place.address, place).ports
         unique[place.address] = place._replace(ports=place.ports and {**(ports or {}), **place.ports})
     found: dict[int, list[Place]] = {4: [], 6: []}
@@ -1221,27 +1222,26 @@ def by_version(places: Iterable[Place]) -> Places:
     return found
 
 
-def node_places(nodes: Iterable[Node], chosen: Iterable[Node]) -> Places:
-    """All nodes; those that were chosen are live."""
+def node_places(nodes: Iterable[Node], chosen: Sequence[Node]) -> list[Place]:
+    """The nodes that were chosen, live, and those that may come back; not those with a label that keeps them out."""
     live = {node.name for node in chosen}
-    return by_version(Place(node.name, ip, None, node.name in live) for node in nodes for ip in node.addresses)
+    labelled = any(node.labelled for node in chosen)
+    some = [node for node in nodes if labelled or not node.labelled]
+    return [Place(node.name, ip, None, node.name in live) for node in some for ip in node.addresses]
 
 
-def pod_places(service: Service, endpoints: Iterable[Endpoint], own: Set[str]) -> Places:
+def pod_places(service: Service, endpoints: Iterable[Endpoint], own: Set[str]) -> list[Place]:
     """A Service's pods; with policy Local those on the nodes that are the host itself."""
-    usable = [e for e in endpoints if e.address and (not service.local or e.node in own)]
-    pairs = zip(usable, in_use(usable), strict=True)
-    return by_version(Place(e.node, e.address, e.ports, live) for e, live in pairs if e.address)
+    having = [e for e in endpoints if e.address and (not service.local or e.node in own)]
+    pairs = zip(having, in_use(having), strict=True)
+    return [Place(e.node, e.address, e.ports, live) for e, live in pairs if e.address]
 
 
-def having_pods(nodes: Places, endpoints: Sequence[Endpoint]) -> Places:
+def having_pods(nodes: Iterable[Place], endpoints: Sequence[Endpoint]) -> list[Place]:
     """Of the nodes those that have pods; only where these can be used they are live."""
     having = {e.node for e in endpoints}
     using = {e.node for e in itertools.compress(endpoints, in_use(endpoints))}
-    return {
-        version: [place._replace(live=place.live and place.name in using) for place in places if place.name in having]
-        for version, places in nodes.items()
-    }
+    return [node._replace(live=node.live and node.name in using) for node in nodes if node.name in having]
 
 
 def in_use(endpoints: Sequence[Endpoint]) -> list[bool]:
@@ -1250,8 +1250,8 @@ def in_use(endpoints: Sequence[Endpoint]) -> list[bool]:
     return ready if any(ready) else [endpoint.serving for endpoint in endpoints]
 
 
-def nearest(service: str, places: list[Place], most: int) -> list[Place]:
-    """At most so many of the nodes: those that a Service ranks highest, and what takes the place of those not live.
+def highest(service: str, places: list[Place], most: int) -> list[Place]:
+    """So many of the nodes: those that a Service ranks highest, and live ones in place of those that are not.
 
     Each Service has a ranking of its own (rendezvous hashing: Thaler and Ravishankar, 1996), so that all nodes have
     about equally many Services, and a node that comes or goes changes only those that rank it high.
@@ -1265,17 +1265,25 @@ def nearest(service: str, places: list[Place], most: int) -> list[Place]:
     return sorted(firsts + stand_ins, key=lambda place: place.address)
 
 
-def places_of(service: Service, snapshot: Snapshot, nodes: Places, own: Set[str], options: Options) -> list[Place]:
+class Nodes:
+    """Where the nodes are, for all Services, and for those of policy Local, which go to some of them."""
+
+    def __init__(self, places: list[Place]) -> None:
+        self.places = places
+        self.all = each_address_once(places)
+
+
+def places_of(service: Service, snapshot: Snapshot, nodes: Nodes, own: Set[str], options: Options) -> list[Place]:
     """Where a Service's connections may go: nodes, or, on a host that is one of them, its pods.
 
     On such a host a NodePort cannot be the target: a connection is translated once, so kube-proxy would not see it.
     """
     endpoints = snapshot.endpoints.get(service.key, ())
     if own:
-        found = pod_places(service, endpoints, own)
+        found = each_address_once(pod_places(service, endpoints, own))
     else:
-        nodes = having_pods(nodes, endpoints) if service.local else nodes
-        found = {version: nearest(service.key, places, options.max_nodes) for version, places in nodes.items()}
+        found = each_address_once(having_pods(nodes.places, endpoints)) if service.local else nodes.all
+        found = {version: highest(service.key, places, options.max_nodes) for version, places in found.items()}
     return [place for version in sorted({*service.versions}) for place in found[version]]
 
 
@@ -1283,7 +1291,7 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
     """Decides what is forwarded; `own` are the names of the nodes that the host itself is."""
     plan = Plan()
     nodes = [] if own else choose_nodes(snapshot.nodes, plan)
-    everywhere = node_places(snapshot.nodes, nodes)
+    everywhere = Nodes(node_places(snapshot.nodes, nodes))
     taken: dict[tuple[str, int], tuple[str, int]] = {}
     if options.executor == "ssh":
         taken = {("tcp", login.port): ("", 0) for login in options.host}
@@ -1544,7 +1552,7 @@ def add_leaf(forward: Forward, family: Family, options: Options, nat: Table) -> 
     bits = forwarded | masquerade if forward.masquerade else forwarded
     addresses = tuple(target.address for target in targets)
     known = tuple(address for address in forward.known if address.version == family.version)
-    ports = [port_of(forward, target) for target in targets]
+    ports = [target_ports(forward, target) for target in targets]
     rules = [f"-j CONNMARK --set-xmark {bits:#x}/{forwarded | masquerade:#x}"]
     rules += [start + ports[number] for number, start in shares(forward.protocol, addresses, known)]
     prefix = f"EPOK-{forward.protocol}-{Range(forward.first, forward.last)}"
@@ -1564,7 +1572,7 @@ def add_leaf(forward: Forward, family: Family, options: Options, nat: Table) -> 
 def shares(protocol: str, targets: tuple[Address, ...], known: tuple[Address, ...]) -> list[tuple[int, str]]:
     """The rules that pick one of the targets: its number, and all of the rule but the port, which comes last.
 
-    At random, or by the client's address where some are `known` that clients are shared out over.
+    The pick is by the low bits of the client's address when addresses are `known` (see Forward), else at random.
     """
     hosts = [f"[{address}]" if address.version == 6 else f"{address}" for address in targets]
     ends = [f"-j DNAT --to-destination {host}:" for host in hosts]
@@ -1583,31 +1591,29 @@ def shares(protocol: str, targets: tuple[Address, ...], known: tuple[Address, ..
 def buckets_of(known: tuple[str, ...], live: tuple[str, ...]) -> list[int]:
     """Shares the low bits of client addresses out evenly: for each bucket the number of one of the `live` names.
 
-    Those that are known take in turn what they like best, as in Maglev (Eisenbud et al., NSDI 2016); then the buckets
-    of those that are not live are given away. So while one is gone, the clients of the others stay where they are.
+    Those that are known take in turn what they like best, as in Maglev (Eisenbud et al., NSDI 2016); a bucket whose
+    owner is not live goes to the live name that likes it best. So a client is with its own node whenever that is there.
     """
     count = 64
     while count < 4 * len(known):
         count *= 2
+    wishes = {name: iter(sorted(range(count), key=likings(name, count).__getitem__)) for name in known}
     owners: dict[int, str] = {}
-    for names in (known, live):
-        owners = {bucket: name for bucket, name in owners.items() if name in names}
-        held = collections.Counter(owners.values())
-        wishes = {name: iter(liked_buckets(name, count)) for name in names}
-        while len(owners) < count:
-            poorest = min(names, key=lambda name: held[name])
-            owners[next(bucket for bucket in wishes[poorest] if bucket not in owners)] = poorest
-            held[poorest] += 1
+    for name in itertools.islice(itertools.cycle(known), count):
+        owners[next(bucket for bucket in wishes[name] if bucket not in owners)] = name
+    for bucket in [bucket for bucket in owners if owners[bucket] not in live]:
+        owners[bucket] = min(live, key=lambda name: likings(name, count)[bucket])
     return [live.index(owners[bucket]) for bucket in range(count)]
 
 
 @functools.lru_cache(maxsize=1024)
-def liked_buckets(name: str, count: int) -> list[int]:
-    return sorted(range(count), key=lambda n: hashlib.sha256(f"{name} {n}".encode()).digest())
+def likings(name: str, count: int) -> list[bytes]:
+    """How much a name likes each bucket, the lower the more."""
+    return [hashlib.sha256(f"{name} {bucket}".encode()).digest() for bucket in range(count)]
 
 
-def port_of(forward: Forward, target: Target) -> str:
-    """The port of a DNAT rule; of a range with the port that it begins with, for which the first one stands."""
+def target_ports(forward: Forward, target: Target) -> str:
+    """A target's port as DNAT has it; of a range "30000-30010/8000": port 8000 goes to 30000, and so on."""
     if forward.first == forward.last:
         return f"{target.port}"
     return f"{target.port}-{target.port + forward.last - forward.first}/{forward.first}"
@@ -1620,7 +1626,7 @@ def owned(chain: str) -> bool:
     return chain == ROOT or chain.startswith(ROOT + "-")
 
 
-# one by one, for memory; splitlines() would also split at some characters of a comment
+# one line at a time, for memory; "." stops at a line feed alone, whatever else a comment has
 SAVED_LINE = re.compile(r"-A ([^ \n]+) ?(.*)|(.+)")
 
 
@@ -1825,6 +1831,7 @@ class SshHost:
         self.sudo = () if login.user == "root" else ("sudo", "-n")
         self.client: Any = None
         self.opening = threading.Lock()
+        self.closed = False
 
     def run(self, argv: Sequence[str], text: str, deadline: Deadline) -> Result:
         """Runs a command over the one connection, which is made when there is none. Raises Transient when it breaks.
@@ -1837,6 +1844,10 @@ class SshHost:
         client = None
         try:
             with self.opening:  # one at a time: paramiko mixes up why they failed
+                if deadline.remaining() <= 0.001:
+                    raise deadline.missed(doing)
+                if self.closed:
+                    raise Fatal(f"{doing}: not needed any more")
                 client = self.client = self.client or self.connect(deadline)
                 channel = client.get_transport().open_session(timeout=deadline.remaining())
             channel.settimeout(deadline.remaining())
@@ -1852,12 +1863,12 @@ class SshHost:
             channel.close()
             log.debug("%s: exit status %d", doing, channel.exit_status)
             return Result(channel.exit_status, out, err)
-        except paramiko.ChannelException as error:  # its MaxSessions is reached
+        except paramiko.ChannelException as error:  # more sessions than it allows, most likely
             raise Transient(f"{doing}: {one_line(error)}") from None
         except (paramiko.SSHException, OSError, EOFError) as error:
             with self.opening:
                 if client is self.client:  # or another thread has a new one already
-                    self.close()
+                    self.drop()
             raise Transient(f"{doing}: {one_line(error)}") from None
         except ValueError as error:  # a host name that is none, a key in ~/.ssh that is no text
             raise Fatal(f"{doing}: {one_line(error)}; check --host, and give a key with --key") from None
@@ -1911,10 +1922,15 @@ class SshHost:
         line = f"{key.get_name()} {key.get_base64()}"
         return f"{self.name}: the key {self.options.key} is refused; put this line into its authorized_keys: {line}"
 
-    def close(self) -> None:
+    def drop(self) -> None:
         if self.client is not None:
             self.client.close()
             self.client = None
+
+    def close(self) -> None:
+        """Ends the connection, for commands that still run too, and there will be no other."""
+        self.closed = True
+        self.drop()
 
 
 def load_key(name: str) -> Any:
@@ -2056,10 +2072,14 @@ def read_all_tables(host: Host, deadline: Deadline) -> Found:
 
 def read_tables(host: Host, family: Family, deadline: Deadline) -> Tables | None:
     """epok's part of the tables, None when the host has no such IP version. Raises Transient or Fatal."""
-    # at the same time; with more than two, hosts with a low MaxSessions would refuse
+    # at the same time, but two alone, which most hosts with a low MaxSessions allow
     reading = [(name, Background(persist, deadline, read_table, host, family, name, deadline)) for name in BUILT_IN]
-    tables = {name: thread.result(deadline, f"{host.name}: reading its rules") for name, thread in reading}
-    return None if None in tables.values() else tables
+    tables = {}
+    for name, thread in reading:
+        tables[name] = thread.result(deadline, f"{host.name}: reading its rules")
+        if tables[name] is None:
+            return None
+    return tables
 
 
 def read_table(host: Host, family: Family, name: str, deadline: Deadline) -> Table | None:

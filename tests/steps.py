@@ -7,6 +7,7 @@ different threads overlap.
 
 import contextlib
 import functools
+import gc
 import io
 import json
 import sys
@@ -59,6 +60,7 @@ def main() -> None:
         *outer, last = name.split(".")
         owner = functools.reduce(getattr, outer, epok)
         setattr(owner, last, timed(step, getattr(owner, last)))
+    gc.set_threshold(100_000)  # as the last lines of epok.py do
     with contextlib.redirect_stdout(io.StringIO()):
         status = timed("run", epok.main)(arguments)
     print(json.dumps(began))

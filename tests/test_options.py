@@ -388,7 +388,7 @@ def test_any_words_are_options_or_one_line_and_status_2(argv: list[str]) -> None
             assert re.fullmatch("[ -~]{1,900}", str(error))
         except SystemExit as error:
             assert not error.code
-            assert {"-h", "--help", "-V", "--version"} & set(argv) or re.search(r"-\w*[hV]", " ".join(argv))
+            assert {"-h", "--help", "-V", "--version"} & set(argv) or re.search(r"-\S*[hV]", " ".join(argv))
 
 
 # ------------------------------------------------ the program and its usage text

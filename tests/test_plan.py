@@ -855,19 +855,34 @@ def clients(*gone: int) -> dict[str, list[str]]:
     return {name[:13]: [rule.split()[-1] for rule in rules[1:]] for name, rules in leaves.items()}
 
 
-def test_with_affinity_only_the_clients_of_a_lost_node_move_and_come_back_with_it() -> None:
-    before = clients()
-    for gone in ([42], [42, 17, 3], list(range(1, 61))):
-        lost = {f"10.0.0.{n}:30080" for n in gone}
-        after = clients(*gone)
-        assert before.keys() == after.keys()
-        for name, homes in before.items():
-            assert len(set(homes)) == len(set(after[name])) == 8
-            assert not lost & set(after[name])
-            assert [new for old, new in zip(homes, after[name], strict=True) if old not in lost] == [
-                old for old in homes if old not in lost
-            ]
-    assert clients() == before
+@pytest.mark.parametrize("gone", [[], [42], [42, 17, 3], list(range(1, 61))], ids=len)
+def test_with_affinity_a_client_is_with_its_own_node_whenever_that_is_there(gone: list[int]) -> None:
+    lost = {f"10.0.0.{n}:30080" for n in gone}
+    own, now = clients(), clients(*gone)
+    assert all(sorted(Counter(homes).values()) == [8] * 8 for homes in own.values())
+    assert own.keys() == now.keys()
+    for name, homes in own.items():
+        assert not lost & set(now[name])
+        assert all(new == old for old, new in zip(homes, now[name], strict=True) if old not in lost)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_policy_local_goes_to_a_pods_node_also_when_another_node_has_the_same_address(order: int) -> None:
+    nodes = [node(name, "10.0.0.5") for name in ("a", "b")][::order]
+    plan = planned(*nodes, *webs(1, policy="Local"), endpoint_slice("web0", [endpoint("a", "10.42.0.1")]))
+    assert addresses(plan) == ["10.0.0.5"]
+
+
+def test_two_nodes_of_one_address_count_as_one_whatever_their_order() -> None:
+    cluster = [*MANY, node("twin", "10.0.0.5"), *webs(60)]
+    plans = [planned(*random.Random(seed).sample(cluster, len(cluster)), argv=FEW) for seed in range(3)]
+    assert plans[0].forwards == plans[1].forwards == plans[2].forwards
+
+
+def test_nodes_that_their_label_keeps_out_have_no_clients_to_move() -> None:
+    nodes = [node(f"n{n}", f"10.0.0.{n}", labels={EXCLUDE: ""} if n <= 3 else {}) for n in range(1, 9)]
+    made = planned(*nodes, *webs(1, sessionAffinity="ClientIP")).forwards[0]
+    assert [str(address) for address in made.known] == [f"10.0.0.{n}" for n in range(4, 9)]
 
 
 def test_policy_local_goes_to_at_most_so_many_of_the_nodes_that_have_a_pod() -> None:
