@@ -113,6 +113,7 @@ def by_size(bed: Bed, runs: int) -> None:
         bed.change(bed.forwards // 2, turn % 2 == 0)
         changed.append(bed.run())
     bed.change(bed.forwards // 2, False)
+    bed.run()
     show(bed, first, sync, middle(changed))
 
 
