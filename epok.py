@@ -1869,7 +1869,8 @@ class SshHost:
             with self.opening:
                 if client is self.client:  # or another thread has a new one already
                     self.drop()
-            raise Transient(f"{doing}: {one_line(error)}") from None
+            kind = Fatal if self.closed else Transient  # by close() nobody waits for it any more
+            raise kind(f"{doing}: {one_line(error)}") from None
         except ValueError as error:  # a host name that is none, a key in ~/.ssh that is no text
             raise Fatal(f"{doing}: {one_line(error)}; check --host, and give a key with --key") from None
 

@@ -673,6 +673,22 @@ def test_a_host_that_fails_holds_none_of_the_others_back(ssh: Operator, both: La
 
 
 @once
+def test_a_host_that_was_given_up_is_not_logged_in_to_again(ssh: Operator, both: Lab, second: tuple[Lab, Sshd]) -> None:
+    """Its other commands may still run, and a run goes on as long as its slowest host."""
+    ssh.server.misbehave("""case "$SSH_ORIGINAL_COMMAND" in
+        *"-save -t filter") echo "iptables-save: command not found" >&2; exit 127 ;;
+        *"-save -t nat") sleep 1 ;;
+        esac
+        exec sh -c "$SSH_ORIGINAL_COMMAND" """)
+    second[1].misbehave('sleep 1; exec sh -c "$SSH_ORIGINAL_COMMAND"')
+    run = ssh.epok(host=f"root@{HOST} root@{SECOND}", timeout=40)
+    assert run.status == 1
+    assert ssh.server.connections() == 1, str(run)
+    assert "trying again" not in run.err
+    assert "--dport 25 " in rules(both)
+
+
+@once
 def test_dry_run_shows_what_each_host_would_get_and_changes_nothing(ssh: Operator, both: Lab) -> None:
     hosts = {f"root@{HOST}": ssh.lab, f"root@{SECOND}": both}
     ssh.succeeds(host=f"root@{SECOND}")
