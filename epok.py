@@ -31,8 +31,7 @@ Options (the command line wins, then the environment, then the default):
                                [EPOK_BATCH_SIZE]
   --max-nodes=<n>              Forward a Service to at most so many of the nodes, 16 unless given. Each
                                Service has nodes of its own, so that all get their share. On a host that is a
-                               node it goes to all of its pods.
-                               [EPOK_MAX_NODES]
+                               node it goes to all of its pods. [EPOK_MAX_NODES]
   --masquerade=<when>          Whether nodes see the host's address instead of the client's: always, never
                                or auto, which is all but Services with externalTrafficPolicy Local; auto
                                unless given. [EPOK_MASQUERADE]
