@@ -310,10 +310,13 @@ def to_seconds(text: str) -> float:
     return float(text)
 
 
-def to_count(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) == 0:
-        raise ValueError("accepted is a number above zero")
-    return int(text)
+def number_of(what: str) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) == 0:
+            raise ValueError(f"accepted is a number of {what} above zero")
+        return int(text)
+
+    return convert
 
 
 def to_port(text: str) -> int:
@@ -363,8 +366,8 @@ class Options:
     external_interface: str = setting("EPOK_EXTERNAL_INTERFACE", "", str)
     addresses: tuple[Network, ...] = setting("EPOK_ADDRESSES", "", to_networks)
     batch_commands: str = setting("EPOK_BATCH_COMMANDS", "true", one_of("true", "false"))
-    batch_size: int = setting("EPOK_BATCH_SIZE", "1677722", to_count)
-    max_nodes: int = setting("EPOK_MAX_NODES", "16", to_count)
+    batch_size: int = setting("EPOK_BATCH_SIZE", "1677722", number_of("bytes"))
+    max_nodes: int = setting("EPOK_MAX_NODES", "16", number_of("nodes"))
     masquerade: str = setting("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
     mark: Mark = setting("EPOK_MARK", "0x30000000", to_mark)
     kubeconfig: str = setting("KUBECONFIG", "", str)
@@ -422,10 +425,12 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
 def read_words(argv: Sequence[str]) -> dict[str, Any]:
     """docopt's dictionary; prints help or version and exits when asked for."""
     known = set(re.findall(r"--[a-z-]+", __doc__ or ""))
+    valued = "".join(re.findall(r"-(\w), --[a-z-]+=<", __doc__ or ""))
     for word in argv:
-        # docopt takes any unique beginning of an option for it: --cle must not clean
-        if word.startswith("--") and word.split("=")[0] not in known:
-            raise Fatal(f"unknown option {quoted(word.split('=')[0])}; epok.py --help lists them all", 2)
+        # docopt takes any unique beginning of an option for it, so that --cle would clean, and -:V for -V
+        option = word.split("=")[0] if word.startswith("--") else word
+        if (word.startswith("--") and option not in known) or re.match(rf"-[^-{valued}]*[^-{valued}\w]", word):
+            raise Fatal(f"unknown option {quoted(option)}; epok.py --help lists them all", 2)
     try:
         return dict(docopt.docopt(__doc__ or "", list(argv), version=f"epok {VERSION}"))
     except docopt.DocoptExit as error:
