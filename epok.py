@@ -778,11 +778,12 @@ class Cluster:
     def all_pages(self, kind: Kind, selector: str) -> list[Any]:
         found: list[Any] = []
         query = {"limit": "500", **({"labelSelector": selector} if selector else {})}
-        page = self.page(kind, query)
+        load = functools.partial(persist, self.deadline, self.page, kind, query)
+        page: Fields | None = load()
         while page:
             query["continue"] = page.inner("metadata").get("continue", "")
             # the next one loads while this one is converted
-            loading = Background(self.page, kind, dict(query)) if query["continue"] else None
+            loading = Background(load) if query["continue"] else None
             found += [keep for item in page.objects("items") if (keep := kind.convert(item))]
             if loading is None:
                 return found
@@ -791,10 +792,6 @@ class Cluster:
 
     def page(self, kind: Kind, query: Mapping[str, str]) -> Fields | None:
         """One page; None when its continue token has expired."""
-        return persist(self.deadline, self.ask_page, kind, query)
-
-    def ask_page(self, kind: Kind, query: Mapping[str, str]) -> Fields | None:
-        """The same once. Raises Transient or Fatal."""
         answer = self.request("GET", kind.path, self.deadline, query)
         if answer.status == 410:
             return None
@@ -2076,7 +2073,7 @@ def read_all_tables(host: Host, deadline: Deadline) -> Found:
 
 
 def read_tables(host: Host, family: Family, deadline: Deadline) -> Tables | None:
-    """epok's part of the tables, None when the host has no such IP version. Raises Transient or Fatal."""
+    """epok's part of the tables, None when the host has no such IP version. Raises Fatal."""
     # at the same time, but two alone, which most hosts with a low MaxSessions allow
     reading = [(name, Background(persist, deadline, read_table, host, family, name, deadline)) for name in BUILT_IN]
     tables = {}

@@ -14,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 from conftest import BACKENDS
-from lab import EPOK, Lab
-from measure import RUNS, SMALL, Figure, cluster, meter
+from lab import EPOK, Lab, inputs_shown
+from measure import RUNS, SMALL, Figure, cluster, meter, restore
 
 FORWARDS, NODES = (10, 100) if SMALL else (2700, 100)
 MOST = (16,) if SMALL else (4, 8, 16, 32, 100)
@@ -51,29 +51,27 @@ def share(lab: Lab) -> float:
 
 def measure_most(lab: Lab, most: int, files: list[Path]) -> list[Figure]:
     lab.flush()
-    argv = ["-q", "-i", "eth0", "--timeout", "900", "--max-nodes", str(most), "--batch-size", "1000000000"]
+    argv = ["-q", "-i", "eth0", "--timeout", "900", "--max-nodes", str(most), "--batch-size", "1000000000", "local"]
     epok = [[sys.executable, str(EPOK), "--snapshot", str(file), *argv] for file in files]
     before = kernel_megabytes()
-    dry = lab.host.run([*epok[0], "--dry-run", "local"], check=False, timeout=900).stdout.partition("--wait 5\n")[2]
-    (files[0].parent / "input").write_text(dry)
-    script = f"iptables-restore --noflush --wait 5 <{files[0].parent / 'input'}"
-    restore = meter(lab, ["sh", "-ec", script])
+    [text] = inputs_shown(lab.host.run([*epok[0], "--dry-run"], check=False, timeout=900).stdout)
+    load = restore(lab, text)
     memory = kernel_megabytes() - before
-    load = share(lab)
     save = statistics.median(meter(lab, ["iptables-save", "-t", "nat"]).seconds for _ in range(RUNS))
-    sync = [meter(lab, [*epok[0], "local"]) for _ in range(3)]
-    lost = meter(lab, [*epok[1], "local"]).seconds
+    sync = [meter(lab, epok[0]) for _ in range(3)]
+    balance = share(lab)
+    lost = meter(lab, epok[1]).seconds
     seconds = statistics.median(used.seconds for used in sync)
     print(
-        f"{lab.backend:7} {most:9} {dry.count(' DNAT '):8,} {restore.seconds:8.2f} s {memory:9.0f} MB {save:6.2f} s"
-        f" {seconds:8.2f} s {lost:9.2f} s {max(used.megabytes for used in sync):5.0f} MB {load:9.2f}",
+        f"{lab.backend:7} {most:9} {text.count(' DNAT '):8,} {load:8.2f} s {memory:9.0f} MB {save:6.2f} s"
+        f" {seconds:8.2f} s {lost:9.2f} s {max(used.megabytes for used in sync):5.0f} MB {balance:9.2f}",
         flush=True,
     )
     if most not in IN_THE_END:
         return []
     what = f"{FORWARDS} forwards on {NODES} nodes, {most} for each: "
     return [
-        Figure(f"{what}iptables-restore", lab.backend, restore.seconds, "s"),
+        Figure(f"{what}iptables-restore", lab.backend, load, "s"),
         Figure(f"{what}memory of the kernel", lab.backend, memory, "MB"),
         Figure(f"{what}in sync", lab.backend, seconds, "s"),
         Figure(f"{what}a node lost", lab.backend, lost, "s"),

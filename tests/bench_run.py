@@ -16,16 +16,16 @@ from pathlib import Path
 
 from apiserver import ApiServer
 from conftest import BACKENDS
-from lab import EPOK, Lab
-from measure import RUNS, SIZES, SMALL, Figure, Used, cluster, meter, middle, nodes_of
+from lab import EPOK, Lab, inputs_shown
+from measure import RUNS, SIZES, SMALL, Figure, Used, cluster, meter, middle, nodes_of, restore
+from objects import Object
 
 STEPS = Path(__file__).resolve().parent / "steps.py"
 RIVAL = Path(__file__).resolve().parent / "rival.sh"
 NODES = (3, 10, 100)
 USUAL, BUDGET = 10, 2700  # nodes and forwards that the budget is for
-REST = 0 if SMALL else 10_000  # Services, of which some are forwarded, for the peak of memory
+REST = 10_000  # Services, of which some are forwarded, for the peak of memory
 IMPORT = [sys.executable, "-c", "import kubernetes.config, kubernetes.client"]
-RESTORE = ["iptables-restore", "--noflush", "--wait", "5"]
 # What a script would begin with, whatever it did then.
 READ = """$1 --kubeconfig "$2" get services,nodes -A -o json | jq '[.items[] |
   select(.kind == "Service" and .metadata.annotations["getbetter.ro/externalport"]) |
@@ -49,7 +49,8 @@ class Bed:
         self.server = ApiServer(lab.host, folder)
         self.server.grant()
         self.config = self.server.kubeconfig("epok", token=self.server.token())
-        self.epok = ["-i", "eth0", "--kubeconfig", self.config, "--timeout", "600", "-q", "local"]
+        self.options = ["-i", "eth0", "--kubeconfig", self.config, "--timeout", "600", "-q", "local"]
+        self.epok = [sys.executable, str(EPOK), *self.options]
         self.services = self.forwards = self.nodes = 0
 
     def have_services(self, count: int, forwards: int) -> None:
@@ -60,10 +61,7 @@ class Bed:
                 del item["metadata"]["annotations"]
         self.server.create(*made[self.services :])
         with ThreadPoolExecutor(8) as pool:
-            numbers = range(self.forwards, min(self.services, forwards))
-            list(
-                pool.map(lambda n: self.patch(n, metadata={"annotations": made[n]["metadata"]["annotations"]}), numbers)
-            )
+            list(pool.map(self.patch, made[self.forwards : min(self.services, forwards)]))
         self.services, self.forwards = max(count, self.services), forwards
 
     def have_nodes(self, count: int) -> None:
@@ -72,18 +70,19 @@ class Bed:
         self.server.create(*nodes_of(count)[self.nodes :])
         self.nodes = count
 
-    def patch(self, number: int, **fields: object) -> None:
-        self.server.patch(f"/api/v1/namespaces/default/services/service-{number}", **fields)
+    def patch(self, made: Object) -> None:
+        """Gives the Service of that name its annotations and ports."""
+        name, annotations = made["metadata"]["name"], made["metadata"]["annotations"]
+        fields = {"metadata": {"annotations": annotations}, "spec": {"ports": made["spec"]["ports"]}}
+        self.server.patch(f"/api/v1/namespaces/default/services/{name}", **fields)
 
-    def change(self, number: int, to: bool) -> None:
-        """Gives a Service the other NodePort, or its own again."""
-        item = cluster(number + 1, changed=number if to else -1)["items"][-1]
-        self.patch(
-            number, metadata={"annotations": item["metadata"]["annotations"]}, spec={"ports": item["spec"]["ports"]}
-        )
+    def change(self, to: bool) -> None:
+        """Gives the Service in the middle the other NodePort, or its own again."""
+        number = self.forwards // 2
+        self.patch(cluster(number + 1, changed=number if to else -1)["items"][-1])
 
     def run(self) -> Used:
-        return meter(self.lab, [sys.executable, str(EPOK), *self.epok])
+        return meter(self.lab, self.epok)
 
     def rival(self) -> list[str]:
         return [str(RIVAL), self.server.programs["kubectl"], self.config, "eth0"]
@@ -110,9 +109,9 @@ def by_size(bed: Bed, runs: int) -> None:
     sync = middle([bed.run() for _ in range(runs)])
     changed = []
     for turn in range(runs):
-        bed.change(bed.forwards // 2, turn % 2 == 0)
+        bed.change(turn % 2 == 0)
         changed.append(bed.run())
-    bed.change(bed.forwards // 2, False)
+    bed.change(False)
     bed.run()
     show(bed, first, sync, middle(changed))
 
@@ -120,7 +119,7 @@ def by_size(bed: Bed, runs: int) -> None:
 def beside(bed: Bed) -> list[Figure]:
     """In sync beside what a script would begin with, and beside the import of the client alone, in turn."""
     runs = RUNS if bed.forwards <= BUDGET else 1
-    epok, read, imported = in_turn(bed.lab, runs, [sys.executable, str(EPOK), *bed.epok], bed.read(), IMPORT)
+    epok, read, imported = in_turn(bed.lab, runs, bed.epok, bed.read(), IMPORT)
     show(bed, epok, read, imported, what="in sync: epok; kubectl, jq, saves; import kubernetes")
     figures = []
     if bed.forwards == BUDGET or SMALL:
@@ -136,14 +135,11 @@ def one_change(bed: Bed) -> list[Figure]:
     """The input that changes one forward, and what iptables-restore takes for it."""
     seconds, size = [], 0
     for turn in range(RUNS):
-        bed.change(bed.forwards // 2, turn % 2 == 0)
-        argv = [sys.executable, str(EPOK), "--dry-run", *bed.epok]
-        text = bed.lab.host.run(argv, check=False, timeout=600).stdout.partition("--wait 5\n")[2]
-        start = time.perf_counter()
-        bed.lab.host.run(RESTORE, text)
-        seconds.append(time.perf_counter() - start)
+        bed.change(turn % 2 == 0)
+        [text] = inputs_shown(bed.lab.host.run([*bed.epok, "--dry-run"], check=False, timeout=600).stdout)
+        seconds.append(restore(bed.lab, text))
         size = max(size, len(text))
-    bed.change(bed.forwards // 2, False)
+    bed.change(False)
     bed.run()
     goals = {"nft": 0.1, "legacy": 0.2}
     return [
@@ -156,7 +152,7 @@ def by_step(bed: Bed) -> None:
     """When each step of a run in sync begins and what it takes."""
     steps: dict[str, list[tuple[float, float, float]]] = {}
     for _ in range(RUNS):
-        argv = [sys.executable, str(STEPS), str(EPOK), str(time.monotonic()), *bed.epok]
+        argv = [sys.executable, str(STEPS), str(EPOK), str(time.monotonic()), *bed.options]
         totals: dict[str, tuple[float, float, float]] = {}
         for step, start, seconds, cpu in json.loads(bed.lab.host.run(argv).stdout):
             before = totals.get(step, (start, 0.0, 0.0))
@@ -180,11 +176,11 @@ def rivals(bed: Bed) -> None:
     sync, read = in_turn(bed.lab, runs, bed.rival(), bed.read())
     changed, single = [], []
     for turn in range(runs):
-        bed.change(bed.forwards // 2, turn % 2 == 0)
+        bed.change(turn % 2 == 0)
         changed.append(meter(bed.lab, bed.rival()))
         # one change takes the old rules away and appends the new ones
         single.append([meter(bed.lab, ["sh", "-ec", ONE_BY_ONE, "sh", do, str(bed.nodes)]) for do in ("-A", "-D")])
-    bed.change(bed.forwards // 2, False)
+    bed.change(False)
     show(bed, first, sync, middle(changed), what="rival.sh")
     show(bed, read, what="kubectl, jq, saves")
     seconds = statistics.median(sum(used.seconds for used in pair) for pair in single)
@@ -227,7 +223,7 @@ def measure_runs(folder: Path) -> list[Figure]:
                 bed.have_services(size, size)
                 for nodes in NODES:
                     figures += at_size(bed, nodes)
-                if size == BUDGET and REST:
+                if size == BUDGET:
                     bed.have_nodes(USUAL)
                     figures += peak(bed)
     return figures

@@ -7,7 +7,6 @@ goes to another NodePort, and every tenth time a node goes or comes back too, wh
 
 import itertools
 import json
-import re
 import resource
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from conftest import BACKENDS
-from lab import EPOK, HOST, Lab, await_banner
+from lab import EPOK, HOST, Lab, await_banner, inputs_shown
 from load import Load, Result
 from measure import SMALL, Figure, cluster
 
@@ -109,11 +108,6 @@ def measure_swaps(folder: Path) -> list[Figure]:
     return figures
 
 
-def inputs_of(lab: Lab, state: Path, *options: str) -> list[str]:
-    """What a run would hand over, one after the other."""
-    return re.split(r"(?m)^# iptables-restore .*\n", epok(lab, state, "--dry-run", *options, check=False).stdout)[1:]
-
-
 class Way(NamedTuple):
     """What a swap took, and the sizes of its inputs: how many, the largest, and the one that turns the traffic over."""
 
@@ -127,7 +121,7 @@ def measure_way(lab: Lab, states: States, size: int) -> Way:
     """A swap of all forwards, there and back again; in many stages it is made but once."""
     old, new = states[False, False], states[False, True]
     options = ["--batch-size", str(size), "--timeout", "900"]
-    texts = inputs_of(lab, new, *options)
+    texts = inputs_shown(epok(lab, new, "--dry-run", *options, check=False).stdout)
     seconds = []
     for _ in range(1 if size == STAGE else 3):
         seconds.append(swap(lab, new, *options))

@@ -414,6 +414,11 @@ class Lab(Made):
         self.host.run(["conntrack", "-F"])
 
 
+def inputs_shown(printed: str) -> list[str]:
+    """The inputs of iptables-restore that a dry run prints, one after the other."""
+    return re.split(r"(?m)^# iptables-restore .*\n", printed)[1:]
+
+
 def await_banner(server: "subprocess.Popen[str]") -> "subprocess.Popen[str]":
     assert server.stdout
     if server.stdout.readline() != "ready\n":

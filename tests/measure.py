@@ -3,6 +3,7 @@
 import os
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -57,6 +58,13 @@ def cluster(forwards: int, changed: int = -1, nodes: int = 10) -> dict[str, Any]
 def meter(lab: Lab, argv: Sequence[str]) -> Used:
     """What a command takes in the host's namespaces."""
     return Used(*map(float, lab.host.run([sys.executable, "-ISc", METER, *argv], timeout=600).stdout.split()))
+
+
+def restore(lab: Lab, text: str) -> float:
+    """Seconds that iptables-restore takes for an input, as epok hands it over."""
+    start = time.perf_counter()
+    lab.host.run(["iptables-restore", "--noflush", "--wait", "5"], text, timeout=600)
+    return time.perf_counter() - start
 
 
 def middle(used: Sequence[Used]) -> Used:

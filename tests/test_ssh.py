@@ -40,6 +40,7 @@ import epok
 
 SECOND = "203.0.113.10"  # another host, behind the first
 LATE, SILENT, NOBODY, IMPOSTORS_FROM = 2301, 2302, 2303, 2400  # ports where no sshd listens
+SAVES = {"iptables-save -t filter", "iptables-save -t nat"}  # IPv4's, which are read first and at the same time
 VOCABULARY = (
     r"iptables-save -t nat",
     r"iptables-save -t filter",
@@ -603,7 +604,7 @@ def test_sudo_that_says_no_is_an_error_at_once_with_the_line_for_sudoers(ssh: Op
     ssh.server.sudoers(*lines)
     run = ssh.fails(host=f"{USER}@{HOST}")
     refused = [command.removeprefix("sudo -n ") for command in run.commands if "tables" in command]
-    assert len(refused) == len(set(refused)), "none is tried again"
+    assert set(refused) <= SAVES and len(refused) == len(set(refused)), "none is tried again"
     assert "sudoers" in run.error
     told = [words for words in refused if f"{USER} ALL=(root) NOPASSWD: /usr/sbin/{words}" in run.error]
     assert len(told) == 1 or "requiretty" in lines[0]
@@ -638,8 +639,8 @@ def test_a_tool_that_the_host_lacks_is_named(ssh: Operator, user: str, missing: 
     ssh.server.misbehave('PATH=/nonexistent exec /bin/bash -c "$SSH_ORIGINAL_COMMAND"')
     run = ssh.fails(host=f"{user}@{HOST}")
     assert re.search(rf"install.*\b{missing}", run.error), str(run)
-    asked = [command for command in run.commands if "tables" in command]
-    assert len(asked) == len(set(asked)), "none is tried again"
+    asked = [command.removeprefix("sudo -n ") for command in run.commands if "tables" in command]
+    assert set(asked) <= SAVES and len(asked) == len(set(asked)), "none is tried again"
 
 
 # ------------------------------------------------ several hosts

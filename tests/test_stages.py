@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from lab import HOST, Lab
+from lab import HOST, Lab, inputs_shown
 from load import Load
 from objects import port, service, snapshot
 from test_traffic import NODES, nodes_without, refused
@@ -90,8 +90,7 @@ def sent(lab: Lab) -> Iterator[list[str]]:
 
 def planned(lab: Lab, to: State, *options: str) -> list[str]:
     """The inputs that a run would hand over, one after the other."""
-    printed = run(lab, to, *options, "--dry-run", check=False).stdout
-    return re.split(r"(?m)^# iptables-restore .*\n", printed)[1:]
+    return inputs_shown(run(lab, to, *options, "--dry-run", check=False).stdout)
 
 
 def flip_of(texts: list[str]) -> str:
