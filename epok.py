@@ -19,7 +19,7 @@ Options (the command line wins, then the environment, then the default):
   -i, --interfaces=<names>     Interfaces of the host to forward packets from, separated by commas. eth+
                                stands for all whose names begin with eth; lo for connections that the
                                host makes to its own addresses, 127.0.0.0/8 excepted. Required, but
-                               for --clean. [EPOK_INTERFACES]
+                               for --clean, --status and --explain. [EPOK_INTERFACES]
   --external-interface=<name>  The one of them through which Services with the annotation "internal" are
                                not reachable. [EPOK_EXTERNAL_INTERFACE]
   --addresses=<cidrs>          Forward connections to these addresses of the host only, separated by
@@ -44,10 +44,18 @@ Options (the command line wins, then the environment, then the default):
                                services,nodes,endpointslices -A -o json" (or yaml) prints.
                                [EPOK_SNAPSHOT]
   --timeout=<seconds>          For the whole run, retries and all; 50 unless given. [EPOK_TIMEOUT]
-  --dry-run                    Print what would change and the exact iptables-restore input; change
-                               nothing.
+  --dry-run                    Print the forwards that would come (+), go (-) and change (~), then the exact
+                               iptables-restore input; change nothing.
   --clean                      Remove every rule that epok, or the older epok in Rust, put on the host.
                                Needs no cluster.
+  --status                     Print what the host forwards now, from its live rules, with the new connections
+                               of each forward since its rules were made; what is wanted and not there, when the
+                               cluster answers; and what on the host is in the way. Changes nothing.
+  --explain=<namespace/name>   Print the whole story of one Service, from its annotation to the live rules, try
+                               its NodePort on each node, and say what is most likely wrong. Changes nothing.
+  -o, --output=<format>        Format of --status, --explain and --dry-run: text or json; text unless given.
+  --metrics-file=<file>        Write what the run did, for the textfile collector of node_exporter.
+                               [EPOK_METRICS_FILE]
   -q                           Log warnings and errors only.
   -v                           Log every command and request too. [EPOK_LOG_LEVEL: debug, info, warning or
                                error]
@@ -83,6 +91,14 @@ done; 2 the command line is wrong; 3 --dry-run and the host differs.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (before anything that an older one does not know)
+    found = ".".join(map(str, sys.version_info[:3]))
+    sys.exit(
+        f"error: epok needs Python 3.11 or newer, and this is {found}: apt-get install python3.11, or use the image"
+    )
+
 import contextlib
 import dataclasses
 import datetime
@@ -102,15 +118,18 @@ import shlex
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-import docopt
-import tenacity
+HOW_TO_INSTALL = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, then .venv/bin/python epok.py"
+try:
+    import docopt
+    import tenacity
+except ModuleNotFoundError as error:
+    sys.exit(f"error: the Python package {error.name} is missing: {HOW_TO_INSTALL}")
 
 VERSION = "1.0.0"
 PORT_ANNOTATIONS = (
@@ -120,6 +139,7 @@ PORT_ANNOTATIONS = (
 )
 INTERNAL_ANNOTATION = "epok.getbetter.ro/internal"
 ALLOW_ANNOTATION = "epok.getbetter.ro/allow-range"
+SERVICE_ANNOTATIONS = (*PORT_ANNOTATIONS, INTERNAL_ANNOTATION, ALLOW_ANNOTATION)
 EXCLUDE_ANNOTATION = "epok.getbetter.ro/exclude"
 EXCLUDE_LABEL = "epok_exclude"
 STANDARD_EXCLUDE_LABEL = "node.kubernetes.io/exclude-from-external-load-balancers"
@@ -127,6 +147,8 @@ AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 PROTOCOLS = ("tcp", "udp", "sctp")
 MAX_MAPPINGS = 1000  # of one Service, so that none can keep the others waiting
 MAX_SOURCES = 50_000  # of one Service, in the rules of all its ports
+MAIL_PORTS = (25, 465, 587)
+LOOK_SECONDS = 10  # that --status and --explain wait for the cluster, or for the nodes
 EVENT_SECONDS = 5  # for all Events of a run, so that many rejections cannot make it a long one
 
 log = logging.getLogger("epok")
@@ -349,8 +371,14 @@ def to_host_keys(text: str) -> tuple[str, ...]:
     return tuple(items(text))
 
 
+def to_service_name(text: str) -> str:
+    if text and not re.fullmatch(r"[A-Za-z0-9.-]{1,253}/[A-Za-z0-9.-]{1,253}", text):
+        raise ValueError("accepted is namespace/name of a Service, like default/mail")
+    return text
+
+
 def setting(variable: str, default: str, convert: Callable[[str], Any]) -> Any:
-    """A field of Options that is an option of its name: its environment variable, and what makes a value of a text."""
+    """A field of Options that is an option of its name: its environment variable, if any, and what makes its value."""
     return field(metadata={"variable": variable, "default": default, "convert": convert})
 
 
@@ -361,6 +389,9 @@ class Options:
     executor: str
     dry_run: bool
     clean: bool
+    status: bool
+    explain: str = setting("", "", to_service_name)
+    output: str = setting("", "text", one_of("text", "json"))
     log_level: str = setting("EPOK_LOG_LEVEL", "info", one_of("debug", "info", "warning", "error"))
     interfaces: tuple[str, ...] = setting("EPOK_INTERFACES", "", to_interfaces)
     external_interface: str = setting("EPOK_EXTERNAL_INTERFACE", "", str)
@@ -374,11 +405,17 @@ class Options:
     context: str = setting("EPOK_CONTEXT", "", str)
     snapshot: str = setting("EPOK_SNAPSHOT", "", str)
     timeout: float = setting("EPOK_TIMEOUT", "50", to_seconds)
+    metrics_file: str = setting("EPOK_METRICS_FILE", "", os.path.expanduser)
     host: tuple[Login, ...] = setting("EPOK_SSH_HOST", "", to_logins)
     port: int = setting("EPOK_SSH_PORT", "22", to_port)
     key: str = setting("EPOK_SSH_KEY", "", os.path.expanduser)
     known_hosts: str = setting("EPOK_SSH_KNOWN_HOSTS", "~/.ssh/known_hosts", os.path.expanduser)
     host_key: tuple[str, ...] = setting("EPOK_SSH_HOST_KEY", "", to_host_keys)
+
+    @property
+    def looks(self) -> bool:
+        """Whether the run only looks, at what is there rather than at what would change."""
+        return self.status or bool(self.explain)
 
 
 class Setting(NamedTuple):
@@ -408,7 +445,7 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         if isinstance(typed, list):
             typed = ",".join(typed) if typed else None
         source = setting.option if typed is not None else f"{setting.variable} in the environment"
-        text = environ.get(setting.variable) or setting.default if typed is None else typed
+        text = (environ.get(setting.variable) or setting.default) if typed is None else typed
         try:
             if typed == "":  # from an unset variable of a shell script, perhaps
                 raise ValueError("a value is needed")
@@ -417,7 +454,8 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
             raise Fatal(f"{source}: {quoted(text)}: {error}", 2) from None
     values["host"] = tuple(login._replace(port=login.port or values["port"]) for login in values["host"])
     executor = "ssh" if words["ssh"] else "local"
-    options = Options(executor=executor, dry_run=words["--dry-run"], clean=words["--clean"], **values)
+    flags = {name: words[f"--{name.replace('_', '-')}"] for name in ("dry_run", "clean", "status")}
+    options = Options(executor=executor, **flags, **values)
     check_combination(options)
     return options
 
@@ -455,15 +493,23 @@ def explain_usage(problem: str, argv: Sequence[str]) -> str:
 
 
 def check_combination(options: Options) -> None:
-    if not options.interfaces and not options.clean:
-        raise Fatal("which interfaces of the host? give --interfaces (or EPOK_INTERFACES), like -i eth0", 2)
-    if options.external_interface and options.external_interface not in options.interfaces and not options.clean:
+    needs_interfaces = not (options.clean or options.looks)
+    if not options.interfaces and needs_interfaces:
+        raise Fatal(
+            "which interfaces of the host? give --interfaces (or EPOK_INTERFACES), like -i eth0 (ip -br addr)",
+            2,
+        )
+    if options.external_interface and options.external_interface not in options.interfaces and needs_interfaces:
         listed = ",".join(options.interfaces)
         raise Fatal(f"--external-interface {quoted(options.external_interface)} is not one of -i {listed}", 2)
     if options.executor == "ssh" and not options.host:
         raise Fatal("which host? give --host (or EPOK_SSH_HOST), like --host epok@192.0.2.1", 2)
     if options.executor == "ssh" and len({(host.lower(), port) for _, host, port in options.host}) < len(options.host):
         raise Fatal("--host names one host twice", 2)
+    if bool(options.explain) + options.status + (options.dry_run or options.clean) > 1:
+        raise Fatal("--status, --explain and --dry-run or --clean show different things; give one of them", 2)
+    if options.output == "json" and not (options.looks or options.dry_run):
+        raise Fatal("--output json is for --status, --explain and --dry-run; a run itself prints nothing", 2)
 
 
 # ------------------------------------------------ cluster: Kubernetes API or file -> Snapshot
@@ -480,7 +526,7 @@ class Port(NamedTuple):
 
 @dataclass(frozen=True)
 class Service:
-    """What matters of a Service that carries an annotation of epok's."""
+    """What matters of a Service, with the annotations that are, or look like, epok's."""
 
     key: str
     uid: str
@@ -496,12 +542,12 @@ class Service:
 
 @dataclass(frozen=True)
 class Node:
-    """What matters of a Node; at most one address of each IP version."""
+    """What matters of a Node; at most one address of each IP version. `excluded` says what keeps traffic away."""
 
     name: str
     addresses: tuple[Address, ...]
     ready: bool
-    excluded: bool
+    excluded: str
     labelled: bool
 
 
@@ -583,13 +629,13 @@ def to_service_port(fields: Fields) -> Port:
     return Port(name, protocol, port, node_port)
 
 
-def to_service(item: Any) -> Service | None:
-    """Reads a Service; None when it carries no mapping."""
+def to_service(item: Any, always: str = "") -> Service | None:
+    """Reads a Service; None when it carries no mapping and is not the one that matters `always`."""
     meta, key = object_name("Service", item)
     annotations = meta.inner("annotations")
-    wanted = {name: annotations.get(name, "") for name in (*PORT_ANNOTATIONS, ALLOW_ANNOTATION, INTERNAL_ANNOTATION)
-              if annotations.value.get(name) is not None}  # fmt: skip
-    if not wanted.keys() & set(PORT_ANNOTATIONS):
+    known = {name: annotations.get(name, "") for name, value in annotations.value.items()
+            if "getbetter.ro/" in name and value is not None}  # fmt: skip
+    if key != always and not known.keys() & set(PORT_ANNOTATIONS):
         return None
     spec = Fields(Fields(item, f"Service {key}").get("spec", {}), f"Service {key} spec")
     ports = [to_service_port(port) for port in spec.each("ports")]
@@ -599,7 +645,7 @@ def to_service(item: Any) -> Service | None:
         uid=meta.get("uid", ""),
         created=meta.get("creationTimestamp", ""),
         type=spec.get("type", "ClusterIP"),
-        annotations=wanted,
+        annotations=known,
         ports=tuple(port for port in ports if port.protocol in PROTOCOLS),
         local=spec.get("externalTrafficPolicy", "Cluster") == "Local",
         sticky=spec.get("sessionAffinity", "None") == "ClientIP",
@@ -629,12 +675,17 @@ def to_node(item: Any) -> Node:
         addresses += candidates[:1]
     labels, annotations = meta.inner("labels").value, meta.inner("annotations").value
     tainted = any(taint.get("key", "") == AUTOSCALER_TAINT for taint in spec.each("taints"))
+    marks = {
+        f"annotation {EXCLUDE_ANNOTATION}": EXCLUDE_ANNOTATION in annotations,
+        f"label {EXCLUDE_LABEL}": EXCLUDE_LABEL in labels,
+        f"taint {AUTOSCALER_TAINT}": tainted,
+    }
     conditions = {entry.get("type", ""): entry.get("status", "") for entry in status.each("conditions")}
     return Node(
         name=name,
         addresses=tuple(addresses),
         ready=conditions.get("Ready") == "True",
-        excluded=EXCLUDE_ANNOTATION in annotations or EXCLUDE_LABEL in labels or tainted,
+        excluded=", ".join(itertools.compress(marks, marks.values())),
         labelled=STANDARD_EXCLUDE_LABEL in labels,
     )
 
@@ -952,19 +1003,28 @@ class Reader:
         reading = Background(self.source.read, kind, selector)
         return reading.result(self.deadline, f"{self.source.name}: the list of {kind.name}s")  # type: ignore[no-any-return]
 
-    def snapshot(self) -> Snapshot:
-        """What matters of the cluster, all but the endpoints."""
-        services = {service.key: service for service in self.read(SERVICES)}
+    def snapshot(self, explained: str = "") -> Snapshot:
+        """What matters of the cluster, all but the endpoints; of Services those with mappings and the one explained."""
+        convert = functools.partial(to_service, always=explained) if explained else to_service
+        services = {service.key: service for service in self.read(SERVICES._replace(convert=convert))}
         nodes = {node.name: node for node in self.read(NODES)}
         if not nodes:
             raise Fatal(f"{self.source.name} has no node at all, so it cannot be whole; nothing was changed")
         return Snapshot(tuple(services.values()), tuple(nodes.values()), {})
 
-    def with_endpoints(self, snapshot: Snapshot, on_node: bool) -> Snapshot:
-        """Adds endpoints where they are needed: for all Services when the host is a node, else with policy Local."""
-        names = sorted({service.key.split("/")[-1] for service in snapshot.services if on_node or service.local})
-        if not names:
-            return snapshot
+    def with_endpoints(self, snapshot: Snapshot, on_node: bool, explained: str = "") -> Snapshot:
+        """Adds endpoints where they are needed: for all Services when the host is a node, else with policy Local.
+
+        Those of the Service that is explained come too, if they can be had.
+        """
+        keys = {service.key for service in snapshot.services if on_node or service.local}
+        if explained and explained not in keys:
+            with contextlib.suppress(Fatal):
+                return self.having_endpoints(snapshot, {explained, *keys})
+        return self.having_endpoints(snapshot, keys) if keys else snapshot
+
+    def having_endpoints(self, snapshot: Snapshot, keys: Set[str]) -> Snapshot:
+        names = sorted({key.split("/")[-1] for key in keys})
         # a long selector would not fit into a URL; then all are listed
         selector = f"kubernetes.io/service-name in ({','.join(names)})" if len(names) <= 50 else ""
         endpoints: dict[str, list[Endpoint]] = {}
@@ -1030,11 +1090,16 @@ def brief(rejections: Iterable[Rejection]) -> Iterator[Rejection]:
 
 @dataclass
 class Plan:
-    """What shall be forwarded, what cannot be, and what a person should know."""
+    """What shall be forwarded, what cannot be, and what a person should know.
+
+    `claims` and `places` are those of the Service that is explained.
+    """
 
     forwards: list[Forward] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
 
 
 class Range(NamedTuple):
@@ -1305,6 +1370,8 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
             continue
         claims = list(granted(service, taken, plan))
         places = places_of(service, snapshot, everywhere, own, options)
+        if service.key == options.explain:
+            plan.claims, plan.places = claims, places
         live = any(place.live for place in places)
         if claims and not live and (nodes or own):
             what = "ready endpoint" if own or service.local else "node"
@@ -1399,6 +1466,11 @@ def merge(forwards: list[Forward]) -> list[Forward]:
 
 ROOT, FORWARD, POSTROUTING = "EPOK", "EPOK-FORWARD", "EPOK-POSTROUTING"
 BUILT_IN = {"filter": ("INPUT", "FORWARD", "OUTPUT"), "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING")}
+HOST_HOOK = f"-m addrtype --dst-type LOCAL -j {ROOT}"
+HOOKS = {
+    "filter": {"FORWARD": f"-j {FORWARD}"},
+    "nat": {"PREROUTING": HOST_HOOK, "POSTROUTING": f"-j {POSTROUTING}"},  # with lo, OUTPUT has it too
+}
 # The trie over the 16 bits of a port is cut at these bits: fewer bits a level send less when a port changes,
 # more bits a level make fewer chains.
 CUTS = (13, 10, 8, 6, 4, 2, 0)
@@ -1423,12 +1495,19 @@ class Table:
     """What is, or shall be, epok's in a table: its chains, and the rules of built-in chains that jump to them.
 
     `held` are chains of epok's that foreign rules refer to, `older` the (chain, rule) pairs of the older epok.
+    `counts` are the packets that met each rule of a chain, where they were asked for, `origin` is what printed it all,
+    `ahead` are all rules that are not epok's, by chain, when some may come before epok's hook, and `beside` is whether
+    the host has tables of iptables-legacy too.
     """
 
     chains: dict[str, list[str]] = field(default_factory=dict)
     hooks: dict[str, list[str]] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
     older: list[tuple[str, str]] = field(default_factory=list)
+    counts: dict[str, list[int]] = field(default_factory=dict, compare=False)
+    origin: str = field(default="", compare=False)
+    ahead: Mapping[str, Sequence[str]] = field(default_factory=dict, compare=False)
+    beside: bool = field(default=False, compare=False)
 
     def add(self, prefix: str, rules: list[str]) -> str:
         """Adds an immutable chain, named by prefix and digest; returns its name."""
@@ -1447,7 +1526,7 @@ NOTHING: Tables = {"filter": Table(), "nat": Table()}
 
 def render(forwards: Sequence[Forward], family: Family, options: Options) -> Tables:
     """The tables of one IP version that make the forwards work."""
-    forwarded, masquerade = options.mark
+    masquerade = options.mark.masquerade
     nat = Table()
     external = options.external_interface
     ways = {name: entries(name, family, options.addresses) for name in options.interfaces}
@@ -1458,13 +1537,16 @@ def render(forwards: Sequence[Forward], family: Family, options: Options) -> Tab
     outside = add_trees([leaf for leaf in leaves if not leaf.internal], nat) if ways.get(external) else {}
     nat.chains[ROOT] = root_rules(ways, inside, outside, external)
     nat.chains[POSTROUTING] = [f"-m connmark --mark {masquerade:#x}/{masquerade:#x} -j MASQUERADE --random-fully"]
-    nat.hooks = {
-        "PREROUTING": [f"-m addrtype --dst-type LOCAL -j {ROOT}"],
-        "OUTPUT": [f"-m addrtype --dst-type LOCAL -j {ROOT}"] if "lo" in options.interfaces else [],
-        "POSTROUTING": [f"-j {POSTROUTING}"],
-    }
-    accept = {FORWARD: [f"-m connmark --mark {forwarded:#x}/{forwarded:#x} -j ACCEPT"]}
-    return {"filter": Table(accept, {"FORWARD": [f"-j {FORWARD}"]}), "nat": nat}
+    nat.hooks = {chain: [hook] for chain, hook in HOOKS["nat"].items()}
+    nat.hooks["OUTPUT"] = [HOST_HOOK] if "lo" in options.interfaces else []
+    accept = Table({FORWARD: [f"-m connmark {marked(options.mark)} -j ACCEPT"]})
+    accept.hooks = {chain: [hook] for chain, hook in HOOKS["filter"].items()}
+    return {"filter": accept, "nat": nat}
+
+
+def marked(mark: Mark) -> str:
+    """How connmark knows the connections that epok forwards."""
+    return f"--mark {mark.forwarded:#x}/{mark.forwarded:#x}"
 
 
 def root_rules(
@@ -1628,7 +1710,7 @@ def owned(chain: str) -> bool:
 
 
 # one line at a time, for memory; "." stops at a line feed alone, whatever else a comment has
-SAVED_LINE = re.compile(r"-A ([^ \n]+) ?(.*)|(.+)")
+SAVED_LINE = re.compile(r"(?:\[(\d+):\d+\] )?-A ([^ \n]+) ?(.*)|(.+)")
 
 
 def parse_table(text: str, name: str) -> Table | None:
@@ -1636,10 +1718,12 @@ def parse_table(text: str, name: str) -> Table | None:
     table = Table()
     seen = inside = False
     for found in SAVED_LINE.finditer(text):
-        chain, rule, line = found.groups()
+        count, chain, rule, line = found.groups()
         if line is None:
             if inside:
                 read_rule(table, name, chain, rule)
+                if count and owned(chain):
+                    table.counts.setdefault(chain, []).append(int(count))
         elif line.startswith("*"):
             if inside or (line == f"*{name}" and seen):
                 return None
@@ -1647,6 +1731,8 @@ def parse_table(text: str, name: str) -> Table | None:
             seen = seen or inside
         elif "incompatible" in line:
             return None  # nft cannot print native rules: what it prints is not what is there
+        elif line.startswith("# Generated by ") and not seen:
+            table.origin = line
         elif inside and line == "COMMIT":
             inside = False
         elif inside and line.startswith(":") and owned(chain := line[1:].split(" ", 1)[0]):
@@ -1670,6 +1756,35 @@ def read_rule(table: Table, name: str, chain: str, rule: str) -> None:
         table.held.add(target)
     elif any(option == "--comment" and OLDER_COMMENT.match(value) for option, value in pairs):
         table.older.append((chain, rule))
+
+
+def saved_chains(text: str, name: str) -> dict[str, list[str]]:
+    """All that iptables-save prints of one table: by chain the lines of its rules, and its policy as the last."""
+    chains: dict[str, list[str]] = {}
+    policies: list[tuple[str, str]] = []
+    inside = False
+    for line in text.split("\n"):
+        if line.startswith("*"):
+            inside = line == f"*{name}"
+        elif inside and line.startswith("-A "):
+            chains.setdefault(line.split(" ", 2)[1], []).append(line)
+        elif inside and line.startswith(":"):
+            policies.append((line[1:].split(" ")[0], line.split(" ")[1]))
+    for chain, policy in policies:
+        chains.setdefault(chain, []).append(f"-P {chain} {policy}")
+    return chains
+
+
+def rules_ahead(text: str, name: str) -> dict[str, list[str]]:
+    """All chains of a table, its first built-in one up to epok's hook; none when the hook comes first or is missing."""
+    [(first, hook), *_] = HOOKS[name].items()
+    start = re.search(rf"^(?:\[.*?\] )?-A {first} (.*)", text, re.MULTILINE)
+    if not start or start[1] == hook:
+        return {}
+    chains = saved_chains(re.sub(r"(?m)^\[\d+:\d+\] ", "", text), name)
+    own = f"-A {first} {hook}"
+    before = list(itertools.takewhile(lambda line: line != own, chains[first]))
+    return {**chains, first: before} if own in chains[first] else {}
 
 
 def split(rule: str) -> list[str]:
@@ -1760,6 +1875,7 @@ def hook_changes(chain: str, wanted: list[str], found: list[str]) -> list[str]:
 
 CODING = ("utf-8", "surrogateescape")  # a foreign comment may have any bytes, and they must come back as they were
 OUTPUT_LIMIT = 1 << 28  # bytes: a host that sends without end must not fill the memory
+REACH_SECONDS = 2
 SYSCTLS = ("/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding")
 
 
@@ -1819,6 +1935,14 @@ class LocalHost:
         log.debug("%s: %s: exit status %d", self.name, shlex.join(argv), done.returncode)
         return Result(done.returncode, done.stdout.decode(*CODING), done.stderr.decode(*CODING))
 
+    def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
+        """Whether a TCP port answers: "" when it does, else why not; None when that cannot be tried."""
+        try:
+            socket.create_connection((address, port), timeout=min(REACH_SECONDS, deadline.remaining())).close()
+        except OSError as error:
+            return one_line(error.strerror or error)
+        return ""
+
     def close(self) -> None:
         pass
 
@@ -1832,13 +1956,24 @@ class SshHost:
         self.sudo = () if login.user == "root" else ("sudo", "-n")
         self.client: Any = None
         self.opening = threading.Lock()
+        self.sessions = threading.Semaphore(2)  # as many as most hosts with a low MaxSessions allow
         self.closed = False
+
+    def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
+        result = self.run(("nc", "-nvz", "-w", str(REACH_SECONDS), address, str(port)), "", deadline)
+        if result.status in (126, 127):
+            return None
+        return "" if result.status == 0 else result.said.rpartition(": ")[2]
 
     def run(self, argv: Sequence[str], text: str, deadline: Deadline) -> Result:
         """Runs a command over the one connection, which is made when there is none. Raises Transient when it breaks.
 
-        Several may run at the same time.
+        Several may call this at the same time.
         """
+        with self.sessions:
+            return self.run_now(argv, text, deadline)
+
+    def run_now(self, argv: Sequence[str], text: str, deadline: Deadline) -> Result:
         import paramiko
 
         doing = f"{self.name}: {shlex.join(argv)}"
@@ -2047,10 +2182,11 @@ class Facts(NamedTuple):
     forwarding: Mapping[int, bool]
 
 
-def read_host(host: Host, deadline: Deadline) -> tuple[Facts, Background]:
-    """The facts, and the tables, which take longer, as a result to come."""
+def read_host(host: Host, deadline: Deadline, counted: bool = False) -> tuple[Facts, Background, Background]:
+    """The facts, and the tables and surroundings, which take longer, as results to come."""
     facts = persist(deadline, read_facts, host, deadline)
-    return facts, Background(read_all_tables, host, deadline)
+    tables = Background(read_all_tables, host, deadline, counted)
+    return facts, tables, Background(persist, deadline, read_surroundings, host, tables, deadline)
 
 
 def read_facts(host: Host, deadline: Deadline) -> Facts:
@@ -2068,14 +2204,15 @@ def read_facts(host: Host, deadline: Deadline) -> Facts:
     )
 
 
-def read_all_tables(host: Host, deadline: Deadline) -> Found:
-    return {family.version: read_tables(host, family, deadline) for family in FAMILIES}
+def read_all_tables(host: Host, deadline: Deadline, counted: bool = False) -> Found:
+    return {family.version: read_tables(host, family, deadline, counted) for family in FAMILIES}
 
 
-def read_tables(host: Host, family: Family, deadline: Deadline) -> Tables | None:
+def read_tables(host: Host, family: Family, deadline: Deadline, counted: bool) -> Tables | None:
     """epok's part of the tables, None when the host has no such IP version. Raises Fatal."""
-    # at the same time, but two alone, which most hosts with a low MaxSessions allow
-    reading = [(name, Background(persist, deadline, read_table, host, family, name, deadline)) for name in BUILT_IN]
+    reading = [
+        (name, Background(persist, deadline, read_table, host, family, name, deadline, counted)) for name in BUILT_IN
+    ]
     tables = {}
     for name, thread in reading:
         tables[name] = thread.result(deadline, f"{host.name}: reading its rules")
@@ -2084,16 +2221,22 @@ def read_tables(host: Host, family: Family, deadline: Deadline) -> Tables | None
     return tables
 
 
-def read_table(host: Host, family: Family, name: str, deadline: Deadline) -> Table | None:
+def read_table(host: Host, family: Family, name: str, deadline: Deadline, counted: bool) -> Table | None:
     """epok's part of a table, None when the host has no such IP version. Raises Transient or Fatal."""
     argv = (*host.sudo, f"{family.tool}-save", "-t", name)
-    result = host.run(argv, "", deadline)
+    asked = (*argv[:-2], "-c", *argv[-2:]) if counted and name == "nat" else argv
+    result = host.run(asked, "", deadline)
+    if asked != argv and result.status not in (0, 127):  # of an older gate, or sudoers
+        log.debug("%s: %s: %s; so there are no counts", host.name, shlex.join(asked), result.said)
+        result = host.run(argv, "", deadline)
     lacking = r"command not found|Address family not supported|Table does not exist"
     if family.version == 6 and result.status != 0 and (result.status == 127 or re.search(lacking, result.err)):
         return None
     table = parse_table(result.out, name) if result.status == 0 else None
     if table is None or "incompatible" in result.err:
         raise refusal(host, argv, result)
+    table.ahead = rules_ahead(result.out, name)
+    table.beside = "legacy tables present" in result.err
     return table
 
 
@@ -2176,38 +2319,582 @@ def converge(host: Host, wanted: Wanted, found: Found, options: Options, deadlin
     return sent
 
 
-def check_host(host: Host, options: Options, wanted: Wanted, found: Found, facts: Facts) -> None:
-    """Warns about what makes forwards fail without a word."""
+# ------------------------------------------------ checks: what else on the host decides about a connection
+
+
+class Packet(NamedTuple):
+    """The first packet of a connection, before epok forwards it (`local`) or after; an empty `out` is not known."""
+
+    version: int
+    interface: str
+    out: str
+    protocol: str
+    port: int
+    address: Address
+    local: bool
+
+
+class Step(NamedTuple):
+    """A rule on the way of a packet: whether it matches, None when that cannot be told, and what it does then.
+
+    `verdict` is accept, drop, return, jump or goto (to `chain`), empty for a rule that lets packets go on, or "?".
+    """
+
+    matched: bool | None
+    verdict: str
+    chain: str
+    text: str
+
+
+Steps = Callable[[str, Packet], Iterable[Step]]  # the rules of a chain, for a packet
+
+
+def decision(steps: Steps, chain: str, packet: Packet, depth: int = 0) -> tuple[Step | None, bool]:
+    """The step that decides about a packet, None when none does, and whether that is sure.
+
+    Not sure is what comes after a rule that may have accepted the packet; one that may drop it is taken not to.
+    """
+    sure = True
+    for step in steps(chain, packet) if depth < 10 else ():
+        if step.matched is False or not step.verdict:
+            continue
+        found: Step | None = step if step.verdict != "return" else None
+        known = step.verdict != "?"
+        if step.chain:
+            found, known = decision(steps, step.chain, packet, depth + 1)
+        sure = sure and known
+        if step.matched and known and (found or step.verdict in ("return", "goto")):
+            return found, sure
+        if found and not (found.verdict == "drop" or step.matched):
+            sure = False
+    return None, sure
+
+
+def answer(known: bool | None, negated: bool) -> bool | None:
+    return known if known is None else known != negated
+
+
+def within(ports: str, port: int) -> bool:
+    """Whether "25" or "8000:8010" has a port."""
+    first, _, last = ports.partition(":")
+    return first.isdigit() and int(first) <= port <= int(last or first)
+
+
+def in_network(text: str, address: Address | int) -> bool | None:
+    try:
+        return address in ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
+def like(pattern: str, interface: str, wildcard: str) -> bool | None:
+    """Whether an interface is the one meant, or begins as a pattern that ends in a wildcard."""
+    if not interface:
+        return None
+    return interface.startswith(pattern[:-1]) if pattern.endswith(wildcard) else interface == pattern
+
+
+MATCHES: Mapping[str, Callable[[str, Packet], bool | None]] = {  # of iptables; any other cannot be told
+    "-m": lambda _, packet: True,
+    "--comment": lambda _, packet: True,
+    "-i": lambda value, packet: like(value, packet.interface, "+"),
+    "-o": lambda value, packet: like(value, packet.out, "+"),
+    "-p": lambda value, packet: value in (packet.protocol, "all"),
+    "-d": lambda value, packet: in_network(value, packet.address),
+    "--dport": lambda value, packet: within(value, packet.port),
+    "--dports": lambda value, packet: any(within(ports, packet.port) for ports in value.split(",")),
+    "--ctstate": lambda value, packet: bool({"NEW", "DNAT"} & set(value.split(","))),
+    "--state": lambda value, packet: "NEW" in value.split(","),
+    "--dst-type": lambda value, packet: value == ("LOCAL" if packet.local else "UNICAST"),
+}
+VERDICTS = {"RETURN": "return", **dict.fromkeys(("DROP", "REJECT"), "drop"),
+            **dict.fromkeys(("ACCEPT", "DNAT", "REDIRECT", "NETMAP"), "accept")}  # fmt: skip
+GOING_ON = {"", "LOG", "NFLOG", "MARK", "CONNMARK", "TCPMSS", "TRACE", "TTL", "HL", "DSCP", "CHECKSUM", "CLASSIFY"}
+
+
+def iptables_steps(chains: Mapping[str, Sequence[str]]) -> Steps:
+    """The steps of chains as saved_chains() reads them."""
+
+    def step(line: str, packet: Packet) -> Step:
+        words = split(line)
+        if words[0] == "-P":
+            return Step(True, VERDICTS.get(words[2], "accept"), "", line)
+        matched: bool | None = True
+        target, jump = "", "jump"
+        options = [number for number, word in enumerate(words) if number > 1 and re.match("--?[a-z]", word)]
+        for number, end in itertools.zip_longest(options, options[1:]):
+            option, values = words[number], [word for word in words[number + 1 : end] if word != "!"]
+            if option in ("-j", "-g"):
+                target, jump = values[0] if values else "", "goto" if option == "-g" else "jump"
+                break
+            test = MATCHES.get(option)
+            told = answer(test(values[0], packet), words[number - 1] == "!") if test and len(values) == 1 else None
+            matched = False if told is False or matched is False else matched and told
+        if target in chains or target in VERDICTS:
+            return Step(matched, VERDICTS.get(target, jump), target if target in chains else "", line)
+        return Step(matched, "" if target in GOING_ON else "?", "", line)
+
+    return lambda chain, packet: (step(line, packet) for line in chains.get(chain, ()))
+
+
+def nft_steps(
+    host: Host, family: str, table: str, policies: Mapping[str, str], blind: list[str], deadline: Deadline
+) -> Steps:
+    """The steps of a table that iptables did not make; a chain is read from the host when a packet meets it."""
+    known: dict[str, list[Mapping[str, Any]]] = {}
+
+    def rules(chain: str) -> list[Mapping[str, Any]]:
+        if chain not in known and len(known) < 50:
+            known[chain] = nft_objects(host, ("chain", family, table, chain), "rule", blind, deadline)
+        return known.get(chain, [])
+
+    def steps(chain: str, packet: Packet) -> Iterator[Step]:
+        where = f"nft table {family} {table}, chain {chain}"
+        for rule in rules(chain):
+            parts = [next(iter(part.items())) for part in rule.get("expr", []) if isinstance(part, dict) and part]
+            told = [nft_match(value, packet) for name, value in parts if name == "match"]
+            matched = False if False in told else None if None in told else True
+            [(name, value), *_] = [part for part in parts if part[0] not in NFT_GOING_ON] or [("", None)]
+            verdict = {"reject": "drop"}.get(name, name if name in NFT_VERDICTS or not name else "?")
+            target = value.get("target", "") if isinstance(value, dict) and verdict in ("jump", "goto") else ""
+            yield Step(matched, verdict, target, f"{where}, handle {rule.get('handle')}")
+        if policies.get(chain) == "drop":
+            yield Step(True, "drop", "", f"{where}, its policy")
+
+    return steps
+
+
+NFT_NAME = r"[A-Za-z0-9_.][A-Za-z0-9_./-]{0,127}"
+NFT_GOING_ON = ("match", "counter", "log", "mangle")
+NFT_VERDICTS = ("accept", "drop", "return", "jump", "goto")
+
+
+def nft_match(match: Any, packet: Packet) -> bool | None:
+    """Whether a packet matches, by an expression of libnftables-json(5)."""
+    [(kind, what), *_] = match["left"].items() if isinstance(match.get("left"), dict) else [("", None)]
+    right = match.get("right")
+    values = (
+        right["set"] if isinstance(right, dict) and "set" in right else right if isinstance(right, list) else [right]
+    )
+    if not isinstance(what, dict) or not isinstance(values, list):
+        return None
+    key, layer = what.get("key") or what.get("field"), what.get("protocol")
+    told: list[bool | None] = [None]
+    if (kind, layer) in (("payload", "ip"), ("payload", "ip6")) and layer != ("ip" if packet.version == 4 else "ip6"):
+        return False
+    if kind == "payload" and layer in PROTOCOLS and layer != packet.protocol:
+        return False
+    if kind == "ct" and key in ("state", "status"):
+        told = ["new" in values or "dnat" in values]
+    elif key in ("iif", "iifname", "oif", "oifname"):
+        interface = packet.interface if key.startswith("iif") else packet.out
+        told = [like(str(value), interface, "*") for value in values]
+    elif key in ("nfproto", "l4proto"):
+        told = [value in (packet.protocol, f"ipv{packet.version}") for value in values]
+    elif key == "daddr":
+        told = [nft_has(value, packet.address) for value in values]
+    elif key == "dport":
+        told = [nft_has(value, packet.port) for value in values]
+    known = True if True in told else None if None in told else False
+    return answer(known, match.get("op") == "!=")
+
+
+def nft_has(value: Any, wanted: Address | int) -> bool | None:
+    """Whether a value of an expression, a prefix or a range is or has an address or a port."""
+    prefix = value.get("prefix") if isinstance(value, dict) else None
+    ends = value.get("range") if isinstance(value, dict) else [value, value]
+    if isinstance(prefix, dict):
+        return in_network(f"{prefix.get('addr')}/{prefix.get('len')}", wanted)
+    numbers = [
+        end if isinstance(end, int) else int(address) if (address := to_address(str(end))) else -1 for end in ends or ()
+    ]
+    return numbers[0] <= int(wanted) <= numbers[1] if len(numbers) == 2 and -1 not in numbers else None
+
+
+def nft_objects(
+    host: Host, what: Sequence[str], kind: str, blind: list[str], deadline: Deadline
+) -> list[Mapping[str, Any]]:
+    """What nft lists, of one kind, as libnftables-json(5) has it; `blind` learns why when that cannot be had."""
+    argv = ("nft", "-j", "list", *what)
+    if not all(re.fullmatch(NFT_NAME, word) for word in what):
+        return []
+    result = host.run((*host.sudo, *argv), "", deadline)
+    try:
+        if result.status == 0:
+            return [part[kind] for part in json.loads(result.out)["nftables"] if isinstance(part.get(kind), dict)]
+        reason = result.said
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        reason = f"{quoted(result.out)} is not understood"
+    blind.append(f"{shlex.join(argv)}: {reason}")
+    return []
+
+
+class Listener(NamedTuple):
+    """A port that a program of the host listens on; no address is all of them."""
+
+    protocol: str
+    address: Address | None
+    port: int
+
+
+class Surroundings(NamedTuple):
+    """What else on a host decides about a connection; None is what the host does not tell, and `blind` says why."""
+
+    strict: Set[str] | None  # interfaces with strict rp_filter
+    routes: Sequence[tuple[Network, str]]  # of IPv4, and their interfaces
+    listeners: Sequence[Listener] | None
+    bases: Sequence[Mapping[str, Any]]  # chains of nft at the hook forward, as libnftables-json(5) has them
+    blind: list[str]
+
+
+def read_surroundings(host: Host, others: Background, deadline: Deadline) -> Surroundings:
+    """Raises Transient. Over SSH the `others` that read come first, so that they need not share its sessions."""
+    if isinstance(host, SshHost):
+        others.join(deadline.remaining())
+    blind: list[str] = []
+
+    def ask(*argv: str) -> list[str] | None:
+        result = host.run(argv, "", deadline)
+        blind.extend([f"{shlex.join(argv)}: {result.said}"] if result.status else [])
+        return None if result.status else result.out.splitlines()
+
+    netconf, routes, listeners = ask("ip", "netconf"), ask("ip", "route"), ask("ss", "-Hltun")
+    modes = dict(re.findall(r"^inet (\S+) .*\brp_filter (\w+)", "\n".join(netconf or ()), re.MULTILINE))
+    # the higher of the interface's and that of all counts, and loose is higher: ip-sysctl.rst
+    both = {name: {mode, modes.get("all")} for name, mode in modes.items() if name not in ("all", "default", "lo")}
+    chains = nft_objects(host, ("chains",), "chain", blind, deadline)
+    return Surroundings(
+        strict=None
+        if netconf is None
+        else {name for name, two in both.items() if "strict" in two and "loose" not in two},
+        routes=[route for line in routes or () if (route := to_route(line))],
+        listeners=None
+        if listeners is None
+        else list(dict.fromkeys(found for line in listeners if (found := to_listener(line)))),
+        bases=[chain for chain in chains if chain.get("hook") == "forward"],
+        blind=blind,
+    )
+
+
+def to_route(line: str) -> tuple[Network, str] | None:
+    """Reads a line of ip route."""
+    found = re.match(r"(default|[0-9./]+) (?:.* )?dev (\S+)", line)
+    try:
+        return (ipaddress.ip_network(found[1].replace("default", "0.0.0.0/0")), found[2]) if found else None
+    except ValueError:
+        return None
+
+
+def to_listener(line: str) -> Listener | None:
+    """Reads a line of ss -Hltun; None for what listens to the host itself alone."""
+    words = line.split()
+    found = re.fullmatch(r"\[?(.*?)\]?(?:%\S+)?:(\d+)", words[4]) if len(words) > 4 else None
+    if not found:
+        return None
+    address = to_address(found[1].split("%")[0].rstrip("]"))
+    anywhere = address is None or address.is_unspecified
+    return None if address and address.is_loopback else Listener(words[0], None if anywhere else address, int(found[2]))
+
+
+def way_out(routes: Iterable[tuple[Network, str]], address: Address) -> list[str]:
+    """The interfaces of the most exact routes to an address."""
+    fitting = [(network.prefixlen, name) for network, name in routes if address in network]
+    return list(dict.fromkeys(name for length, name in fitting if length == max(fitting)[0]))
+
+
+class Firewall(NamedTuple):
+    """Chains that packets pass which are not epok's, from `chain` on, and how to let epok's connections through."""
+
+    version: int
+    before_nat: bool
+    chain: str
+    steps: Steps
+    cure: str
+
+
+def firewalls(host: Host, found: Found, around: Surroundings, mark: Mark, deadline: Deadline) -> Iterator[Firewall]:
+    """What connections meet before epok's own rules, and beside them in FORWARD."""
+    for family in FAMILIES:
+        version, tables = family.version, found[family.version]
+        if tables is None:
+            continue
+        for name, chain in (("nat", "PREROUTING"), ("filter", "FORWARD")):
+            undo = f"{family.tool} -t {name} -D {chain} {HOOKS[name][chain]}"
+            cure = f"delete that rule, or {undo}, and epok's next run puts its own first"
+            yield Firewall(version, name == "nat", chain, iptables_steps(tables[name].ahead), cure)
+        backend, other = ("nft", "legacy") if is_nft(tables) else ("legacy", "nft")
+        bases = [base for base in around.bases if base.get("family") in ("inet", "ip" if version == 4 else "ip6")]
+        foreign = [base for base in bases if base.get("table") != "filter" or base["family"] == "inet"]
+        if tables["filter"].beside if backend == "nft" else len(foreign) < len(bases):
+            result = host.run((*host.sudo, f"{family.tool}-{other}-save"), "", deadline)
+            if result.status:
+                around.blind.append(f"{family.tool}-{other}-save: {result.said}")
+            cure = f"let it pass: {family.tool}-{other} -I FORWARD -m connmark {marked(mark)} -j ACCEPT"
+            yield Firewall(version, False, "FORWARD", iptables_steps(saved_chains(result.out, "filter")), cure)
+        for base in foreign:
+            where, table, chain = (str(base.get(key, "")) for key in ("family", "table", "name"))
+            bits = f"{mark.forwarded:#x}"
+            cure = f"let it pass: nft insert rule {where} {table} {chain} ct mark and {bits} == {bits} accept"
+            if table == "firewalld":
+                cure = (
+                    "StrictForwardPorts=no in /etc/firewalld/firewalld.conf lets it pass, after firewall-cmd --reload"
+                )
+            steps = nft_steps(host, where, table, {chain: str(base.get("policy"))}, around.blind, deadline)
+            yield Firewall(version, False, chain, steps, cure)
+
+
+def is_nft(tables: Tables) -> bool:
+    """By the first line that iptables-save prints."""
+    return "nf_tables" in tables["filter"].origin or "xtables-save" in tables["filter"].origin
+
+
+class Check(NamedTuple):
+    """Something on a host that forwards need; `problem` is what is wrong and what to do, empty when it is well.
+
+    One that is not `sure` may be meant so, or cannot be told for sure from here.
+    """
+
+    what: str
+    problem: str = ""
+    sure: bool = True
+
+    def document(self) -> dict[str, Any]:
+        return {"check": self.what, "ok": not self.problem, "sure": self.sure, "problem": self.problem}
+
+
+def check_host(
+    host: Host,
+    options: Options,
+    forwards: Sequence[Forward | Live],
+    found: Found,
+    facts: Facts,
+    around: Surroundings,
+    deadline: Deadline,
+) -> Iterator[Check]:
+    """Looks for what makes forwards fail without a word. Raises Transient or Fatal."""
+    versions = {target.address.version for forward in forwards for target in forward.targets}
     for family, sysctl in zip(FAMILIES, SYSCTLS, strict=True):
-        if not wanted[family.version]["nat"].chains.get(ROOT):
+        problem = ""
+        if family.version not in versions:
             continue
         if found[family.version] is None:
-            log.warning("%s has no working %s: no forwards over IPv%d", host.name, family.tool, family.version)
+            problem = f"{host.name} has no working {family.tool}: no forwards over IPv{family.version}"
         elif not facts.forwarding.get(family.version, True):
             name = sysctl.removeprefix("/proc/sys/").replace("/", ".")
-            log.warning("%s does not forward IPv%d: sysctl -w %s=1", host.name, family.version, name)
+            problem = f"{host.name} does not forward IPv{family.version}: sysctl -w {name}=1"
+        yield Check(f"forwarding of IPv{family.version} is on", problem)
     for interface in options.interfaces:
+        problem = ""
         if facts.interfaces and not fnmatch.filter(facts.interfaces, interface.replace("+", "*")):
             known = quoted(", ".join(facts.interfaces))
-            log.warning("%s has no interface %s: give -i those it has, of %s", host.name, interface, known)
+            problem = f"{host.name} has no interface {interface}: give -i those it has, of {known}"
+        yield Check(f"there is an interface {interface}", problem)
+    names = [name for name in facts.interfaces if any(like(i, name, "+") for i in options.interfaces) and name != "lo"]
+    # of a run one for each protocol is enough: what drops them all is what a run can be sure of
+    some = forwards[:200] if options.looks else list({forward.protocol: forward for forward in forwards}.values())
+    yield from check_replies(host, options, names, some, around)
+    yield from check_paths(host, options, names, some, found, facts, around, deadline)
+    if around.listeners is not None:
+        yield from check_listeners(host, options, forwards, around.listeners)
+    for reason in around.blind:
+        yield Check("the host tells all that matters", f"{host.name} does not tell all that matters: {reason}", False)
+
+
+def check_replies(
+    host: Host, options: Options, names: Sequence[str], forwards: Iterable[Forward | Live], around: Surroundings
+) -> Iterator[Check]:
+    """Strict rp_filter drops a packet that comes in where an answer to it would not go out."""
+    if around.strict is None:
+        return
+    defaults = {name for network, name in around.routes if not network.prefixlen}
+    for name in names:
+        problem = ""
+        if name in around.strict and defaults and name not in defaults:
+            problem = (
+                f"{host.name} drops what comes in by {name} from beyond its own networks, as rp_filter is strict and "
+                f"the default route is by {enumerated(sorted(defaults))}: sysctl -w net.ipv4.conf.{name}.rp_filter=2"
+            )
+        # one inner interface of several has clients of its own networks, most likely
+        sure = name == options.external_interface or len(names) == 1
+        yield Check(f"rp_filter lets clients in by {name}", problem, sure)
+    for address in {target.address: 0 for forward in forwards for target in forward.targets}:
+        ways = way_out(around.routes, address) if address.version == 4 else []
+        strict = [name for name in ways if name in around.strict]
+        if len(ways) > 1 and strict:
+            problem = (
+                f"{host.name} has routes to {address} by {enumerated(ways)}, and drops an answer that comes back by "
+                f"another one, as rp_filter is strict: sysctl -w net.ipv4.conf.{strict[0]}.rp_filter=2"
+            )
+            yield Check("rp_filter lets the nodes' answers in", problem, False)
+
+
+def check_paths(
+    host: Host,
+    options: Options,
+    names: Sequence[str],
+    forwards: Iterable[Forward | Live],
+    found: Found,
+    facts: Facts,
+    around: Surroundings,
+    deadline: Deadline,
+) -> Iterator[Check]:
+    """Whether anything takes or drops the first packet of a connection, for each forward and interface."""
+    what = "nothing takes or drops connections that epok forwards"
+    walls = list(firewalls(host, found, around, options.mark, deadline))
+    problems: dict[str, bool] = {}
+    for forward, name in itertools.product(forwards, names):
+        port = f"{forward.protocol}/{Range(forward.first, forward.last)}"
+        for version, target in {target.address.version: target for target in forward.targets}.items():
+            own = next((address for address in facts.addresses if address.version == version), target.address)
+            arriving = Packet(version, name, "", forward.protocol, forward.first, own, local=True)
+            out = [*way_out(around.routes, target.address), ""][0]
+            leaving = Packet(version, name, out, forward.protocol, target.port, target.address, local=False)
+            for wall in walls:
+                step, sure = None, True
+                if wall.version == version:
+                    step, sure = decision(wall.steps, wall.chain, arriving if wall.before_nat else leaving)
+                if step and (step.verdict == "drop" or wall.before_nat):
+                    does = f"{'perhaps ' * (not sure)}{'takes' if step.verdict == 'accept' else 'drops'}"
+                    problems.setdefault(f"{host.name} {does} {port} from {name} by {step.text}; {wall.cure}", sure)
+    yield from (Check(what, problem, sure) for problem, sure in problems.items())
+    if not problems:
+        yield Check(what)
+
+
+def check_nodes(host: Host, forwards: Iterable[Forward | Live], deadline: Deadline) -> Iterator[Check]:
+    """Whether each target of TCP forwards answers, from the host."""
+    targets = dict.fromkeys(t for forward in forwards if forward.protocol == "tcp" for t in forward.targets)
+    limit = Deadline(min(LOOK_SECONDS, deadline.remaining()), "the time for looking,")
+    some = list(targets)[:64]
+    trying = [Background(persist, limit, host.reach, str(t.address), t.port, limit) for t in some]
+    for target, thread in zip(some, trying, strict=True):
+        try:
+            reason = thread.result(limit, f"{target.address}")
+        except Fatal:
+            reason = None
+        where = f"{target.address} port {target.port}"
+        if reason is not None:
+            yield Check(
+                f"{where} answers",
+                reason
+                and f"{where} does not answer {host.name}: {reason}; see whether the Service's pods are ready, "
+                "kube-proxy runs there, and no firewall of the node is in between",
+            )
+        else:
+            yield Check(
+                f"{where} answers",
+                f"{where} could not be tried from {host.name}: apt-get install netcat-openbsd",
+                False,
+            )
+
+
+def check_mail(story: Story) -> Iterator[Check]:
+    """Whether a mail server sees its clients' addresses: by the host's own, one may relay for everybody."""
+    ports = [
+        claim.external for claim in story.plan.claims if claim.port.protocol == "tcp" and claim.external in MAIL_PORTS
+    ]
+    if ports and story.service:
+        namespace, _, name = story.key.partition("/")
+        policy = """'{"spec": {"externalTrafficPolicy": "Local"}}'"""
+        yield Check(
+            "a mail server sees its clients' addresses",
+            ""
+            if story.service.local
+            else f"port {spans(ports)} looks like a mail server's, and externalTrafficPolicy Cluster "
+            "hides its clients' addresses: if it trusts those of the cluster, it relays mail for everybody; "
+            f"kubectl patch service -n {namespace} {name} -p {policy}",
+            False,
+        )
+
+
+def check_listeners(
+    host: Host, options: Options, forwards: Iterable[Forward | Live], listeners: Sequence[Listener]
+) -> Iterator[Check]:
+    """Whether a forward hides a program of the host."""
+    what = "no program of the host listens on an external port"
+    hidden = [
+        (listener, forward)
+        for forward in forwards
+        for listener in listeners
+        if forward.first <= listener.port <= forward.last and forward.protocol == listener.protocol
+        if not options.addresses or not listener.address or any(listener.address in net for net in options.addresses)
+    ]
+    for (protocol, address, port), forward in hidden:
+        where = "" if address is None else f" at {address}"
+        yield Check(
+            what,
+            f"{host.name} has a program that listens on {protocol}/{port}{where}, and clients get {forward.service} "
+            f"instead: stop it (ss -{protocol[0]}lnp sport = :{port} names it), or forward another port",
+        )
+    if not hidden:
+        yield Check(what)
 
 
 # ------------------------------------------------ report: Tables -> what a person reads
 
 
-class Live(NamedTuple):
-    """A forward as rules say it: each target's address and port or ports, and where it goes as a person says it."""
+@dataclass(frozen=True)
+class Live:
+    """A forward as rules say it: `ways` are the interfaces, and addresses, by which it is reached.
+
+    `counts` are the new connections since its rules were made, all and those to each target; empty is not known.
+    """
 
     first: int
     last: int
     protocol: str
     service: str
+    port: str
+    version: int
     chain: str
-    targets: tuple[tuple[str, str], ...]
-    text: str
+    targets: tuple[Target, ...]
+    direct: bool
+    kept: bool
+    sources: tuple[str, ...]
+    ways: tuple[str, ...] = ()
+    counts: tuple[int, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return f"{self.protocol}/{Range(self.first, self.last)}"
+
+    @property
+    def key(self) -> tuple[int, int, str, str]:
+        return self.first, self.last, self.protocol, self.service
+
+    @property
+    def node_ports(self) -> str:
+        ports = {target.port: Range(target.port, target.port + self.last - self.first) for target in self.targets}
+        return ", ".join(map(str, ports.values()))
+
+    @property
+    def text(self) -> str:
+        """Where it goes, as a person says it: "default/mail:smtp (NodePort 2025) on 3 nodes, client address kept"."""
+        what, place = ("port", "pod") if self.direct else ("NodePort", "node")
+        count = len(self.targets)
+        return (
+            f"{self.service}:{self.port} ({what} {self.node_ports}) on {count} {plural(count, place)}"
+            + (", client address kept" if self.kept else "")
+            + (f", for {enumerated(self.sources)} only" if self.sources else "")
+            + (" over IPv6" if self.version == 6 else "")
+        )
+
+    def document(self) -> dict[str, Any]:
+        """The same for programs."""
+        named = {"protocol": self.protocol, "first": self.first, "last": self.last, "service": self.service}
+        places = [{"address": str(target.address), "port": target.port} for target in self.targets]
+        for place, count in zip(places, self.counts[1:], strict=False):
+            place["connections"] = count
+        return {
+            **named,
+            "port": self.port,
+            "ipVersion": self.version,
+            "pods" if self.direct else "nodes": places,
+            "clientAddressKept": self.kept,
+            "onlyFor": list(self.sources),
+            "reachedBy": list(self.ways),
+            "connections": self.counts[0] if self.counts else None,
+            "chain": self.chain,
+        }
 
 
 # strict: another program may have written these rules
@@ -2216,47 +2903,96 @@ DISPATCH = re.compile(
     r'-m comment --comment "([\w.-]+/[\w.-]+) ([\w-]+)( pods)?" -g (\S+)',
     re.ASCII,
 )
-TARGET = re.compile(r"--to-destination \[?([0-9a-f.:]+)\]?:(\d{1,5}(?:-\d{1,5})?)", re.ASCII)
+TARGET = re.compile(r"--to-destination \[?([0-9a-f.:]+)\]?:(\d{1,5})", re.ASCII)
+ENTRY = re.compile(r"(?:(! )?-d (\S+) )?(?:-i|-o) (\S+) -p \w+ -g (\S+)")
+Lives = dict[tuple[int, int, str, str], Live]
 
 
-def forwards_in(tables: Tables, version: int) -> dict[tuple[int, int, str, str], Live]:
-    """What rules forward, by ports, protocol and Service."""
+def forwards_in(tables: Tables, version: int, counts: Mapping[str, Sequence[int]] | None = None) -> Lives:
+    """What rules forward; `counts` are those of the rules, by chain."""
     chains = tables["nat"].chains
-    forwards = {}
-    todo, seen = [ROOT], {ROOT}
-    while todo:
-        for rule in chains.get(todo.pop(), []):
-            jump = rule.rpartition(" -g ")[2]
-            if match := DISPATCH.match(rule):
-                protocol, first, last, service, port, pods, chain = match.groups()
-                targets, way = read_leaf(chain, chains, bool(pods))
-                text = f"{service}:{port} {way}" + (" over IPv6" if version == 6 else "")
-                live = Live(int(first), int(last or first), protocol, service, chain, targets, text)
-                forwards[live[:4]] = live
-            elif jump not in seen:
-                seen.add(jump)
-                todo.append(jump)
+    forwards: Lives = {}
+    for way, start in ways_in(tables):
+        todo, seen = [start], {start}
+        while todo:
+            for rule in chains.get(todo.pop(), []):
+                jump = rule.rpartition(" -g ")[2]
+                if match := DISPATCH.match(rule):
+                    live = read_forward(match, chains, version, counts or tables["nat"].counts)
+                    known = forwards.get(live.key, live)
+                    forwards[live.key] = dataclasses.replace(known, ways=tuple(dict.fromkeys((*known.ways, way))))
+                elif jump not in seen:
+                    seen.add(jump)
+                    todo.append(jump)
     return forwards
 
 
-def read_leaf(chain: str, chains: Mapping[str, list[str]], pods: bool) -> tuple[tuple[tuple[str, str], ...], str]:
-    """The targets of a leaf, and for a person: "(NodePort 2025) on 3 nodes, client address kept"."""
+def ways_in(tables: Tables) -> list[tuple[str, str]]:
+    """How packets come to the forwards, "eth0" or "192.0.2.1/32 by eth0", and the chain that they come to."""
+    found = [match for rule in tables["nat"].chains.get(ROOT, []) if (match := ENTRY.fullmatch(rule))]
+    return [(f"{to} by {name}" if to and not negated else name, chain) for negated, to, name, chain in
+            (match.groups() for match in found)]  # fmt: skip
+
+
+def read_forward(
+    match: re.Match[str], chains: Mapping[str, list[str]], version: int, counts: Mapping[str, Sequence[int]]
+) -> Live:
+    """The forward of a dispatch rule."""
+    protocol, first, last, service, port, pods, chain = match.groups()
     sources = {rule.split()[1]: rule.split()[-1] for rule in chains.get(chain, []) if re.match("-s .* -g ", rule)}
-    leaf = "\n".join(chains.get(next(iter(sources.values()), chain), []))
-    targets = tuple(dict.fromkeys(TARGET.findall(leaf)))
-    ports = ", ".join(dict.fromkeys(port for _, port in targets))
-    marks = re.search(r"--set-xmark (\w+)/(\w+)", leaf)
-    kept = ", client address kept" if marks and marks[1] != marks[2] else ""
-    only = f", for {enumerated(sources)} only" if sources else ""
-    what, place = ("port", "pod") if pods else ("NodePort", "node")
-    return targets, f"({what} {ports}) on {len(targets)} {plural(len(targets), place)}{kept}{only}"
+    leaf = next(iter(sources.values()), chain)
+    rules = chains.get(leaf, [])
+    met: dict[Target, int] = {}
+    for rule, count in itertools.zip_longest(rules, counts.get(leaf, ())):
+        if (found := TARGET.search(rule or "")) and (address := to_address(found[1])):
+            target = Target(address, int(found[2]))
+            met[target] = met.get(target, 0) + (count or 0)
+    marks = re.search(r"--set-xmark (\w+)/(\w+)", rules[0] if rules else "")
+    return Live(
+        first=int(first),
+        last=int(last or first),
+        protocol=protocol,
+        service=service,
+        port=port,
+        version=version,
+        chain=chain,
+        targets=tuple(met),
+        direct=bool(pods),
+        kept=bool(marks and marks[1] != marks[2]),
+        sources=tuple(sources),
+        counts=(counts[leaf][0], *met.values()) if counts.get(leaf) else (),
+    )
 
 
 class Change(NamedTuple):
-    """A forward of a Service that came (+), went (-), or goes elsewhere now (~)."""
+    """A forward of a Service that came (+), went (-), or goes elsewhere now (~), and how it was before."""
 
     sign: str
     live: Live
+    before: Live | None = None
+
+    @property
+    def text(self) -> str:
+        return f"{self.live.text}{self.before and ': ' + difference(self.before, self.live) or ''}"
+
+    def document(self) -> dict[str, Any]:
+        before = {"before": self.before.document()} if self.before else {}
+        return {"change": self.sign, **self.live.document(), **before}
+
+
+def difference(old: Live, new: Live) -> str:
+    """What changed about a forward, as a person says it."""
+    lists = [(old.ways, new.ways, "by "), (old.sources, new.sources, "for ")]
+    told = [f"NodePort {old.node_ports} before"] if old.node_ports != new.node_ports else []
+    pairs = [([str(t.address) for t in old.targets], [str(t.address) for t in new.targets], ""), *lists]
+    for before, after, word in pairs:
+        gone, come = [x for x in before if x not in after], [x for x in after if x not in before]
+        told += [f"no longer {word}{enumerated(gone)}"] if gone and after else []
+        told += [f"now {word}{enumerated(come)}" + (" too" if len(come) < len(after) else "")] if come else []
+    told += ["for everybody"] if old.sources and not new.sources else []
+    told += [f"client address {'kept' if new.kept else 'hidden'} now"] if old.kept != new.kept else []
+    told += [f"port {old.port} before"] if old.port != new.port else []
+    return "; ".join(told) or "nodes picked in another way"
 
 
 VERBS = {"+": "now forwarding", "-": "no longer forwarding", "~": "changed:"}
@@ -2270,25 +3006,27 @@ def changes_between(before: Found, after: Wanted) -> list[Change]:
             continue
         old, new = forwards_in(tables, version), forwards_in(after[version], version)
         for key in sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
-            sign = "+" if key not in old else "-" if key not in new else "~"
-            changes.append(Change(sign, new.get(key) or old[key]))
+            if key in old and key in new:
+                changes.append(Change("~", new[key], old[key]))
+            else:
+                changes.append(Change("+", new[key]) if key in new else Change("-", old[key]))
     return changes
 
 
 def events_of(changes: Iterable[Change], machine: str) -> list[Event]:
     """An Event for each forward that a Service has got or lost, in one IP version or both."""
     events: dict[tuple[object, ...], Event] = {}
-    for sign, live in changes:
+    for sign, live, _ in changes:
         if sign in REASONS:
             message = f"{machine}: {VERBS[sign]} {live} to {live.text}"
-            events.setdefault((sign, *live[:4]), Event(live.service, "Normal", REASONS[sign], message))
+            events.setdefault((sign, *live.key), Event(live.service, "Normal", REASONS[sign], message))
     return list(events.values())
 
 
 def udp_targets(tables: Tables, version: int) -> dict[int, set[tuple[str, int]]]:
     """Where each external UDP port goes."""
     return {
-        port: {(address, int(ports.split("-")[0]) + port - live.first) for address, ports in live.targets}
+        port: {(str(target.address), target.port + port - live.first) for target in live.targets}
         for live in forwards_in(tables, version).values()
         if live.protocol == "udp"
         for port in range(live.first, live.last + 1)
@@ -2323,8 +3061,8 @@ def end_flows(host: Host, version: int, address: str, port: int, reply: str, dea
 
 
 def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Input], changes: Sequence[Change]) -> None:
-    for sign, live in changes:
-        log.info("%s%s %s to %s", prefix, VERBS[sign], live, live.text)
+    for change in changes:
+        log.info("%s%s %s to %s", prefix, VERBS[change.sign], change.live, change.text)
     rules = [rule for tables in wanted.values() for chain in tables["nat"].chains.values() for rule in chain]
     # each once, in both IP versions; those of the external interface have a tree of their own
     count = len({rule.rpartition(" -g ")[0] for rule in rules if " --dport " in rule and " --comment " in rule})
@@ -2344,13 +3082,364 @@ def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Inp
         log.warning("%s--mark is another one now: connections that were open have lost their way", prefix)
 
 
-def dry_run_text(host: Host, options: Options, before: Found, wanted: Wanted) -> str:
-    """The forwards that would come and go, then each input under the command that would read it."""
-    lines = [f"# on {host.name}"] if len(options.host) > 1 else []
-    lines += [f"{sign} {live} -> {live.text}" for sign, live in changes_between(before, wanted)]
-    for argv, text in next_inputs(wanted, before, options):
-        lines += [f"# {shlex.join(argv)}", text.rstrip("\n")]
-    return "\n".join(lines)
+class DryRun:
+    """What a run would do to a host."""
+
+    def __init__(self, host: Host, options: Options, before: Found, wanted: Wanted) -> None:
+        self.name, self.several = host.name, len(options.host) > 1
+        self.changes = changes_between(before, wanted)
+        self.inputs = next_inputs(wanted, before, options)
+
+    def text(self) -> str:
+        """The forwards that would come and go, then each input under the command that would read it."""
+        lines = [f"# on {self.name}"] if self.several else []
+        lines += [painted(f"{change.sign} {change.live} -> {change.text}", change.sign) for change in self.changes]
+        for argv, text in self.inputs:
+            lines += [f"# {shlex.join(argv)}", text.rstrip("\n")]
+        return "\n".join(lines)
+
+    def document(self) -> dict[str, Any]:
+        inputs = [{"command": list(argv), "input": text} for argv, text in self.inputs]
+        return {"host": self.name, "changes": [change.document() for change in self.changes], "inputs": inputs}
+
+
+COLOURS = {"+": 32, "-": 31, "~": 33, "ok": 32, "FAILED": 31, "maybe": 33, "title": 1}
+
+
+def painted(text: str, what: str) -> str:
+    """In colour on a terminal, unless NO_COLOR (no-color.org) is set."""
+    if what not in COLOURS or os.environ.get("NO_COLOR") or not (sys.stdout and sys.stdout.isatty()):
+        return text
+    return f"\033[{COLOURS[what]}m{text}\033[0m"
+
+
+def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
+    """Lines of a table; a column of numbers is aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numbers = [all(cell.isdigit() for cell in column[1:]) for column in zip(*rows, strict=True)]
+    return [
+        (indent + "  ".join(cell.rjust(width) if number else cell.ljust(width)
+                            for cell, width, number in zip(row, widths, numbers, strict=True))).rstrip()
+        for row in rows
+    ]  # fmt: skip
+
+
+@dataclass
+class Status:
+    """What a host does now, beside what the cluster wants, if that is known, and what was checked."""
+
+    host: str
+    tables: Found
+    lives: list[Live]
+    checks: list[Check]
+    cluster: str
+    missing: list[Change] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def hooks(self, version: int) -> str:
+        """Whether epok's hooks are there: "in place", "not used", or which are missing."""
+        tables = self.tables[version]
+        if tables is None or not any(table.chains for table in tables.values()):
+            return "not used"
+        pairs = [(name, chain, rule) for name, hooks in HOOKS.items() for chain, rule in hooks.items()]
+        lacking = [f"{name} {chain}" for name, chain, rule in pairs if rule not in tables[name].hooks.get(chain, [])]
+        return f"missing in {', '.join(lacking)}" if lacking else "in place"
+
+    @property
+    def backend(self) -> str:
+        tables = next((tables for tables in self.tables.values() if tables), NOTHING)
+        version = re.search(r"v([0-9.]+)", tables["filter"].origin)
+        return (
+            f"iptables {version[1] if version else 'of an unknown version'} ({'nft' if is_nft(tables) else 'legacy'})"
+        )
+
+    def title(self) -> str:
+        hooks = "; ".join(f"IPv{version} hooks {self.hooks(version)}" for version in self.tables)
+        return painted(f"{self.host}: {self.backend}; {hooks}", "title")
+
+    def text(self) -> str:
+        lines = [self.title()]
+        if self.lives:
+            lines += aligned(forward_rows(self.lives))
+        else:
+            lines.append("Nothing is forwarded.")
+        lines += [painted(f"{change.sign} {change.live} -> {change.text}", change.sign) for change in self.missing]
+        lines += [f"rejected: {rejection}" for rejection in self.rejections]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines.append(self.cluster)
+        lines += check_lines([check for check in self.checks if check.problem])
+        passed = sum(not check.problem for check in self.checks)
+        return "\n".join([*lines, f"{passed} of {len(self.checks)} checks passed"])
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "host": self.host,
+            "backend": self.backend,
+            "hooks": {f"IPv{version}": self.hooks(version) for version in self.tables},
+            "forwards": [live.document() for live in self.lives],
+            "missing": [change.document() for change in self.missing],
+            "rejected": [rejection._asdict() for rejection in self.rejections],
+            "warnings": self.warnings,
+            "cluster": self.cluster,
+            "checks": [check.document() for check in self.checks],
+        }
+
+
+def forward_rows(lives: Sequence[Live]) -> list[list[str]]:
+    everywhere = list(dict.fromkeys(way for live in lives for way in live.ways))
+    rows = [["PORT", "SERVICE", "NODEPORT", "NODES", "CLIENT", "ONLY", "CONNECTIONS"]]
+    for live in lives:
+        only = [*live.sources, *(f"by {way}" for way in live.ways if len(live.ways) < len(everywhere))]
+        rows.append([
+            f"{live}{' IPv6' * (live.version == 6)}",
+            f"{live.service}:{live.port}",
+            live.node_ports,
+            f"{len(live.targets)}{' pods' * live.direct}",
+            "kept" if live.kept else "hidden",
+            enumerated(only) or "-",
+            f"{live.counts[0]}" if live.counts else "?",
+        ])  # fmt: skip
+    return [row[:5] + row[6:] for row in rows] if all(row[5] == "-" for row in rows[1:]) else rows
+
+
+def check_lines(checks: Iterable[Check]) -> list[str]:
+    lines = []
+    for check in checks:
+        word = "ok" if not check.problem else "FAILED" if check.sure else "maybe"
+        lines.append(f"{painted(word, word)}{' ' * (8 - len(word))}{check.problem or check.what}")
+    return lines
+
+
+@dataclass
+class Story:
+    """All about one Service on one host, from its annotation to its live rules."""
+
+    key: str
+    status: Status
+    snapshot: Snapshot | None = None
+    plan: Plan = field(default_factory=Plan)
+    on_node: bool = False
+    max_nodes: int = 0
+
+    @property
+    def service(self) -> Service | None:
+        services = self.snapshot.services if self.snapshot else ()
+        return next((service for service in services if service.key == self.key), None)
+
+    def mappings(self) -> list[tuple[str, str, bool]]:
+        """Each mapping, its fate, and whether it stands."""
+        groups: dict[str, list[str]] = {}
+        for claim in self.plan.claims:
+            to = f"NodePort {claim.port.node_port} ({claim.port.name or claim.port.port})"
+            groups.setdefault(claim.mapping, []).append(f"{claim.port.protocol}/{claim.external} -> {to}")
+        granted = [(mapping, enumerated(ports), True) for mapping, ports in groups.items()]
+        return granted + [(mapping or "(all)", f"rejected: {reason}", False) for _, mapping, reason in self.rejections]
+
+    @property
+    def rejections(self) -> list[Rejection]:
+        return [rejection for rejection in self.plan.rejections if rejection.service == self.key]
+
+    def nodes(self) -> list[tuple[Node, str]]:
+        """Each node, and why it is left out, if it is."""
+        return [(node, self.why_left_out(node)) for node in self.snapshot.nodes] if self.snapshot else []
+
+    def why_left_out(self, node: Node) -> str:
+        service, used = self.service, {place.name for place in self.plan.places if place.live}
+        if not service or node.name in used:
+            return ""
+        versions = [version for version in service.versions if version not in {ip.version for ip in node.addresses}]
+        if self.on_node:
+            return "the host is a node itself and forwards to pods; none that is ready, and that it may use, is here"
+        if node.excluded:
+            return node.excluded
+        if not node.ready:
+            return "not Ready"
+        if node.labelled:
+            return f"label {STANDARD_EXCLUDE_LABEL}"
+        if len(versions) == len(service.versions):
+            return f"no usable InternalIP or ExternalIP of IPv{versions[0]}"
+        if service.local:
+            return "externalTrafficPolicy Local, and no ready pod of the Service is here"
+        return f"{self.max_nodes} others are used (--max-nodes)"
+
+    def pods(self) -> str:
+        """How many pods are ready, empty when that is not known."""
+        endpoints = self.snapshot.endpoints.get(self.key) if self.snapshot else None
+        if endpoints is None:
+            return ""
+        ready = [str(e.address) for e in endpoints if e.ready]
+        return f"{len(ready)} of {len(endpoints)} ready" + (f": {enumerated(ready)}" if ready else "")
+
+    def cause(self) -> str:
+        """The most likely cause when the Service cannot be reached, and what to do about it."""
+        return next(filter(None, self.causes()))
+
+    def causes(self) -> Iterator[str]:
+        namespace, _, name = self.key.partition("/")
+        service, lives = self.service, self.status.lives
+        if self.snapshot:
+            if not service:
+                known = enumerated(sorted(service.key for service in self.snapshot.services)) or "none at all"
+                yield f"there is no Service {self.key}; these have an annotation of epok's: {known}"
+            elif not service.annotations.keys() & set(PORT_ANNOTATIONS):
+                similar = enumerated(quoted(name) for name in service.annotations.keys() - set(SERVICE_ANNOTATIONS))
+                yield (
+                    f"it has no annotation {PORT_ANNOTATIONS[0]}{similar and f', only {similar}'}: "
+                    f"kubectl annotate service -n {namespace} {name} {PORT_ANNOTATIONS[0]}=EXTERNAL:NODEPORT"
+                )
+            elif not self.plan.claims:
+                yield enumerated(rejection.message for rejection in self.rejections[:1]) or "its annotation is empty"
+            elif self.pods().startswith("0 of"):
+                slices = f"endpointslices -n {namespace} -l kubernetes.io/service-name={name}"
+                yield f"no pod of it is ready: kubectl get {slices}"
+            yield from self.plan.warnings[:1] if not self.plan.places else ()
+        broken = [f"IPv{version} hooks {state}" for version in self.status.tables
+                  if (state := self.status.hooks(version)).startswith("missing")]  # fmt: skip
+        yield enumerated(broken) and f"{enumerated(broken)}: run epok, and find out who deletes its rules"
+        for change in self.status.missing[:1]:
+            what = f"{change.sign} {change.live}"
+            yield f"the host's rules are not those that are wanted ({what}): run epok, and see whether its timer runs"
+        yield from (check.problem for check in self.status.checks if check.problem and check.sure)
+        if not lives:
+            yield f"{self.status.host} has no rule for it, and {self.status.cluster}"
+        yield from (rejection.message for rejection in self.rejections)
+        if not sum(live.counts[0] for live in lives if live.counts):
+            doubts = (
+                "; or perhaps " + doubt
+                if (doubt := enumerated(c.problem for c in self.status.checks[:50] if c.problem))
+                else ""
+            )
+            ways = enumerated(dict.fromkeys(way for live in lives for way in live.ways))
+            yield (
+                f"no connection has come in by {ways} yet: try from another machine, beyond that interface, and look "
+                f"for a firewall or a router before {self.status.host} that does not send the port here{doubts}"
+            )
+        yield "nothing that can be seen from here: connections come in, and the nodes answer"
+
+    def text(self) -> str:
+        service, status = self.service, self.status
+        lines = [painted(f"{self.key} on {status.host}", "title")]
+        if service:
+            policy, affinity = "Local" if service.local else "Cluster", "ClientIP" if service.sticky else "None"
+            lines += [f"  type {service.type}, externalTrafficPolicy {policy}, sessionAffinity {affinity}",
+                      f"  NodePorts: {listed(service.ports)}"]  # fmt: skip
+            lines += [f"  {name}: {quoted(text)}" for name, text in service.annotations.items()]
+            unknown = service.annotations.keys() - set(SERVICE_ANNOTATIONS)
+            lines += [f"  {quoted(name)} means nothing to epok" for name in sorted(unknown)]
+            lines += (
+                ["  loadBalancerSourceRanges: " + enumerated(service.source_ranges)] if service.source_ranges else []
+            )
+            lines += (
+                ["Mappings", *aligned([[mapping, fate] for mapping, fate, _ in self.mappings()], "  ")]
+                if self.mappings()
+                else []
+            )
+            lines += [f"Pods: {self.pods()}"] if self.pods() else []
+            nodes = [[node.name, enumerated(map(str, node.addresses)) or "-", why and f"left out: {why}" or "used"]
+                     for node, why in self.nodes()]  # fmt: skip
+            lines += ["Nodes", *aligned(nodes, "  ")] if nodes and self.plan.claims else []
+        else:
+            lines += [f"  {status.cluster}"]
+        lines += ["Rules"] + [f"  {status.title()}"]
+        for live in status.lives:
+            count = f", {live.counts[0]} new {plural(live.counts[0], 'connection')}" if live.counts else ""
+            lines.append(f"  {live} -> {live.text}, by {enumerated(live.ways)}{count}")
+            lines.append(f"    chain {live.chain}")
+            told = [[f"{t.address}", f"{t.port}", f"{n}"] for t, n in zip(live.targets, live.counts[1:], strict=False)]
+            lines += aligned([["to", "port", "connections"], *told], "    ") if told else []
+        lines += [] if status.lives else ["  none for this Service"]
+        lines += ["  " + painted(f"{c.sign} {c.live} -> {c.text}", c.sign) for c in status.missing]
+        lines += ["Checks", *(f"  {line}" for line in check_lines(status.checks))]
+        return "\n".join([*lines, painted(f"Most likely: {self.cause()}", "title")])
+
+    def document(self) -> dict[str, Any]:
+        service = self.service
+        told = [{"mapping": mapping, "stands": stands, "fate": fate} for mapping, fate, stands in self.mappings()]
+        nodes = [
+            {"name": node.name, "addresses": list(map(str, node.addresses)), "used": not why, "why": why}
+            for node, why in self.nodes()
+        ]
+        about = {"annotations": dict(service.annotations), "pods": self.pods()} if service else {}
+        story = {"service": self.key, **about, "mappings": told, "clusterNodes": nodes}
+        return {**self.status.document(), **story, "cause": self.cause()}
+
+
+def metrics_text(outcomes: Sequence[Outcome], planner: Planner | None, seconds: float, before: str) -> str:
+    """What the runs on all hosts did, in Prometheus' text format; `before` is the file of the last run."""
+    samples: dict[str, list[str]] = {}
+
+    def add(name: str, value: float, **labels: object) -> None:
+        escaped = {key: json.dumps(str(text)) for key, text in labels.items()}
+        within = ",".join(f"{key}={text}" for key, text in escaped.items())
+        samples.setdefault(name, []).append(f"epok_{name}{'{' * bool(within)}{within}{'}' * bool(within)} {value:.15g}")
+
+    for outcome in outcomes:
+        host = outcome.host
+        add("success", int(outcome.status == 0), host=host)
+        last = re.search(
+            rf"^epok_last_success_timestamp_seconds{{host={re.escape(json.dumps(host))}}} (\S+)$", before, re.M
+        )
+        if outcome.status == 0 or last:
+            add("last_success_timestamp_seconds", float(last[1]) if outcome.status and last else time.time(), host=host)
+        if outcome.status:
+            continue
+        add("forwards", len({live.key for live in outcome.lives}), host=host)
+        for version in sorted({live.version for live in outcome.lives}):
+            targets = {target.address for live in outcome.lives if live.version == version for target in live.targets}
+            add("nodes", len(targets), host=host, ip_version=version)
+        for sign, name in (("+", "added"), ("-", "removed"), ("~", "changed")):
+            add("changes", sum(change.sign == sign for change in outcome.changes), host=host, change=name)
+        for live in outcome.lives:
+            if live.counts:
+                labels = {"protocol": live.protocol, "port": Range(live.first, live.last), "service": live.service}
+                add("connections_total", live.counts[0], host=host, ip_version=live.version, **labels)
+        for step, took in outcome.seconds.items():
+            add("step_duration_seconds", took, host=host, step=step)
+    for step, took in planner.seconds.items() if planner else ():
+        add("step_duration_seconds", took, host="", step=step)
+    if planner:
+        add("rejections", len({rejection for plan, _ in planner.made.values() for rejection in plan.rejections}))
+    add("duration_seconds", seconds)
+    text = ""
+    for name, told in samples.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        lines = [f"# HELP epok_{name} {HELP[name]}", f"# TYPE epok_{name} {kind}", *told]
+        text += "".join(f"{line}\n" for line in lines)
+    return text
+
+
+HELP = {
+    "success": "Whether the last run made the host right.",
+    "last_success_timestamp_seconds": "When a run last made the host right, in seconds since 1970.",
+    "forwards": "Forwards of the host.",
+    "nodes": "Nodes, or pods, that the host forwards to.",
+    "changes": "Forwards that the last run added, removed or changed.",
+    "connections_total": "New connections through a forward since its rules were made.",
+    "step_duration_seconds": "How long a step of the last run took; steps of hosts, and of the cluster, overlap.",
+    "rejections": "Mappings and Services that the last run rejected.",
+    "duration_seconds": "How long the last run took.",
+}
+
+
+def write_metrics(name: str, make: Callable[[str], str]) -> None:
+    """Puts what `make` makes of the file's old text in its place, whole or not at all; failing is a warning."""
+    try:
+        before = ""
+        with contextlib.suppress(FileNotFoundError), open(name, encoding="utf-8", errors="replace") as file:
+            before = file.read(1 << 24)
+        fresh = f"{name}.{os.getpid()}"  # node_exporter reads *.prom alone
+        try:
+            with open(fresh, "x", encoding="utf-8") as file:
+                file.write(make(before))
+            os.chmod(fresh, 0o644)  # node_exporter is another user, and has no secrets to see here
+            os.replace(fresh, name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            raise
+    except OSError as error:
+        log.warning("--metrics-file %s: %s; the host is right all the same", name, one_line(error))
 
 
 # ------------------------------------------------ main
@@ -2393,25 +3482,38 @@ class Planner:
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
         self.options = options
-        self.reader = Reader(options, deadline)
-        self.snapshot = self.reader.snapshot()
-        self.made: dict[Set[str], Wanted] = {}
+        self.seconds: dict[str, float] = {}
+        with timed(self.seconds, "cluster"):
+            self.reader = Reader(options, deadline)
+            self.snapshot = self.reader.snapshot(options.explain)
+        self.made: dict[Set[str], tuple[Plan, Wanted]] = {}
         self.untold: list[Event] = []
         self.lock = threading.Lock()
 
-    def wanted(self, facts: Facts) -> Wanted:
-        own = frozenset(node.name for node in self.snapshot.nodes if set(node.addresses) & set(facts.addresses))
+    def own(self, facts: Facts) -> Set[str]:
+        """The names of the nodes that a host itself is."""
+        return frozenset(node.name for node in self.snapshot.nodes if set(node.addresses) & set(facts.addresses))
+
+    def wanted(self, facts: Facts) -> tuple[Plan, Wanted]:
+        """What shall be forwarded, and the rules for it. Raises Fatal."""
+        own = self.own(facts)
         with self.lock:
             if own not in self.made:
-                snapshot = self.reader.with_endpoints(self.snapshot, bool(own))
-                plan = make_plan(snapshot, self.options, own)
-                for warning in plan.warnings:
-                    log.warning("%s", warning)
-                for rejection in brief(plan.rejections):
-                    log.warning("rejected: %s", rejection)
-                    self.untold.append(Event(rejection.service, "Warning", "ExternalPortRejected", rejection.message))
-                self.made[own] = {family.version: render(plan.forwards, family, self.options) for family in FAMILIES}
+                with timed(self.seconds, "plan"):
+                    self.snapshot = self.reader.with_endpoints(self.snapshot, bool(own), self.options.explain)
+                    plan = make_plan(self.snapshot, self.options, own)
+                if not self.options.looks:
+                    self.announce(plan)
+                with timed(self.seconds, "ruleset"):
+                    self.made[own] = plan, rendered(plan, self.options)
             return self.made[own]
+
+    def announce(self, plan: Plan) -> None:
+        for warning in plan.warnings:
+            log.warning("%s", warning)
+        for rejection in brief(plan.rejections):
+            log.warning("rejected: %s", rejection)
+            self.untold.append(Event(rejection.service, "Warning", "ExternalPortRejected", rejection.message))
 
     def tell(self, news: Iterable[Event]) -> None:
         """Writes Events about a host, then those about rejections, which the first host that is done takes along.
@@ -2433,52 +3535,164 @@ class Planner:
             log.warning("%s", error)
 
 
-def serve(host: Host, reader: Background, planner: Planner | None, options: Options, deadline: Deadline) -> int:
-    """Makes one host right, or says what would change; returns the exit status for it. Raises Fatal."""
+def rendered(plan: Plan, options: Options) -> Wanted:
+    return {family.version: render(plan.forwards, family, options) for family in FAMILIES}
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    """Notes how long a step takes."""
+    start = time.monotonic()
+    yield
+    seconds[step] = time.monotonic() - start
+
+
+@dataclass
+class Outcome:
+    """What came of one host: the exit status for it, what is to be printed, and what the metrics tell."""
+
+    host: str
+    status: int = 1
+    shown: DryRun | Status | Story | None = None
+    lives: Sequence[Live] = ()
+    changes: Sequence[Change] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def serve(host: Host, reader: Background, planner: Planner | None, options: Options, deadline: Deadline) -> Outcome:
+    """Makes one host right, or says what would change. Raises Fatal."""
     prefix = f"{host.name}: " if options.executor == "ssh" else ""
+    outcome = Outcome(host.name)
     try:
-        facts, reading = reader.result(deadline, f"{host.name}: reading its addresses")
-        wanted: Wanted = planner.wanted(facts) if planner else {family.version: NOTHING for family in FAMILIES}
-        found: Found = reading.result(deadline, f"{host.name}: reading its rules")
+        with timed(outcome.seconds, "read"):
+            facts, reading, looking = reader.result(deadline, f"{host.name}: reading its addresses")
+            plan, wanted = planner.wanted(facts) if planner else (Plan(), {f.version: NOTHING for f in FAMILIES})
+            found: Found = reading.result(deadline, f"{host.name}: reading its rules")
         if planner:
-            check_host(host, options, wanted, found, facts)
+            around = looking.result(deadline, f"{host.name}: reading its surroundings")
+            for check in check_host(host, options, plan.forwards, found, facts, around, deadline):
+                if check.problem and check.sure:
+                    log.warning("%s", check.problem)
         if options.dry_run:
-            show(dry_run_text(host, options, found, wanted))
-            return 3 if next_inputs(wanted, found, options) else 0
-        inputs = converge(host, wanted, found, options, deadline)
-        changes = changes_between(found, wanted) if inputs else []
-        report_swap(prefix, found, wanted, inputs, changes)
-        if changes:
+            dry = DryRun(host, options, found, wanted)
+            return dataclasses.replace(outcome, status=3 if dry.inputs else 0, shown=dry)
+        with timed(outcome.seconds, "swap"):
+            inputs = converge(host, wanted, found, options, deadline)
+        outcome.changes = changes_between(found, wanted) if inputs else []
+        report_swap(prefix, found, wanted, inputs, outcome.changes)
+        if outcome.changes:
             flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
             try:
                 persist(flows, end_stale_flows, host, found, wanted, facts, flows)
             except Fatal as error:
                 log.warning("%s; UDP clients from before may stay where they were", error)
         if planner:
-            planner.tell(events_of(changes, host.machine))
-        return 0
+            planner.tell(events_of(outcome.changes, host.machine))
+        if options.metrics_file:
+            outcome.lives = all_lives(wanted, found)
+        outcome.status = 0
+        return outcome
     finally:
         host.close()
 
 
+def all_lives(tables: Found, counted: Found) -> list[Live]:
+    """The forwards of both IP versions, with the counts of the rules that were there already."""
+    lives: list[Live] = []
+    for version, each in tables.items():
+        counts = (counted[version] or NOTHING)["nat"].counts
+        lives += forwards_in(each, version, counts).values() if each else []
+    return sorted(lives, key=lambda live: (live.first, live.protocol, live.version, live.service))
+
+
+def look(host: Host, reader: Background, planner: Background, options: Options, deadline: Deadline) -> Outcome:
+    """Says what a host does, or all about one Service. Raises Fatal."""
+    try:
+        facts, reading, looking = reader.result(deadline, f"{host.name}: reading its addresses")
+        found: Found = reading.result(deadline, f"{host.name}: reading its rules")
+        options = as_found(options, found)
+        status = Status(host.name, found, all_lives(found, found), [], "")
+        story = Story(options.explain, status, max_nodes=options.max_nodes)
+        try:
+            known: Planner = planner.result(deadline, "reading the cluster")
+            plan, _ = known.wanted(facts)
+            story.snapshot, story.plan, story.on_node = known.snapshot, plan, bool(known.own(facts))
+            status.missing = changes_between(found, rendered(plan, options))
+            status.rejections, status.warnings = plan.rejections, plan.warnings
+            status.cluster = f"compared with {known.reader.source.name}"
+        except Fatal as error:
+            plan, status.cluster = Plan(), f"not compared with the cluster: {error}"
+        forwards: Sequence[Forward | Live] = status.lives or plan.forwards
+        if options.explain:
+            status.lives = [live for live in status.lives if live.service == options.explain]
+            status.missing = [change for change in status.missing if change.live.service == options.explain]
+            forwards = [f for f in plan.forwards if f.service == options.explain] or status.lives
+        around = looking.result(deadline, f"{host.name}: reading its surroundings")
+        status.checks = list(check_host(host, options, forwards, found, facts, around, deadline))
+        if options.explain:
+            status.checks += check_nodes(host, forwards, deadline)
+            status.checks += check_mail(story)
+        return Outcome(host.name, 0 if story.snapshot or options.status else 1, story if options.explain else status)
+    finally:
+        host.close()
+
+
+def as_found(options: Options, found: Found) -> Options:
+    """The options, and where they say nothing the interfaces and addresses that the live rules have."""
+    rules = [rule for tables in found.values() if tables for rule in tables["nat"].chains.get(ROOT, [])]
+    ways = [match for rule in rules if (match := ENTRY.fullmatch(rule))]
+    if options.interfaces or not ways:
+        return options
+    barred = next((match[1] for rule in rules if (match := re.fullmatch(r"-[io] (\S+) -j RETURN", rule))), "")
+    names = dict.fromkeys([match[3] for match in ways] + [barred] * bool(barred))
+    addresses = to_networks(",".join(match[2] for match in ways if match[2] and not match[1]))
+    return dataclasses.replace(options, interfaces=tuple(names), external_interface=barred, addresses=addresses)
+
+
 def run(options: Options) -> int:
+    started = time.monotonic()
     deadline = Deadline(options.timeout)
     local = options.executor == "local"
     hosts: list[Host] = [LocalHost()] if local else [SshHost(login, options) for login in options.host]
+    counted = options.looks or bool(options.metrics_file)
     # the hosts are read while the API answers, and what shall be is computed
-    readers = [Background(read_host, host, deadline) for host in hosts]
-    planner = None if options.clean else Planner(options, deadline)
-    work = [
-        Background(serve, host, reader, planner, options, deadline) for host, reader in zip(hosts, readers, strict=True)
-    ]
-    statuses = [0]
+    readers = [Background(read_host, host, deadline, counted) for host in hosts]
+    planner: Planner | None = None
+    if options.looks:
+        # of a host that is asked about, what it says must not wait for a cluster that does not answer
+        patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
+        cluster = Background(Planner, options, patience)
+        work = [
+            Background(look, host, reader, cluster, options, deadline)
+            for host, reader in zip(hosts, readers, strict=True)
+        ]
+    else:
+        planner = None if options.clean else Planner(options, deadline)
+        work = [
+            Background(serve, host, reader, planner, options, deadline)
+            for host, reader in zip(hosts, readers, strict=True)
+        ]
+    outcomes = []
     for host, thread in zip(hosts, work, strict=True):
         try:
-            statuses.append(thread.result(deadline, host.name, grace=1))
+            outcomes.append(thread.result(deadline, host.name, grace=1))
         except Fatal as error:
             log.error("%s", error)
-            statuses.append(error.status)
+            outcomes.append(Outcome(host.name, error.status))
+    print_outcomes(outcomes, options)
+    if options.metrics_file and not (options.looks or options.dry_run):
+        took = time.monotonic() - started
+        write_metrics(options.metrics_file, lambda before: metrics_text(outcomes, planner, took, before))
+    statuses = [outcome.status for outcome in outcomes]
     return 1 if 1 in statuses else max(statuses)
+
+
+def print_outcomes(outcomes: Iterable[Outcome], options: Options) -> None:
+    shown = [outcome.shown for outcome in outcomes if outcome.shown]
+    if options.output == "json":
+        show(json.dumps({"hosts": [each.document() for each in shown]}, indent=2))
+    elif shown:
+        show(("\n\n" if options.looks else "\n").join(text for each in shown if (text := each.text())))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -2491,6 +3705,9 @@ def main(argv: Sequence[str]) -> int:
     except Fatal as error:
         log.error("%s", error)
         return error.status
+    except ModuleNotFoundError as error:  # kubernetes and paramiko are imported where they are needed
+        log.error("the Python package %s is missing: %s", error.name, HOW_TO_INSTALL)
+        return 1
     except KeyboardInterrupt:
         log.error("interrupted; run epok again to be sure that the host is right")
         return 1

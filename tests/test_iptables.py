@@ -396,7 +396,9 @@ def test_one_change_among_2700_forwards_is_a_small_input(lab: Lab) -> None:
     dry = lab.epok("--dry-run", *LOCAL, snapshot=changed)
     sent = "".join(text for _, text in inputs(dry.stdout))
     assert dry.returncode == 3 and len(sent) <= 6000
-    assert dry.stdout.startswith("~ tcp/11300 -> default/s1300:80 (NodePort 29999) on 10 nodes\n")
+    assert dry.stdout.startswith(
+        "~ tcp/11300 -> default/s1300:80 (NodePort 29999) on 10 nodes: NodePort 21300 before\n"
+    )
     lab.epok(*LOCAL, snapshot=changed, check=True)
     assert in_sync(lab.epok(*LOCAL, snapshot=changed).stderr)
 

@@ -52,6 +52,9 @@ ROWS = [
     Row("--context", "", "EPOK_CONTEXT", "home", "home", "work"),
     Row("--snapshot", "", "EPOK_SNAPSHOT", "-", "-", "/tmp/cluster.json"),
     Row("--timeout", "", "EPOK_TIMEOUT", "1.5", 1.5, "7"),
+    Row("--explain", "", "", "default/mail", "default/mail", "default/web"),
+    Row("--output", "-o", "", "TEXT", "text", "text"),
+    Row("--metrics-file", "", "EPOK_METRICS_FILE", "~/epok.prom", f"{HOME}/epok.prom", "/other"),
     Row("--host", "-H", "EPOK_SSH_HOST", "root@192.0.2.1", (("root", "192.0.2.1", 22),), "epok@gateway"),
     Row("--port", "-p", "EPOK_SSH_PORT", "2222", 2222, "23"),
     Row("--key", "-k", "EPOK_SSH_KEY", "~/.ssh/epok", f"{HOME}/.ssh/epok", "/key"),
@@ -66,6 +69,8 @@ ROWS = [
     ),
 ]
 SSH_ONLY = [row for row in ROWS if row.variable.startswith("EPOK_SSH_")]
+WITH_VARIABLE = [row for row in ROWS if row.variable]
+by_variable = pytest.mark.parametrize("row", WITH_VARIABLE, ids=[row.option for row in WITH_VARIABLE])
 by_option = pytest.mark.parametrize("row", ROWS, ids=[row.option for row in ROWS])
 
 
@@ -123,13 +128,13 @@ def test_an_option_may_stand_before_and_after_the_executor_long_and_short(row: R
         assert getattr(options, field(row.option)) == row.value, words
 
 
-@by_option
+@by_variable
 def test_the_environment_counts_where_the_command_line_is_silent(row: Row) -> None:
     options = parsed(command_line(row), **{row.variable: row.text})
     assert getattr(options, field(row.option)) == row.value
 
 
-@by_option
+@by_variable
 @pytest.mark.parametrize("broken", [False, True], ids=["good", "bad"])
 def test_the_command_line_beats_the_environment_good_or_bad(row: Row, broken: bool) -> None:
     options = parsed(command_line(row, row.option, row.text), **{row.variable: "\1;" if broken else row.other})
@@ -140,7 +145,8 @@ DEFAULTS = {
     "executor": "local", "dry_run": False, "clean": False, "log_level": "info", "interfaces": ("eth0",),
     "external_interface": "", "addresses": (), "batch_commands": "true", "batch_size": 1_677_722, "max_nodes": 16,
     "masquerade": "auto", "mark": (0x10000000, 0x20000000), "kubeconfig": "", "context": "", "snapshot": "",
-    "timeout": 50, "host": (), "port": 22, "key": "", "known_hosts": f"{HOME}/.ssh/known_hosts", "host_key": (),
+    "timeout": 50,
+    "status": False, "explain": "", "output": "text", "metrics_file": "", "host": (), "port": 22, "key": "", "known_hosts": f"{HOME}/.ssh/known_hosts", "host_key": (),
 }  # fmt: skip
 
 
@@ -152,7 +158,8 @@ def test_an_empty_variable_is_an_unset_one(environ: dict[str, str]) -> None:
 
 @by_option
 def test_an_empty_value_on_the_command_line_is_refused_and_never_replaced(row: Row, refused: Refused) -> None:
-    assert row.option in refused(command_line(row, f"{row.option}="), {row.variable: row.text})
+    environ = {row.variable: row.text} if row.variable else {}
+    assert row.option in refused(command_line(row, f"{row.option}="), environ)
 
 
 @pytest.mark.parametrize(("words", "variable", "level"), [
@@ -170,7 +177,7 @@ def test_log_level(words: list[str], variable: str, level: str) -> None:
         assert parsed(argv, EPOK_LOG_LEVEL=variable).log_level == level
 
 
-@pytest.mark.parametrize("flag", ["--dry-run", "--clean"])
+@pytest.mark.parametrize("flag", ["--dry-run", "--clean", "--status"])
 def test_flags(flag: str) -> None:
     for argv in (
         [flag, "-i", "eth0", "local"],
@@ -255,6 +262,10 @@ BAD = {  # option: what its message shows of what is accepted, and texts that ar
     "--host-key": ("SHA256:", [
         "none", "ANY", "SHA256:", "SHA256:short", PIN + "A", PIN + "==", "sha256:" + "A" * 43, "MD5:00:11", "AAAA",
         "ssh-ed25519", "ssh-ed25519 AA*A", "ssh-ed25519 AAAA===", "any,none", "SHA256:" + "\u00e9" * 43, "x" * 10_000]),
+    "--explain": ("namespace/name", [
+        "mail", "default/", "/mail", "a/b/c", "default/mail ", "default mail", "default/m\u00e9l", "$(x)/y", "-/;",
+        " ", "a/" + "b" * 254]),
+    "--output": ("text, json", ["yaml", "jso", " ", "json,text", "json\n", "x" * 10_000]),
     "--log-level": ("debug, info, warning, error", ["trace", "10", "info ", "\x1b[31m", "x" * 10_000]),
 }  # fmt: skip
 BAD_ITEMS = [(option, text) for option, (_, texts) in BAD.items() for text in texts]
@@ -264,7 +275,7 @@ BAD_ITEMS = [(option, text) for option, (_, texts) in BAD.items() for text in te
 def test_what_is_refused_is_named_with_its_value_and_what_is_accepted(option: str, text: str, refused: Refused) -> None:
     setting = next(setting for setting in epok.SETTINGS if setting.option == option)
     row = next((row for row in ROWS if row.option == option), ROWS[-1])
-    lines = [(refused(command_line(row), {setting.variable: text}), setting.variable)]
+    lines = [(refused(command_line(row), {setting.variable: text}), setting.variable)] if setting.variable else []
     if row.option == option:
         lines.append((refused(command_line(row, f"{option}={text}")), option))
     for line, source in lines:
@@ -317,6 +328,15 @@ WRONG = {  # what a person typed: what the line says
     "-v -v -i eth0 local": ["-v"],
     "--clean local --clean": ["--clean"],
     "-i eth0 local --dry-run --dry-run": ["--dry-run"],
+    "-i eth0 local --status=yes": ["--status"],
+    "local --status --explain a/b": ["--status", "--explain"],
+    "local --clean --status": ["--status", "--clean"],
+    "-i eth0 local --dry-run --status": ["--status", "--dry-run"],
+    "-i eth0 local --dry-run --explain a/b": ["--explain", "--dry-run"],
+    "-i eth0 local -o json": ["--output", "--status", "--explain", "--dry-run"],
+    "--clean local -o json": ["--output"],
+    "local --explain": ["--explain"],
+    "--status ssh": ["--host", "EPOK_SSH_HOST"],
     "local": ["--interfaces", "EPOK_INTERFACES"],
     "-i , local": ["--interfaces", "EPOK_INTERFACES"],
     "--dry-run local": ["--interfaces", "EPOK_INTERFACES"],
