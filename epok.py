@@ -2658,6 +2658,11 @@ class Check(NamedTuple):
     problem: str = ""
     sure: bool = True
 
+    @property
+    def line(self) -> str:
+        word = "ok" if not self.problem else "FAILED" if self.sure else "maybe"
+        return f"{painted(word, word)}{' ' * (8 - len(word))}{self.problem or self.what}"
+
     def document(self) -> dict[str, Any]:
         return {"check": self.what, "ok": not self.problem, "sure": self.sure, "problem": self.problem}
 
@@ -2975,6 +2980,10 @@ class Change(NamedTuple):
     def text(self) -> str:
         return f"{self.live.text}{self.before and ': ' + difference(self.before, self.live) or ''}"
 
+    @property
+    def line(self) -> str:
+        return painted(f"{self.sign} {self.live} -> {self.text}", self.sign)
+
     def document(self) -> dict[str, Any]:
         before = {"before": self.before.document()} if self.before else {}
         return {"change": self.sign, **self.live.document(), **before}
@@ -3093,7 +3102,7 @@ class DryRun:
     def text(self) -> str:
         """The forwards that would come and go, then each input under the command that would read it."""
         lines = [f"# on {self.name}"] if self.several else []
-        lines += [painted(f"{change.sign} {change.live} -> {change.text}", change.sign) for change in self.changes]
+        lines += [change.line for change in self.changes]
         for argv, text in self.inputs:
             lines += [f"# {shlex.join(argv)}", text.rstrip("\n")]
         return "\n".join(lines)
@@ -3126,19 +3135,22 @@ def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
 
 @dataclass
 class Status:
-    """What a host does now, beside what the cluster wants, if that is known, and what was checked."""
+    """What a host does now, beside what the cluster wants, if that is known, and what was checked.
+
+    `pending` is what the next run would change.
+    """
 
     host: str
     tables: Found
     lives: list[Live]
-    checks: list[Check]
-    cluster: str
-    missing: list[Change] = field(default_factory=list)
+    cluster: str = ""
+    pending: list[Change] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
 
     def hooks(self, version: int) -> str:
-        """Whether epok's hooks are there: "in place", "not used", or which are missing."""
+        """Whether epok's hooks are there: "in place", "not used", or "missing in" some chain."""
         tables = self.tables[version]
         if tables is None or not any(table.chains for table in tables.values()):
             return "not used"
@@ -3150,25 +3162,18 @@ class Status:
     def backend(self) -> str:
         tables = next((tables for tables in self.tables.values() if tables), NOTHING)
         version = re.search(r"v([0-9.]+)", tables["filter"].origin)
-        return (
-            f"iptables {version[1] if version else 'of an unknown version'} ({'nft' if is_nft(tables) else 'legacy'})"
-        )
+        return f"iptables {version[1] if version else '?'} ({'nft' if is_nft(tables) else 'legacy'})"
 
     def title(self) -> str:
         hooks = "; ".join(f"IPv{version} hooks {self.hooks(version)}" for version in self.tables)
         return painted(f"{self.host}: {self.backend}; {hooks}", "title")
 
     def text(self) -> str:
-        lines = [self.title()]
-        if self.lives:
-            lines += aligned(forward_rows(self.lives))
-        else:
-            lines.append("Nothing is forwarded.")
-        lines += [painted(f"{change.sign} {change.live} -> {change.text}", change.sign) for change in self.missing]
+        lines = [self.title(), *aligned(forward_rows(self.lives))] if self.lives else [self.title(), "no forwards"]
+        lines += ["the next run would change:"] * bool(self.pending) + [change.line for change in self.pending]
         lines += [f"rejected: {rejection}" for rejection in self.rejections]
         lines += [f"warning: {warning}" for warning in self.warnings]
-        lines.append(self.cluster)
-        lines += check_lines([check for check in self.checks if check.problem])
+        lines += [self.cluster, *(check.line for check in self.checks if check.problem)]
         passed = sum(not check.problem for check in self.checks)
         return "\n".join([*lines, f"{passed} of {len(self.checks)} checks passed"])
 
@@ -3178,54 +3183,55 @@ class Status:
             "backend": self.backend,
             "hooks": {f"IPv{version}": self.hooks(version) for version in self.tables},
             "forwards": [live.document() for live in self.lives],
-            "missing": [change.document() for change in self.missing],
+            "cluster": self.cluster,
+            "pending": [change.document() for change in self.pending],
             "rejected": [rejection._asdict() for rejection in self.rejections],
             "warnings": self.warnings,
-            "cluster": self.cluster,
             "checks": [check.document() for check in self.checks],
         }
 
 
 def forward_rows(lives: Sequence[Live]) -> list[list[str]]:
-    everywhere = list(dict.fromkeys(way for live in lives for way in live.ways))
-    rows = [["PORT", "SERVICE", "NODEPORT", "NODES", "CLIENT", "ONLY", "CONNECTIONS"]]
-    for live in lives:
-        only = [*live.sources, *(f"by {way}" for way in live.ways if len(live.ways) < len(everywhere))]
+    """The table of --status: whom a forward is for stands there only when one is not for everybody."""
+    everywhere = {way for live in lives for way in live.ways}
+    limits = [[*live.sources, *(f"by {way}" for way in live.ways if everywhere - {*live.ways})] for live in lives]
+    rows = [["PORT", "SERVICE", "NODEPORT", "NODES", "CLIENT", "CONNECTIONS", "ONLY"]]
+    for live, only in zip(lives, limits, strict=True):
         rows.append([
             f"{live}{' IPv6' * (live.version == 6)}",
             f"{live.service}:{live.port}",
             live.node_ports,
             f"{len(live.targets)}{' pods' * live.direct}",
             "kept" if live.kept else "hidden",
-            enumerated(only) or "-",
             f"{live.counts[0]}" if live.counts else "?",
+            enumerated(only) or "-",
         ])  # fmt: skip
-    return [row[:5] + row[6:] for row in rows] if all(row[5] == "-" for row in rows[1:]) else rows
-
-
-def check_lines(checks: Iterable[Check]) -> list[str]:
-    lines = []
-    for check in checks:
-        word = "ok" if not check.problem else "FAILED" if check.sure else "maybe"
-        lines.append(f"{painted(word, word)}{' ' * (8 - len(word))}{check.problem or check.what}")
-    return lines
+    return rows if any(limits) else [row[:-1] for row in rows]
 
 
 @dataclass
 class Story:
-    """All about one Service on one host, from its annotation to its live rules."""
+    """All about one Service on one host, from its annotation to its live rules, which are in `status`."""
 
     key: str
+    max_nodes: int
     status: Status
     snapshot: Snapshot | None = None
     plan: Plan = field(default_factory=Plan)
     on_node: bool = False
-    max_nodes: int = 0
 
     @property
     def service(self) -> Service | None:
         services = self.snapshot.services if self.snapshot else ()
         return next((service for service in services if service.key == self.key), None)
+
+    def narrow(self) -> None:
+        """Leaves of the status what is about this Service, or about all."""
+        status, others = self.status, {service.key for service in self.snapshot.services} if self.snapshot else set()
+        status.lives = [live for live in status.lives if live.service == self.key]
+        status.pending = [change for change in status.pending if change.live.service == self.key]
+        status.rejections = [rejection for rejection in status.rejections if rejection.service == self.key]
+        status.warnings = [text for text in status.warnings if text.partition(": ")[0] not in others - {self.key}]
 
     def mappings(self) -> list[tuple[str, str, bool]]:
         """Each mapping, its fate, and whether it stands."""
@@ -3234,11 +3240,8 @@ class Story:
             to = f"NodePort {claim.port.node_port} ({claim.port.name or claim.port.port})"
             groups.setdefault(claim.mapping, []).append(f"{claim.port.protocol}/{claim.external} -> {to}")
         granted = [(mapping, enumerated(ports), True) for mapping, ports in groups.items()]
-        return granted + [(mapping or "(all)", f"rejected: {reason}", False) for _, mapping, reason in self.rejections]
-
-    @property
-    def rejections(self) -> list[Rejection]:
-        return [rejection for rejection in self.plan.rejections if rejection.service == self.key]
+        refused = [(mapping or "all", f"rejected: {why}", False) for _, mapping, why in self.status.rejections]
+        return granted + refused
 
     def nodes(self) -> list[tuple[Node, str]]:
         """Each node, and why it is left out, if it is."""
@@ -3248,119 +3251,127 @@ class Story:
         service, used = self.service, {place.name for place in self.plan.places if place.live}
         if not service or node.name in used:
             return ""
-        versions = [version for version in service.versions if version not in {ip.version for ip in node.addresses}]
         if self.on_node:
-            return "the host is a node itself and forwards to pods; none that is ready, and that it may use, is here"
-        if node.excluded:
-            return node.excluded
-        if not node.ready:
-            return "not Ready"
+            return "has no ready pod of the Service that the host, itself a node, may use"
+        if node.excluded or not node.ready:
+            return node.excluded or "not Ready"
         if node.labelled:
             return f"label {STANDARD_EXCLUDE_LABEL}"
-        if len(versions) == len(service.versions):
-            return f"no usable InternalIP or ExternalIP of IPv{versions[0]}"
+        if not {ip.version for ip in node.addresses} & {*service.versions}:
+            return f"no usable InternalIP or ExternalIP of IPv{service.versions[0]}"
         if service.local:
-            return "externalTrafficPolicy Local, and no ready pod of the Service is here"
+            return "has no ready pod of the Service (externalTrafficPolicy Local)"
         return f"{self.max_nodes} others are used (--max-nodes)"
 
     def pods(self) -> str:
         """How many pods are ready, empty when that is not known."""
         endpoints = self.snapshot.endpoints.get(self.key) if self.snapshot else None
-        if endpoints is None:
-            return ""
-        ready = [str(e.address) for e in endpoints if e.ready]
-        return f"{len(ready)} of {len(endpoints)} ready" + (f": {enumerated(ready)}" if ready else "")
+        ready = [str(e.address) for e in endpoints or () if e.ready]
+        return "" if endpoints is None else f"{len(ready)} of {len(endpoints)} ready{ready and ': '}{enumerated(ready)}"
 
     def cause(self) -> str:
         """The most likely cause when the Service cannot be reached, and what to do about it."""
-        return next(filter(None, self.causes()))
+        stories = (self.not_asked, self.nowhere_to_go, self.not_done, self.in_the_way, self.nobody_came)
+        found = next(itertools.chain.from_iterable(tell() for tell in stories), "")
+        return found or "nothing that can be seen from here: connections come in, and the nodes answer"
 
-    def causes(self) -> Iterator[str]:
+    def not_asked(self) -> Iterator[str]:
         namespace, _, name = self.key.partition("/")
-        service, lives = self.service, self.status.lives
-        if self.snapshot:
-            if not service:
-                known = enumerated(sorted(service.key for service in self.snapshot.services)) or "none at all"
-                yield f"there is no Service {self.key}; these have an annotation of epok's: {known}"
-            elif not service.annotations.keys() & set(PORT_ANNOTATIONS):
-                similar = enumerated(quoted(name) for name in service.annotations.keys() - set(SERVICE_ANNOTATIONS))
-                yield (
-                    f"it has no annotation {PORT_ANNOTATIONS[0]}{similar and f', only {similar}'}: "
-                    f"kubectl annotate service -n {namespace} {name} {PORT_ANNOTATIONS[0]}=EXTERNAL:NODEPORT"
-                )
-            elif not self.plan.claims:
-                yield enumerated(rejection.message for rejection in self.rejections[:1]) or "its annotation is empty"
-            elif self.pods().startswith("0 of"):
-                slices = f"endpointslices -n {namespace} -l kubernetes.io/service-name={name}"
-                yield f"no pod of it is ready: kubectl get {slices}"
-            yield from self.plan.warnings[:1] if not self.plan.places else ()
-        broken = [f"IPv{version} hooks {state}" for version in self.status.tables
-                  if (state := self.status.hooks(version)).startswith("missing")]  # fmt: skip
-        yield enumerated(broken) and f"{enumerated(broken)}: run epok, and find out who deletes its rules"
-        for change in self.status.missing[:1]:
-            what = f"{change.sign} {change.live}"
-            yield f"the host's rules are not those that are wanted ({what}): run epok, and see whether its timer runs"
-        yield from (check.problem for check in self.status.checks if check.problem and check.sure)
-        if not lives:
-            yield f"{self.status.host} has no rule for it, and {self.status.cluster}"
-        yield from (rejection.message for rejection in self.rejections)
-        if not sum(live.counts[0] for live in lives if live.counts):
-            doubts = (
-                "; or perhaps " + doubt
-                if (doubt := enumerated(c.problem for c in self.status.checks[:50] if c.problem))
-                else ""
+        service = self.service
+        if self.snapshot and not service:
+            known = enumerated(sorted(service.key for service in self.snapshot.services)) or "none"
+            yield f"there is no Service {self.key}; those with an annotation of epok's: {known}"
+        if service and not service.annotations.keys() & set(PORT_ANNOTATIONS):
+            similar = enumerated(
+                quoted(found) for found in sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
             )
+            lacking = f"it has no annotation {PORT_ANNOTATIONS[0]}{similar and f', only {similar}'}"
+            yield f"{lacking}: kubectl annotate service -n {namespace} {name} {PORT_ANNOTATIONS[0]}=EXTERNAL:NODEPORT"
+        elif service and not self.plan.claims:
+            yield next((rejection.message for rejection in self.status.rejections), "its annotation names no port")
+
+    def nowhere_to_go(self) -> Iterator[str]:
+        namespace, _, name = self.key.partition("/")
+        if self.pods().startswith("0 of"):
+            slices = f"endpointslices -n {namespace} -l kubernetes.io/service-name={name}"
+            yield f"no pod of it is ready: kubectl get {slices}"
+        if self.service and not any(place.live for place in self.plan.places):
+            yield from self.status.warnings
+
+    def not_done(self) -> Iterator[str]:
+        status = self.status
+        for version in status.tables:
+            if status.hooks(version).startswith("missing"):
+                yield f"IPv{version} hooks {status.hooks(version)}: run epok, and find out what deletes its rules"
+        for sign, live, _ in status.pending:
+            yield f"the next run would change it ({sign} {live}): run epok, and see whether its timer runs"
+        if not status.lives:
+            yield f"{status.host} has no rule for it; {status.cluster}"
+
+    def in_the_way(self) -> Iterator[str]:
+        yield from (check.problem for check in self.status.checks if check.problem and check.sure)
+        yield from (rejection.message for rejection in self.status.rejections)
+
+    def nobody_came(self) -> Iterator[str]:
+        lives, doubts = self.status.lives, [check.problem for check in self.status.checks if check.problem]
+        if all(live.counts[:1] == (0,) for live in lives):
             ways = enumerated(dict.fromkeys(way for live in lives for way in live.ways))
             yield (
-                f"no connection has come in by {ways} yet: try from another machine, beyond that interface, and look "
-                f"for a firewall or a router before {self.status.host} that does not send the port here{doubts}"
+                f"no connection has come in by {ways} yet: try it from another machine, beyond that interface, and "
+                f"look for a firewall or router before {self.status.host}{doubts and '; or '}{enumerated(doubts[:1])}"
             )
-        yield "nothing that can be seen from here: connections come in, and the nodes answer"
 
     def text(self) -> str:
-        service, status = self.service, self.status
-        lines = [painted(f"{self.key} on {status.host}", "title")]
-        if service:
-            policy, affinity = "Local" if service.local else "Cluster", "ClientIP" if service.sticky else "None"
-            lines += [f"  type {service.type}, externalTrafficPolicy {policy}, sessionAffinity {affinity}",
-                      f"  NodePorts: {listed(service.ports)}"]  # fmt: skip
-            lines += [f"  {name}: {quoted(text)}" for name, text in service.annotations.items()]
-            unknown = service.annotations.keys() - set(SERVICE_ANNOTATIONS)
-            lines += [f"  {quoted(name)} means nothing to epok" for name in sorted(unknown)]
-            lines += (
-                ["  loadBalancerSourceRanges: " + enumerated(service.source_ranges)] if service.source_ranges else []
-            )
-            lines += (
-                ["Mappings", *aligned([[mapping, fate] for mapping, fate, _ in self.mappings()], "  ")]
-                if self.mappings()
-                else []
-            )
-            lines += [f"Pods: {self.pods()}"] if self.pods() else []
-            nodes = [[node.name, enumerated(map(str, node.addresses)) or "-", why and f"left out: {why}" or "used"]
-                     for node, why in self.nodes()]  # fmt: skip
-            lines += ["Nodes", *aligned(nodes, "  ")] if nodes and self.plan.claims else []
-        else:
-            lines += [f"  {status.cluster}"]
-        lines += ["Rules"] + [f"  {status.title()}"]
-        for live in status.lives:
-            count = f", {live.counts[0]} new {plural(live.counts[0], 'connection')}" if live.counts else ""
-            lines.append(f"  {live} -> {live.text}, by {enumerated(live.ways)}{count}")
-            lines.append(f"    chain {live.chain}")
-            told = [[f"{t.address}", f"{t.port}", f"{n}"] for t, n in zip(live.targets, live.counts[1:], strict=False)]
-            lines += aligned([["to", "port", "connections"], *told], "    ") if told else []
-        lines += [] if status.lives else ["  none for this Service"]
-        lines += ["  " + painted(f"{c.sign} {c.live} -> {c.text}", c.sign) for c in status.missing]
-        lines += ["Checks", *(f"  {line}" for line in check_lines(status.checks))]
-        return "\n".join([*lines, painted(f"Most likely: {self.cause()}", "title")])
+        title, last = f"{self.key} on {self.status.host}", f"Most likely: {self.cause()}"
+        parts = [[painted(title, "title")], self.about(), self.rules(), ["Checks"]]
+        checks = [f"  {check.line}" for check in self.status.checks]
+        return "\n".join([*itertools.chain.from_iterable(parts), *checks, painted(last, "title")])
+
+    def about(self) -> list[str]:
+        """What the cluster says."""
+        service = self.service
+        if not service:
+            return [f"  {self.status.cluster}"]
+        policy, affinity = "Local" if service.local else "Cluster", "ClientIP" if service.sticky else "None"
+        lines = [f"type {service.type}, externalTrafficPolicy {policy}, sessionAffinity {affinity}"]
+        lines += [f"NodePorts: {listed(service.ports)}"]
+        for name, text in service.annotations.items():
+            lines.append(f"{name}: {quoted(text)}{' (not one that epok knows)' * (name not in SERVICE_ANNOTATIONS)}")
+        if service.source_ranges:
+            lines.append(f"loadBalancerSourceRanges: {enumerated(service.source_ranges)}")
+        lines += [f"pods: {self.pods()}"] * bool(self.pods())
+        lines += [f"warning: {warning}" for warning in self.status.warnings]
+        lines = [f"  {line}" for line in lines]
+        if mappings := self.mappings():
+            lines += ["Mappings", *aligned([[mapping, fate] for mapping, fate, _ in mappings], "  ")]
+        if self.plan.claims:
+            rows = []
+            for node, why in self.nodes():
+                addresses = enumerated(map(str, node.addresses)) or "no address"
+                rows.append([node.name, addresses, f"left out: {why}" if why else "used"])
+            lines += ["Nodes", *aligned(rows, "  ")]
+        return lines
+
+    def rules(self) -> list[str]:
+        """What the host does."""
+        lines = ["Rules", f"  {self.status.title()}"]
+        for live in self.status.lives:
+            count = f"{live.counts[0]} new {plural(live.counts[0], 'connection')}" if live.counts else "not counted"
+            lines += [f"  {live} -> {live.text}, by {enumerated(live.ways)}: {count}", f"    chain {live.chain}"]
+            for target, number in zip(live.targets, live.counts[1:] or itertools.repeat("?"), strict=False):
+                lines.append(f"    to {target.address} port {target.port}: {number}")
+        lines += [] if self.status.lives else ["  none for this Service"]
+        return lines + ["  the next run would change:"] * bool(self.status.pending) + [
+            f"  {change.line}" for change in self.status.pending
+        ]  # fmt: skip
 
     def document(self) -> dict[str, Any]:
-        service = self.service
         told = [{"mapping": mapping, "stands": stands, "fate": fate} for mapping, fate, stands in self.mappings()]
         nodes = [
             {"name": node.name, "addresses": list(map(str, node.addresses)), "used": not why, "why": why}
             for node, why in self.nodes()
         ]
-        about = {"annotations": dict(service.annotations), "pods": self.pods()} if service else {}
+        about = {"annotations": dict(self.service.annotations), "pods": self.pods()} if self.service else {}
         story = {"service": self.key, **about, "mappings": told, "clusterNodes": nodes}
         return {**self.status.document(), **story, "cause": self.cause()}
 
@@ -3568,18 +3579,15 @@ def serve(host: Host, reader: Background, planner: Planner | None, options: Opti
             facts, reading, looking = reader.result(deadline, f"{host.name}: reading its addresses")
             plan, wanted = planner.wanted(facts) if planner else (Plan(), {f.version: NOTHING for f in FAMILIES})
             found: Found = reading.result(deadline, f"{host.name}: reading its rules")
-        if planner:
-            around = looking.result(deadline, f"{host.name}: reading its surroundings")
-            for check in check_host(host, options, plan.forwards, found, facts, around, deadline):
-                if check.problem and check.sure:
-                    log.warning("%s", check.problem)
         if options.dry_run:
+            warn(host, options, plan.forwards, found, facts, looking, deadline)
             dry = DryRun(host, options, found, wanted)
             return dataclasses.replace(outcome, status=3 if dry.inputs else 0, shown=dry)
         with timed(outcome.seconds, "swap"):
             inputs = converge(host, wanted, found, options, deadline)
         outcome.changes = changes_between(found, wanted) if inputs else []
         report_swap(prefix, found, wanted, inputs, outcome.changes)
+        warn(host, options, plan.forwards, found, facts, looking, deadline)
         if outcome.changes:
             flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
             try:
@@ -3594,6 +3602,34 @@ def serve(host: Host, reader: Background, planner: Planner | None, options: Opti
         return outcome
     finally:
         host.close()
+
+
+def warn(
+    host: Host,
+    options: Options,
+    forwards: Sequence[Forward],
+    found: Found,
+    facts: Facts,
+    looking: Background,
+    deadline: Deadline,
+) -> None:
+    """Warns about what makes forwards fail without a word; that it cannot be looked at is no failure."""
+    limit = Deadline(min(LOOK_SECONDS, deadline.remaining() / 2), "the time for looking,")
+    try:
+        for check in check_host(host, options, forwards, found, facts, surroundings(looking, limit), limit):
+            if check.problem and check.sure:
+                log.warning("%s", check.problem)
+    except (Fatal, Transient) as error:
+        log.info("%s; so what else may be in the way was not checked", error)
+
+
+def surroundings(looking: Background, deadline: Deadline) -> Surroundings:
+    """What read_surroundings() found, and where it failed nothing but why."""
+    try:
+        found: Surroundings = looking.result(deadline, "reading what else is on the host")
+        return found
+    except Fatal as error:
+        return Surroundings(None, [], None, [], [str(error)])
 
 
 def all_lives(tables: Found, counted: Found) -> list[Live]:
@@ -3611,27 +3647,25 @@ def look(host: Host, reader: Background, planner: Background, options: Options, 
         facts, reading, looking = reader.result(deadline, f"{host.name}: reading its addresses")
         found: Found = reading.result(deadline, f"{host.name}: reading its rules")
         options = as_found(options, found)
-        status = Status(host.name, found, all_lives(found, found), [], "")
-        story = Story(options.explain, status, max_nodes=options.max_nodes)
+        status = Status(host.name, found, all_lives(found, found))
+        story = Story(options.explain, options.max_nodes, status)
         try:
             known: Planner = planner.result(deadline, "reading the cluster")
-            plan, _ = known.wanted(facts)
-            story.snapshot, story.plan, story.on_node = known.snapshot, plan, bool(known.own(facts))
-            status.missing = changes_between(found, rendered(plan, options))
-            status.rejections, status.warnings = plan.rejections, plan.warnings
+            story.plan, _ = known.wanted(facts)
+            story.snapshot, story.on_node = known.snapshot, bool(known.own(facts))
+            status.pending = changes_between(found, rendered(story.plan, options))
+            status.rejections, status.warnings = story.plan.rejections, story.plan.warnings
             status.cluster = f"compared with {known.reader.source.name}"
         except Fatal as error:
-            plan, status.cluster = Plan(), f"not compared with the cluster: {error}"
-        forwards: Sequence[Forward | Live] = status.lives or plan.forwards
+            status.cluster = f"not compared with the cluster: {error}"
+        forwards: Sequence[Forward | Live] = status.lives or story.plan.forwards
         if options.explain:
-            status.lives = [live for live in status.lives if live.service == options.explain]
-            status.missing = [change for change in status.missing if change.live.service == options.explain]
-            forwards = [f for f in plan.forwards if f.service == options.explain] or status.lives
-        around = looking.result(deadline, f"{host.name}: reading its surroundings")
+            story.narrow()
+            forwards = [f for f in story.plan.forwards if f.service == options.explain] or status.lives
+        around = surroundings(looking, deadline)
         status.checks = list(check_host(host, options, forwards, found, facts, around, deadline))
         if options.explain:
-            status.checks += check_nodes(host, forwards, deadline)
-            status.checks += check_mail(story)
+            status.checks += [*check_nodes(host, forwards, deadline), *check_mail(story)]
         return Outcome(host.name, 0 if story.snapshot or options.status else 1, story if options.explain else status)
     finally:
         host.close()
@@ -3654,24 +3688,40 @@ def run(options: Options) -> int:
     deadline = Deadline(options.timeout)
     local = options.executor == "local"
     hosts: list[Host] = [LocalHost()] if local else [SshHost(login, options) for login in options.host]
-    counted = options.looks or bool(options.metrics_file)
     # the hosts are read while the API answers, and what shall be is computed
+    counted = options.looks or bool(options.metrics_file)
     readers = [Background(read_host, host, deadline, counted) for host in hosts]
     planner: Planner | None = None
-    if options.looks:
-        # of a host that is asked about, what it says must not wait for a cluster that does not answer
-        patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
-        cluster = Background(Planner, options, patience)
-        work = [
-            Background(look, host, reader, cluster, options, deadline)
-            for host, reader in zip(hosts, readers, strict=True)
-        ]
-    else:
-        planner = None if options.clean else Planner(options, deadline)
-        work = [
-            Background(serve, host, reader, planner, options, deadline)
-            for host, reader in zip(hosts, readers, strict=True)
-        ]
+    outcomes = [Outcome(host.name) for host in hosts]
+    try:
+        if options.looks:
+            # what a host says must not wait for a cluster that does not answer
+            patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
+            outcomes = everywhere(look, hosts, readers, Background(Planner, options, patience), options, deadline)
+        else:
+            planner = None if options.clean else Planner(options, deadline)
+            outcomes = everywhere(serve, hosts, readers, planner, options, deadline)
+    except Fatal as error:
+        log.error("%s", error)
+    print_outcomes(outcomes, options)
+    if options.metrics_file and not (options.looks or options.dry_run):
+        took = time.monotonic() - started
+        write_metrics(options.metrics_file, lambda before: metrics_text(outcomes, planner, took, before))
+    statuses = [outcome.status for outcome in outcomes]
+    return 1 if 1 in statuses else max(statuses)
+
+
+def everywhere(
+    task: Callable[..., Outcome],
+    hosts: Sequence[Host],
+    readers: Sequence[Background],
+    planning: Planner | Background | None,
+    options: Options,
+    deadline: Deadline,
+) -> list[Outcome]:
+    """Does a task on all hosts at the same time; one that fails holds none of the others back."""
+    pairs = zip(hosts, readers, strict=True)
+    work = [Background(task, host, reader, planning, options, deadline) for host, reader in pairs]
     outcomes = []
     for host, thread in zip(hosts, work, strict=True):
         try:
@@ -3679,12 +3729,7 @@ def run(options: Options) -> int:
         except Fatal as error:
             log.error("%s", error)
             outcomes.append(Outcome(host.name, error.status))
-    print_outcomes(outcomes, options)
-    if options.metrics_file and not (options.looks or options.dry_run):
-        took = time.monotonic() - started
-        write_metrics(options.metrics_file, lambda before: metrics_text(outcomes, planner, took, before))
-    statuses = [outcome.status for outcome in outcomes]
-    return 1 if 1 in statuses else max(statuses)
+    return outcomes
 
 
 def print_outcomes(outcomes: Iterable[Outcome], options: Options) -> None:
