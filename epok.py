@@ -2793,25 +2793,6 @@ def check_nodes(host: Host, forwards: Iterable[Forward | Live], deadline: Deadli
             )
 
 
-def check_mail(story: Story) -> Iterator[Check]:
-    """Whether a mail server sees its clients' addresses: by the host's own, one may relay for everybody."""
-    ports = [
-        claim.external for claim in story.plan.claims if claim.port.protocol == "tcp" and claim.external in MAIL_PORTS
-    ]
-    if ports and story.service:
-        namespace, _, name = story.key.partition("/")
-        policy = """'{"spec": {"externalTrafficPolicy": "Local"}}'"""
-        yield Check(
-            "a mail server sees its clients' addresses",
-            ""
-            if story.service.local
-            else f"port {spans(ports)} looks like a mail server's, and externalTrafficPolicy Cluster "
-            "hides its clients' addresses: if it trusts those of the cluster, it relays mail for everybody; "
-            f"kubectl patch service -n {namespace} {name} -p {policy}",
-            False,
-        )
-
-
 def check_listeners(
     host: Host, options: Options, forwards: Iterable[Forward | Live], listeners: Sequence[Listener]
 ) -> Iterator[Check]:
@@ -3232,6 +3213,18 @@ class Story:
         status.pending = [change for change in status.pending if change.live.service == self.key]
         status.rejections = [rejection for rejection in status.rejections if rejection.service == self.key]
         status.warnings = [text for text in status.warnings if text.partition(": ")[0] not in others - {self.key}]
+        status.warnings += self.open_relay()
+
+    def open_relay(self) -> Iterator[str]:
+        """A mail server that cannot tell its clients from the cluster's nodes may relay for everybody."""
+        asked = {claim.external for claim in self.plan.claims if claim.port.protocol == "tcp"} & set(MAIL_PORTS)
+        namespace, _, name = self.key.partition("/")
+        if asked and self.service and not self.service.local:
+            yield (
+                f"port {spans(asked)} looks like a mail server's, and externalTrafficPolicy Cluster hides its clients' "
+                "addresses: if it trusts those of the cluster, it relays mail for everybody: kubectl patch service "
+                f"""-n {namespace} {name} -p '{{"spec": {{"externalTrafficPolicy": "Local"}}}}'"""
+            )
 
     def mappings(self) -> list[tuple[str, str, bool]]:
         """Each mapping, its fate, and whether it stands."""
@@ -3267,7 +3260,7 @@ class Story:
         """How many pods are ready, empty when that is not known."""
         endpoints = self.snapshot.endpoints.get(self.key) if self.snapshot else None
         ready = [str(e.address) for e in endpoints or () if e.ready]
-        return "" if endpoints is None else f"{len(ready)} of {len(endpoints)} ready{ready and ': '}{enumerated(ready)}"
+        return "" if endpoints is None else f"{len(ready)} of {len(endpoints)} ready: {enumerated(ready)}".rstrip(": ")
 
     def cause(self) -> str:
         """The most likely cause when the Service cannot be reached, and what to do about it."""
@@ -3665,7 +3658,7 @@ def look(host: Host, reader: Background, planner: Background, options: Options, 
         around = surroundings(looking, deadline)
         status.checks = list(check_host(host, options, forwards, found, facts, around, deadline))
         if options.explain:
-            status.checks += [*check_nodes(host, forwards, deadline), *check_mail(story)]
+            status.checks += check_nodes(host, forwards, deadline)
         return Outcome(host.name, 0 if story.snapshot or options.status else 1, story if options.explain else status)
     finally:
         host.close()
