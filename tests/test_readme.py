@@ -179,7 +179,9 @@ def world(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]
 
 
 def test_try_it(world: World) -> None:
-    assert "port 25 is closed again" in world.read("Try it", 0)
+    shown = world.read("Try it", 0)
+    assert "port 25 is closed again" in shown
+    assert re.search(r"tcp/25  default/mail:smtp +2025 +3  hidden +[1-9]", shown)
 
 
 def test_all_tests_are_what_ci_runs(world: World) -> None:

@@ -32,15 +32,17 @@ def show_cluster(cluster: dict[str, Any]) -> None:
 
 
 def run_epok(lab: Lab, why: str, *args: str) -> str:
-    """Show the command and its log; the log is also handed back."""
+    """Show the command and what it says, which is also handed back."""
     say(f"\n$ ./epok.py {' '.join(args)}     # {why}")
     done = lab.epok(*args)
-    say(done.stderr + done.stdout)
+    said = done.stderr + done.stdout
+    say(said)
     must(done.returncode == 0, f"epok ends with exit status 0 (it was {done.returncode})")
-    return done.stderr
+    return said
 
 
-def meet_all_nodes(lab: Lab) -> None:
+def meet_all_nodes(lab: Lab) -> int:
+    """How many connections it took."""
     say(f"\nThe client connects to {HOST}:25, and gets to know each node when it answers for the first time:")
     met: set[str] = set()
     for number in range(1, TRIES + 1):
@@ -49,8 +51,9 @@ def meet_all_nodes(lab: Lab) -> None:
             say(f"  connection {number}: {answer.name} saw {answer.saw} {answer.sport} on {answer.port}")
         met.add(answer.name)
         if len(met) == len(lab.nodes):
-            return
-    must(False, f"all nodes answer within {TRIES} connections; {', '.join(sorted(met))} did")
+            break
+    must(len(met) == len(lab.nodes), f"all nodes answer within {TRIES} connections; {', '.join(sorted(met))} did")
+    return number
 
 
 def nobody_answers(lab: Lab) -> bool:
@@ -74,8 +77,7 @@ def main() -> None:
 
         log = run_epok(lab, "make it so", *ARGS)
         must("htps" in log, "epok tells why 443:htps is rejected")
-        meet_all_nodes(lab)
-
+        must(not nobody_answers(lab), "the port is open")
         rules = lab.saved()
         run_epok(lab, "again: nothing to do", *ARGS)
         must(lab.saved() == rules, "the second run leaves the rules alone")
@@ -85,6 +87,12 @@ def main() -> None:
         must(lab.saved() == before, "the rules are as before")
         say(f"\n$ {LEFT_OVER}\n{lab.host.run(['sh', '-c', LEFT_OVER]).stdout}")
         say("That is what was there before, and port 25 is closed again.")
+
+        run_epok(lab, "and back", *ARGS)
+        count = meet_all_nodes(lab)
+        table = run_epok(lab, "what is forwarded, and how many came", "--status", *ARGS)
+        lines = [line.split() for line in table.splitlines() if "default/mail:smtp" in line]
+        must(lines[0][-1:] == [f"{count}"], f"the status table counts {count} connections to port 25")
 
 
 if __name__ == "__main__":
