@@ -11,6 +11,13 @@ Usage:
   epok.py (-h | --help)
   epok.py (-V | --version)
 
+Examples:
+  epok.py -i eth0 --dry-run local                     what would change on this machine
+  epok.py -i eth0 local                               change it
+  epok.py -i eth0 ssh --host=epok@192.0.2.1           the same on another one
+  epok.py --status local                              what is forwarded, and how many connections came
+  epok.py --explain=default/mail -i eth0 local        why a Service cannot be reached
+
 Where the rules go:
   local    this machine (with sudo when not root and without CAP_NET_ADMIN)
   ssh      one or more hosts over SSH (with sudo when the user is not root)
@@ -84,6 +91,11 @@ Annotations of a Service of type NodePort or LoadBalancer:
   epok.getbetter.ro/allow-range: "192.0.2.0/24, 2001:db8::/32"
       For these clients only; without it spec.loadBalancerSourceRanges counts.
 A node with the annotation epok.getbetter.ro/exclude or the label epok_exclude gets no traffic.
+
+What it needs: iptables on the host (nft or legacy), and that it forwards packets (sysctl -w net.ipv4.ip_forward=1);
+of the cluster the permission to list services, nodes and endpointslices, and to create and patch events. The host's
+rules of epok are the chains EPOK and EPOK-* and what jumps to them from PREROUTING, OUTPUT, POSTROUTING and FORWARD;
+it reads and writes nothing else there.
 
 Exit status: 0 the host is right; 1 it failed and the rules are as they were, or the message says what was
 done; 2 the command line is wrong; 3 --dry-run and the host differs.
@@ -3737,7 +3749,11 @@ def main(argv: Sequence[str]) -> int:
     """Does one run; returns the exit status."""
     start_log("info")
     try:
-        options = parse_options(argv, os.environ)
+        try:
+            options = parse_options(argv, os.environ)
+        except (SystemExit, BrokenPipeError):  # docopt has printed --help or --version
+            show("")
+            return 0
         start_log(options.log_level)
         return run(options)
     except Fatal as error:

@@ -438,6 +438,14 @@ def test_version(word: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"epok {epok.VERSION}\n", "")
 
 
+def test_help_may_be_read_by_somebody_who_has_seen_enough() -> None:
+    argv = [sys.executable, epok.__file__, "--help"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout and program.stderr
+        program.stdout.close()
+        assert (program.stderr.read(), program.wait()) == (b"", 0)
+
+
 def test_the_program_exits_with_what_main_returns() -> None:
     done = start("--cle", "local")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
