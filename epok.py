@@ -108,7 +108,9 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 (before anything that an older one does not know)
     found = ".".join(map(str, sys.version_info[:3]))
     sys.exit(
-        f"error: epok needs Python 3.11 or newer, and this is {found}: apt-get install python3.11, or use the image"
+        f"error: epok needs Python 3.11 or newer, and this is {found}: apt-get install python3.11-venv && "
+        "python3.11 -m venv .venv && .venv/bin/pip install -r requirements.txt, then .venv/bin/python epok.py; "
+        "or use the image"
     )
 
 import contextlib
@@ -178,12 +180,16 @@ class Fatal(Exception):
 
 
 class Transient(Exception):
-    """What may be gone when tried again; `after` is the least number of seconds to wait first."""
+    """What may be gone when tried again; `after` is the least number of seconds to wait first.
 
-    def __init__(self, message: str, after: float = 0, attempts: int = 1000) -> None:
+    `advice` is for when it stays.
+    """
+
+    def __init__(self, message: str, after: float = 0, attempts: int = 1000, advice: str = "") -> None:
         super().__init__(message)
         self.after = after
         self.attempts = attempts
+        self.advice = advice
 
 
 def quoted(value: object) -> str:
@@ -236,7 +242,7 @@ def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
         return retrying(action, *args)
     except Transient as error:
         tries = retrying.statistics["attempt_number"]
-        raise Fatal(f"{error} (gave up after {tries} {plural(tries, 'try', 'tries')})") from error
+        raise Fatal(f"{error} (gave up after {tries} {plural(tries, 'try', 'tries')}){error.advice}") from error
 
 
 def plural(count: int, one: str, many: str = "") -> str:
@@ -508,7 +514,7 @@ def check_combination(options: Options) -> None:
     needs_interfaces = not (options.clean or options.looks)
     if not options.interfaces and needs_interfaces:
         raise Fatal(
-            "which interfaces of the host? give --interfaces (or EPOK_INTERFACES), like -i eth0 (ip -br addr)",
+            "which interfaces of the host? give --interfaces (or EPOK_INTERFACES), like -i eth0; see ip -br addr",
             2,
         )
     if options.external_interface and options.external_interface not in options.interfaces and needs_interfaces:
@@ -807,6 +813,7 @@ class Cluster:
         in_cluster = os.environ.get("KUBERNETES_SERVICE_HOST") and not (options.kubeconfig or options.context)
         file = options.kubeconfig or "~/.kube/config"
         origin = "the pod's account" if in_cluster else f"kubeconfig {file}"
+        self.file = "" if in_cluster else file
         heard = logging.handlers.BufferingHandler(1000)
         logging.getLogger().addHandler(heard)
         try:
@@ -818,7 +825,7 @@ class Cluster:
             self.client = ApiClient(configuration)
             self.client.rest_client.pool_manager.connection_pool_kw["ssl_context"] = tls_context(configuration)
         except (config.ConfigException, OSError, ValueError) as error:
-            raise Fatal(f"{origin}: {one_line(error)}; give --kubeconfig, or --snapshot to do without") from None
+            raise Fatal(f"{origin}: {how_to_log_in(error, self.file)}") from None
         except Exception as error:  # its loader trips over whatever is not as it expects
             raise Fatal(
                 f"{origin} is not understood ({type(error).__name__}); check it with kubectl get nodes"
@@ -887,7 +894,7 @@ class Cluster:
             answer = self.client.call_api(*request, _request_timeout=deadline.remaining())
             answer.read()  # into answer.data
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise Transient(f"{self.name}: {one_line(error)}") from None
+            raise Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach()) from None
         except ApiException as error:  # TLS
             if "EOF" in str(error.reason):  # a load balancer, say, whose API server is about to come back
                 raise Transient(f"{self.name}: {one_line(error.reason)}") from None
@@ -903,10 +910,24 @@ class Cluster:
         if answer.status == 429 or answer.status >= 500:
             return Transient(told, retry_after(answer.headers.get("Retry-After", "")))
         if answer.status == 401:
-            return Fatal(f"{told}: the credentials are not accepted; renew the token or certificate of the account")
+            renew = "renew the token or certificate of the account"
+            if self.file:
+                renew += "; k3s: copy /etc/rancher/k3s/k3s.yaml anew; kubeadm: kubeadm certs renew admin.conf"
+            return Fatal(f"{told}: the credentials are not accepted; {renew}")
         if answer.status == 403:
-            return Fatal(f"{told}: allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole")
+            allow = f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
+            return Fatal(f"{told}: {allow}{how_to_allow(verb, status_message(answer.data))}")
         return Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
+
+    def how_to_reach(self) -> str:
+        """What to do about an API server that does not answer."""
+        if not self.file or os.pathsep in self.file:
+            return "; check it with kubectl get nodes" if self.file else ""
+        file = shlex.quote(os.path.expanduser(self.file))
+        local = re.fullmatch(r"https?://(localhost|127\.[0-9.]+)(:[0-9]+)?/*", self.name or "")
+        if local:  # of a kubeconfig that was copied from where the server is: k3s makes it so
+            return f"; if the cluster is on another machine, give its address: sed -i s/{local[1]}/ADDRESS/ {file}"
+        return f"; check it with kubectl --kubeconfig {file} get nodes"
 
     def uid_of(self, namespace: str, service: str, deadline: Deadline) -> str:
         """The uid of a Service, empty when it is gone. Raises Transient or Fatal."""
@@ -967,6 +988,30 @@ class Cluster:
             return json.loads(body)
         except (ValueError, RecursionError):
             raise Fatal(f"{self.name} answers no JSON, but {quoted(status_message(body))}") from None
+
+
+def how_to_log_in(error: Exception, file: str) -> str:
+    """Why a kubeconfig, or without a file the account of a pod, is of no use, and what to do."""
+    path = os.path.expanduser(file)
+    if "No configuration found" in str(error):
+        places = "k3s has --kubeconfig /etc/rancher/k3s/k3s.yaml, kubeadm --kubeconfig /etc/kubernetes/admin.conf"
+        return f"there is no such file; {places}; or give --snapshot to do without"
+    if isinstance(error, PermissionError) and error.filename == path:  # as k3s and kubeadm make it
+        copy = f"sudo install -m 600 -o {os.geteuid()} {shlex.quote(path)} kubeconfig"
+        return f"only root may read it; run epok as root, or: {copy}, and give --kubeconfig kubeconfig"
+    return f"{one_line(error).rstrip('.')}; give --kubeconfig, or --snapshot to do without"
+
+
+def how_to_allow(verb: str, message: str) -> str:
+    """The commands that give a user the permission that an answer with status 403 says it lacks."""
+    user = re.search(r'User "([A-Za-z0-9:@._-]{1,253})" cannot', message)
+    if not user:
+        return "; cron/cronjob.yaml has all that it needs"
+    events = verb != "list"
+    name, verbs = ("epok-events", "create,patch") if events else ("epok-list", "list")
+    resources = "events" if events else "services,nodes,endpointslices.discovery.k8s.io"
+    role = f"kubectl create clusterrole {name} --verb={verbs} --resource={resources}"
+    return f": {role} && kubectl create clusterrolebinding {name} --clusterrole={name} --user={user[1]}"
 
 
 def tls_context(configuration: Any) -> ssl.SSLContext:
@@ -1888,6 +1933,10 @@ def hook_changes(chain: str, wanted: list[str], found: list[str]) -> list[str]:
 CODING = ("utf-8", "surrogateescape")  # a foreign comment may have any bytes, and they must come back as they were
 OUTPUT_LIMIT = 1 << 28  # bytes: a host that sends without end must not fill the memory
 REACH_SECONDS = 2
+WITH_SUDO = (
+    *(f"{tool}-save -t {table}" for tool in ("iptables", "ip6tables") for table in ("nat", "filter")),
+    *(f"{tool}-restore --noflush --wait 5" for tool in ("iptables", "ip6tables")),
+)
 SYSCTLS = ("/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding")
 
 
@@ -2067,9 +2116,11 @@ class SshHost:
 
     def how_to_let_in(self, key: Any, error: Exception) -> str:
         if key is None:
-            return f"{self.name}: no key was accepted ({one_line(error)}); give one with --key"
-        line = f"{key.get_name()} {key.get_base64()}"
-        return f"{self.name}: the key {self.options.key} is refused; put this line into its authorized_keys: {line}"
+            made = how_to_make_key(os.path.expanduser("~/.ssh/epok"))
+            return f"{self.name}: no key was accepted ({one_line(error)}); give one with --key; {made}"
+        line = f"restrict {key.get_name()} {key.get_base64()}"
+        add = f"mkdir -p -m 700 ~/.ssh && echo '{line}' >>~/.ssh/authorized_keys"
+        return f"{self.name}: the key {self.options.key} is refused; as {self.user} on the host run: {add}"
 
     def drop(self) -> None:
         if self.client is not None:
@@ -2082,6 +2133,17 @@ class SshHost:
         self.drop()
 
 
+def how_to_make_key(name: str) -> str:
+    make = f"{into_directory(name)}ssh-keygen -q -t ed25519 -N '' -f {shlex.quote(name)}"
+    return f"to make one, run cron/setup-host on the host, or: {make}"
+
+
+def into_directory(name: str) -> str:
+    """The beginning of a command that makes a file: what makes its directory, where there is none."""
+    directory = os.path.dirname(name) or "."
+    return "" if os.path.isdir(directory) else f"mkdir -p -m 700 {shlex.quote(directory)} && "
+
+
 def load_key(name: str) -> Any:
     """The private key in a file, None without a name. Raises Fatal: later it would look like a lost connection."""
     import paramiko
@@ -2091,7 +2153,10 @@ def load_key(name: str) -> Any:
     try:
         return paramiko.PKey.from_path(name)
     except (paramiko.PasswordRequiredException, TypeError):  # TypeError is what cryptography raises for it
-        raise Fatal(f"--key {name} has a passphrase; give a key without one, or load it into ssh-agent") from None
+        away = f"ssh-keygen -p -N '' -f {shlex.quote(name)}"
+        raise Fatal(f"--key {name} has a passphrase; take it away: {away}, or use ssh-agent and no --key") from None
+    except FileNotFoundError:
+        raise Fatal(f"--key {name}: there is no such file; {how_to_make_key(name)}") from None
     except Exception as error:  # what its parsers raise is not documented
         raise Fatal(f"--key {name}: {one_line(error)}; give a private key that ssh-keygen made") from None
 
@@ -2167,7 +2232,10 @@ class HostKeyCheck:
             types = ", ".join(sorted(self.types))
             return f"{self.login}: it has no host key of the known kind ({types}); check --host-key or {self.file}"
         key = self.seen[0]
-        line = f"{self.name} {key.get_name()} {key.get_base64()}"
+        # the blank does no harm, and who looks for the line finds its first word alone
+        add = f"echo ' {self.name} {key.get_name()} {key.get_base64()}' >>{shlex.quote(self.file)}"
+        kind = next((kind for kind in ("ed25519", "ecdsa", "rsa") if kind in key.get_name()), "*")
+        compare = f"on the host: ssh-keygen -lf /etc/ssh/ssh_host_{kind}_key.pub"
         if key.get_base64().rstrip("=") in self.revoked:
             what = f"is marked @revoked in {self.file}; connect to no such host"
         elif self.pins:
@@ -2175,10 +2243,11 @@ class HostKeyCheck:
             what += f'--host-key "{key.get_name()} {key.get_base64()}"'
         elif self.accepted:
             what = f"is not the one in {self.file}: somebody may be in between; "
-            what += f"if the host was reinstalled, replace its line there by: {line}"
+            forget = f"ssh-keygen -R {shlex.quote(self.name)} -f {shlex.quote(self.file)}"
+            what += f"only if the host was reinstalled and has this key ({compare}), run: {forget} && {add}"
         else:
-            what = "is unknown; compare it with ssh-keygen -lf on the host, "
-            what += f"then add this line to {self.file}: {line}"
+            what = f"is unknown; compare it with that {compare}, and if it is the same, run: "
+            what += f"{into_directory(self.file)}{add}"
         return f"{self.login}: its host key {key.get_name()} {key.fingerprint} {what}"
 
 
@@ -2204,7 +2273,8 @@ def read_host(host: Host, deadline: Deadline, counted: bool = False) -> tuple[Fa
 def read_facts(host: Host, deadline: Deadline) -> Facts:
     links = host.run(("ip", "-br", "addr"), "", deadline)
     if links.status != 0:
-        log.warning("%s: ip -br addr: %s; so epok cannot tell whether the host is a node", host.name, links.said)
+        told = links.said + ": apt-get install iproute2" * (links.status == 127)
+        log.warning("%s: ip -br addr: %s; so epok cannot tell whether the host is a node", host.name, told)
     # of a point-to-point link, "ADDRESS peer ADDRESS", the second is somebody else's
     words = [re.sub(r" peer \S+", "", line).split() for line in links.out.splitlines() if line.strip()]
     addresses = [usable(word.split("/")[0]) for line in words for word in line[2:]]
@@ -2263,14 +2333,20 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
         return Transient(f"{failed}; native nft rules share the table: move them to a table of their own", attempts=3)
     if result.status == 127 or "command not found" in result.err:
         lacks_sudo = re.search(r"\bsudo: (command )?not found", result.err)
-        package = "sudo, or let epok log in as root" if lacks_sudo else "iptables"
+        package = f"sudo, or {how_to_be_root(host, 'su -c')}" if lacks_sudo else "iptables"
         return Fatal(f"{failed}; install it on the host: apt-get install {package}")
     if "epok-gate: " in result.err:
         return Fatal(f"{failed}; run cron/setup-host of this epok on the host, with --mark if epok has that option")
     if "sudo" in argv and ("sudo:" in result.err or "not allowed" in result.err):
-        return Fatal(f"{failed}; add to sudoers: {host.user} ALL=(root) NOPASSWD: /usr/sbin/{shlex.join(argv[2:])}")
+        commands = dict.fromkeys([shlex.join(argv[2:]), *WITH_SUDO])
+        line = f"{host.user} ALL=(root) NOPASSWD: " + ", ".join(f"/usr/sbin/{words}" for words in commands)
+        first = f"{how_to_be_root(host, 'sudo -E')}; or " if isinstance(host, LocalHost) else ""
+        return Fatal(f"{failed}; {first}as root on the host run visudo -f /etc/sudoers.d/epok and add: {line}")
     if "must be root" in result.err or "Permission denied" in result.err or "not permitted" in result.err:
-        return Fatal(f"{failed}; run epok as root, or let it log in as a user that may use sudo")
+        lacking = "; root lacks CAP_NET_ADMIN here, which a container gets by --cap-add NET_ADMIN --network host"
+        is_root = isinstance(host, LocalHost) and os.geteuid() == 0
+        advice = lacking if is_root else "; run epok as root, or let it log in as a user that may use sudo"
+        return Fatal(f"{failed}{advice}")
     if "temporarily unavailable" in result.err or "xtables lock" in result.err or result.status < 0:
         return Transient(failed)
     named = re.search(r"line:? (\d+)", result.err)
@@ -2281,6 +2357,14 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
         return Fatal(f"{failed}; this is a defect of epok or an iptables that is too old")
     # a race with another writer, which goes away, or something that the kernel refuses, which stays
     return Transient(failed, attempts=3)
+
+
+def how_to_be_root(host: Host, by: str) -> str:
+    """What does without sudo -n: to log in as root, or to run epok as root, by a command that takes its words."""
+    if isinstance(host, SshHost):
+        return f"log in as root: --host {host.login._replace(user='root')}"
+    words = shlex.join([sys.executable, *sys.argv])
+    return f"run epok as root: {by} {shlex.quote(words) if by == 'su -c' else words}"
 
 
 Input = tuple[tuple[str, ...], str]  # a command of the iptables-restore family, and a text for its standard input
