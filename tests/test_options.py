@@ -472,3 +472,17 @@ def test_the_readme_lists_every_option_and_variable() -> None:
     for setting in epok.SETTINGS:
         assert f"`{setting.variable}`" in readme
     assert {option for option in usage if f"`{option}`" not in readme} == {"--help", "--version"}
+
+
+SAID_BY_SUDO = "a password is required"
+
+
+def test_the_messages_that_the_readme_tells_of_are_epoks() -> None:
+    readme = (Path(epok.__file__).parent / "README.md").read_text()
+    table = readme.partition("| it says | |\n|---|---|\n")[2].partition("\n\n")[0]
+    told = [row.split("`")[1] for row in table.splitlines()]
+    assert len(told) > 8 and SAID_BY_SUDO in told
+    program = Path(epok.__file__).read_text(encoding="utf-8")
+    for words in told:
+        made = re.escape(words).replace("tcp/25", r"\{port\}").replace("eth0", r"\{name\}").replace("IPv4", "IPv.*")
+        assert words == SAID_BY_SUDO or re.search(made, program), words

@@ -37,6 +37,7 @@ RAN: set[tuple[str, int]] = set()
 CLUSTER = "In the cluster, every minute, over SSH"
 TIMER = "On the host, every minute, by systemd"
 HAND = "By hand"
+BROKEN = "When it does not work"
 OLDER = "Coming from the older epok in Rust"
 MAIL = service("mail", "25:2025", [port(25, 2025)])
 
@@ -251,6 +252,9 @@ def test_by_hand(world: World) -> None:
     assert "now forwarding tcp/25" in world.read(HAND, 1)
     assert world.forwards()
     assert "in sync" in world.read(HAND, 2)
+    shown = world.read(BROKEN, 0)
+    assert "default/mail:25" in shown and "hooks in place" in shown
+    assert "Most likely: no connection has come in by eth0 yet" in shown
     world.read("Uninstall", 3)
     assert not world.forwards()
     world.gateway.setup_host("--remove")
