@@ -3381,7 +3381,8 @@ class Story:
 
     def nowhere_to_go(self) -> Iterator[str]:
         namespace, _, name = self.key.partition("/")
-        if self.pods().startswith("0 of"):
+        answered = any(check.what.endswith(" answers") and not check.problem for check in self.status.checks)
+        if self.pods().startswith("0 of") and not answered:
             slices = f"endpointslices -n {namespace} -l kubernetes.io/service-name={name}"
             yield f"no pod of it is ready: kubectl get {slices}"
         if self.service and not any(place.live for place in self.plan.places):

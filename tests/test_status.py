@@ -281,9 +281,12 @@ def test_the_last_line_says_what_is_wrong_with_a_service(lab: Lab, case: str) ->
 
 
 @once
-def test_without_a_ready_pod_that_is_the_cause(lab: Lab) -> None:
+def test_without_a_ready_pod_that_is_the_cause_unless_a_node_answers(lab: Lab) -> None:
     run(lab, MAIL)
-    lines = explain(lab, *lab.node_objects(), MAIL, with_pods())
+    assert explain(lab, *lab.node_objects(), MAIL, with_pods())[-1].startswith("Most likely: no connection has come in")
+    closed = service("mail", "25:2026", [port(25, 2026)])
+    run(lab, closed)
+    lines = explain(lab, *lab.node_objects(), closed, with_pods())
     assert "  pods: 0 of 3 ready" in lines
     assert lines[-1] == (
         "Most likely: no pod of it is ready: "
