@@ -2987,26 +2987,34 @@ DISPATCH = re.compile(
 )
 TARGET = re.compile(r"--to-destination \[?([0-9a-f.:]+)\]?:(\d{1,5})", re.ASCII)
 ENTRY = re.compile(r"(?:(! )?-d (\S+) )?(?:-i|-o) (\S+) -p \w+ -g (\S+)")
-Lives = dict[tuple[int, int, str, str], Live]
+Key = tuple[int, int, str, str]  # ports, protocol and Service
+Dispatch = tuple[re.Match[str], tuple[str, ...]]  # a rule that leads to a forward, and the ways by which it is met
 
 
-def forwards_in(tables: Tables, version: int, counts: Mapping[str, Sequence[int]] | None = None) -> Lives:
-    """What rules forward; `counts` are those of the rules, by chain."""
+def dispatches_in(tables: Tables) -> dict[Key, Dispatch]:
+    """What rules lead to forwards."""
     chains = tables["nat"].chains
-    forwards: Lives = {}
+    found: dict[Key, Dispatch] = {}
     for way, start in ways_in(tables):
         todo, seen = [start], {start}
         while todo:
             for rule in chains.get(todo.pop(), []):
                 jump = rule.rpartition(" -g ")[2]
                 if match := DISPATCH.match(rule):
-                    live = read_forward(match, chains, version, counts or tables["nat"].counts)
-                    known = forwards.get(live.key, live)
-                    forwards[live.key] = dataclasses.replace(known, ways=tuple(dict.fromkeys((*known.ways, way))))
+                    protocol, first, last, service = match.groups()[:4]
+                    key = int(first), int(last or first), protocol, service
+                    ways = found[key][1] if key in found else ()
+                    found[key] = match, ways if way in ways else (*ways, way)
                 elif jump not in seen:
                     seen.add(jump)
                     todo.append(jump)
-    return forwards
+    return found
+
+
+def forwards_in(tables: Tables, version: int, counts: Mapping[str, Sequence[int]] | None = None) -> dict[Key, Live]:
+    """What rules forward; `counts` are those of the rules, by chain."""
+    found = dispatches_in(tables).items()
+    return {key: read_forward(key, dispatch, tables["nat"], version, counts) for key, dispatch in found}
 
 
 def ways_in(tables: Tables) -> list[tuple[str, str]]:
@@ -3017,10 +3025,11 @@ def ways_in(tables: Tables) -> list[tuple[str, str]]:
 
 
 def read_forward(
-    match: re.Match[str], chains: Mapping[str, list[str]], version: int, counts: Mapping[str, Sequence[int]]
+    key: Key, dispatch: Dispatch, nat: Table, version: int, counts: Mapping[str, Sequence[int]] | None = None
 ) -> Live:
-    """The forward of a dispatch rule."""
-    protocol, first, last, service, port, pods, chain = match.groups()
+    """The forward that a rule leads to."""
+    (match, ways), chains, counts = dispatch, nat.chains, counts or nat.counts
+    (first, last, protocol, service), (port, pods, chain) = key, match.groups()[4:]
     sources = {rule.split()[1]: rule.split()[-1] for rule in chains.get(chain, []) if re.match("-s .* -g ", rule)}
     leaf = next(iter(sources.values()), chain)
     rules = chains.get(leaf, [])
@@ -3031,8 +3040,8 @@ def read_forward(
             met[target] = met.get(target, 0) + (count or 0)
     marks = re.search(r"--set-xmark (\w+)/(\w+)", rules[0] if rules else "")
     return Live(
-        first=int(first),
-        last=int(last or first),
+        first=first,
+        last=last,
         protocol=protocol,
         service=service,
         port=port,
@@ -3042,6 +3051,7 @@ def read_forward(
         direct=bool(pods),
         kept=bool(marks and marks[1] != marks[2]),
         sources=tuple(sources),
+        ways=ways,
         counts=(counts[leaf][0], *met.values()) if counts.get(leaf) else (),
     )
 
@@ -3090,13 +3100,23 @@ def changes_between(before: Found, after: Wanted) -> list[Change]:
     for version, tables in before.items():
         if tables is None:
             continue
-        old, new = forwards_in(tables, version), forwards_in(after[version], version)
-        for key in sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
-            if key in old and key in new:
-                changes.append(Change("~", new[key], old[key]))
-            else:
-                changes.append(Change("+", new[key]) if key in new else Change("-", old[key]))
+        old, new = dispatches_in(tables), dispatches_in(after[version])
+        had, has = tables["nat"], after[version]["nat"]
+        tampered = any(rules != has.chains.get(chain, rules) for chain, rules in had.chains.items() if chain != ROOT)
+        for key in sorted(old.keys() | new.keys()):
+            if key in old and key in new and not tampered and same(old[key], new[key]):
+                continue  # the names of chains say what is in them
+            was = read_forward(key, old[key], had, version) if key in old else None
+            now = read_forward(key, new[key], has, version) if key in new else None
+            if now and now != was:
+                changes.append(Change("~" if was else "+", now, was))
+            elif was and not now:
+                changes.append(Change("-", was))
     return changes
+
+
+def same(one: Dispatch, other: Dispatch) -> bool:
+    return one[0].string == other[0].string and one[1] == other[1]
 
 
 def events_of(changes: Iterable[Change], machine: str) -> list[Event]:
@@ -3113,8 +3133,9 @@ def udp_targets(tables: Tables, version: int) -> dict[int, set[tuple[str, int]]]
     """Where each external UDP port goes."""
     return {
         port: {(str(target.address), target.port + port - live.first) for target in live.targets}
-        for live in forwards_in(tables, version).values()
-        if live.protocol == "udp"
+        for key, dispatch in dispatches_in(tables).items()
+        if "udp" in key
+        for live in [read_forward(key, dispatch, tables["nat"], version)]
         for port in range(live.first, live.last + 1)
     }
 
