@@ -329,7 +329,8 @@ def test_a_host_that_was_reinstalled_gets_its_new_line(
     error = message(newcomer.ssh(*words, user="root"))
     assert "only if the host was reinstalled" in error and "ssh-keygen -lf" in error
     newcomer.types(copied(r"run: (.*)$", error))
-    assert "elsewhere" in (newcomer.home / "known").read_text()
+    left = (newcomer.home / "known").read_text()
+    assert f"elsewhere {stranger}" in left and f"{name} {stranger}" not in left
     assert newcomer.ssh(*words, user="root").returncode == 0
 
 
