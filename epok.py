@@ -1826,22 +1826,20 @@ def saved_chains(text: str, name: str) -> dict[str, list[str]]:
         elif inside and line.startswith("-A "):
             chains.setdefault(line.split(" ", 2)[1], []).append(line)
         elif inside and line.startswith(":"):
-            policies.append((line[1:].split(" ")[0], line.split(" ")[1]))
+            policies.append((line[1:].split(" ")[0], line.partition(" ")[2].split(" ")[0]))
     for chain, policy in policies:
         chains.setdefault(chain, []).append(f"-P {chain} {policy}")
     return chains
 
 
 def rules_ahead(text: str, name: str) -> dict[str, list[str]]:
-    """All chains of a table, its first built-in one up to epok's hook; none when the hook comes first or is missing."""
+    """All chains of a table when rules come before epok's hook in the first; none when it comes first or is missing."""
     [(first, hook), *_] = HOOKS[name].items()
     start = re.search(rf"^(?:\[.*?\] )?-A {first} (.*)", text, re.MULTILINE)
     if not start or start[1] == hook:
         return {}
     chains = saved_chains(re.sub(r"(?m)^\[\d+:\d+\] ", "", text), name)
-    own = f"-A {first} {hook}"
-    before = list(itertools.takewhile(lambda line: line != own, chains[first]))
-    return {**chains, first: before} if own in chains[first] else {}
+    return chains if f"-A {first} {hook}" in chains.get(first, ()) else {}
 
 
 def split(rule: str) -> list[str]:
@@ -2256,11 +2254,14 @@ Found = Mapping[int, Tables | None]  # by IP version, None where the host cannot
 
 
 class Facts(NamedTuple):
-    """What a host has: addresses, interfaces, and by IP version whether it forwards packets."""
+    """What a host has: interfaces with their addresses, and by IP version whether it forwards packets."""
 
-    addresses: tuple[Address, ...]
-    interfaces: tuple[str, ...]
+    interfaces: Mapping[str, Sequence[Address]]
     forwarding: Mapping[int, bool]
+
+    @property
+    def addresses(self) -> list[Address]:
+        return [address for addresses in self.interfaces.values() for address in addresses]
 
 
 def read_host(host: Host, deadline: Deadline, counted: bool = False) -> tuple[Facts, Background, Background]:
@@ -2277,11 +2278,12 @@ def read_facts(host: Host, deadline: Deadline) -> Facts:
         log.warning("%s: ip -br addr: %s; so epok cannot tell whether the host is a node", host.name, told)
     # of a point-to-point link, "ADDRESS peer ADDRESS", the second is somebody else's
     words = [re.sub(r" peer \S+", "", line).split() for line in links.out.splitlines() if line.strip()]
-    addresses = [usable(word.split("/")[0]) for line in words for word in line[2:]]
     values = host.run(("cat", *SYSCTLS), "", deadline).out.split()
     return Facts(
-        addresses=tuple(address for address in addresses if address),
-        interfaces=tuple(line[0].split("@")[0] for line in words),
+        interfaces={
+            line[0].split("@")[0]: [address for word in line[2:] if (address := usable(word.split("/")[0]))]
+            for line in words
+        },
         forwarding={version: value != "0" for version, value in zip((4, 6), values, strict=False)},
     )
 
@@ -2419,7 +2421,10 @@ def converge(host: Host, wanted: Wanted, found: Found, options: Options, deadlin
 
 
 class Packet(NamedTuple):
-    """The first packet of a connection, before epok forwards it (`local`) or after; an empty `out` is not known."""
+    """The first packet of a connection, before epok forwards it (`local`) or after; an empty `out` is not known.
+
+    `mark` is the bit of the connection mark that epok has set.
+    """
 
     version: int
     interface: str
@@ -2428,6 +2433,7 @@ class Packet(NamedTuple):
     port: int
     address: Address
     local: bool
+    mark: int = 0
 
 
 class Step(NamedTuple):
@@ -2445,24 +2451,35 @@ class Step(NamedTuple):
 Steps = Callable[[str, Packet], Iterable[Step]]  # the rules of a chain, for a packet
 
 
-def decision(steps: Steps, chain: str, packet: Packet, depth: int = 0) -> tuple[Step | None, bool]:
+Decision = tuple[Step | None, bool]
+
+
+def decision(steps: Steps, chain: str, packet: Packet, told: dict[str, Decision] | None = None) -> Decision:
     """The step that decides about a packet, None when none does, and whether that is sure.
 
-    Not sure is what comes after a rule that may have accepted the packet; one that may drop it is taken not to.
+    Not sure is what comes after a rule that may have sent the packet another way; one that may drop it is taken not to.
     """
+    told = {} if told is None else told
+    if chain not in told:
+        told[chain] = None, False  # so that chains in a circle, which the kernel refuses, come to an end
+        if len(told) < 200:
+            told[chain] = walk(steps, chain, packet, told)
+    return told[chain]
+
+
+def walk(steps: Steps, chain: str, packet: Packet, told: dict[str, Decision]) -> Decision:
     sure = True
-    for step in steps(chain, packet) if depth < 10 else ():
+    for step in steps(chain, packet):
         if step.matched is False or not step.verdict:
             continue
-        found: Step | None = step if step.verdict != "return" else None
-        known = step.verdict != "?"
+        found = step if step.verdict in ("accept", "drop") else None
+        known = bool(found) or step.verdict == "return"
         if step.chain:
-            found, known = decision(steps, step.chain, packet, depth + 1)
-        sure = sure and known
-        if step.matched and known and (found or step.verdict in ("return", "goto")):
-            return found, sure
-        if found and not (found.verdict == "drop" or step.matched):
-            sure = False
+            found, known = decision(steps, step.chain, packet, told)
+        leaves = found or step.verdict in ("return", "goto")
+        if step.matched and leaves:
+            return found, sure and known
+        sure = sure and known and (not leaves or bool(found and found.verdict == "drop"))
     return None, sure
 
 
@@ -2472,11 +2489,11 @@ def answer(known: bool | None, negated: bool) -> bool | None:
 
 def within(ports: str, port: int) -> bool:
     """Whether "25" or "8000:8010" has a port."""
-    first, _, last = ports.partition(":")
-    return first.isdigit() and int(first) <= port <= int(last or first)
+    found = re.fullmatch(r"([0-9]{1,5})(?::([0-9]{1,5}))?", ports)
+    return bool(found and int(found[1]) <= port <= int(found[2] or found[1]))
 
 
-def in_network(text: str, address: Address | int) -> bool | None:
+def in_network(text: str, address: Address) -> bool | None:
     try:
         return address in ipaddress.ip_network(text, strict=False)
     except ValueError:
@@ -2492,29 +2509,36 @@ def like(pattern: str, interface: str, wildcard: str) -> bool | None:
 
 MATCHES: Mapping[str, Callable[[str, Packet], bool | None]] = {  # of iptables; any other cannot be told
     "-m": lambda _, packet: True,
-    "--comment": lambda _, packet: True,
     "-i": lambda value, packet: like(value, packet.interface, "+"),
     "-o": lambda value, packet: like(value, packet.out, "+"),
     "-p": lambda value, packet: value in (packet.protocol, "all"),
     "-d": lambda value, packet: in_network(value, packet.address),
     "--dport": lambda value, packet: within(value, packet.port),
     "--dports": lambda value, packet: any(within(ports, packet.port) for ports in value.split(",")),
-    "--ctstate": lambda value, packet: bool({"NEW", "DNAT"} & set(value.split(","))),
+    "--ctstate": lambda value, packet: bool({"NEW", "NEW" if packet.local else "DNAT"} & set(value.split(","))),
     "--state": lambda value, packet: "NEW" in value.split(","),
-    "--dst-type": lambda value, packet: value == ("LOCAL" if packet.local else "UNICAST"),
+    "--dst-type": lambda value, packet: ("LOCAL" if packet.local else "UNICAST") in value.split(","),
+    "connmark --mark": lambda value, packet: value == f"{packet.mark:#x}/{packet.mark:#x}" or None,
 }
-VERDICTS = {"RETURN": "return", **dict.fromkeys(("DROP", "REJECT"), "drop"),
+COMMENT = re.compile(r' -m comment --comment (?:"(?:\\.|[^"\\])*"|\S+)')
+VERDICTS = {**dict.fromkeys(("DROP", "REJECT"), "drop"),
             **dict.fromkeys(("ACCEPT", "DNAT", "REDIRECT", "NETMAP"), "accept")}  # fmt: skip
 GOING_ON = {"", "LOG", "NFLOG", "MARK", "CONNMARK", "TCPMSS", "TRACE", "TTL", "HL", "DSCP", "CHECKSUM", "CLASSIFY"}
 
 
 def iptables_steps(chains: Mapping[str, Sequence[str]]) -> Steps:
     """The steps of chains as saved_chains() reads them."""
+    words_of = functools.lru_cache(maxsize=None)(lambda line: split(COMMENT.sub("", line)))
+
+    def policy(chain: str) -> str:
+        """What becomes of a packet at the end of a chain: "return" in one that is not built in."""
+        words = chains[chain][-1].split()
+        return VERDICTS.get(words[-1], "return") if words[0] == "-P" else "return"
 
     def step(line: str, packet: Packet) -> Step:
-        words = split(line)
+        words = words_of(line)
         if words[0] == "-P":
-            return Step(True, VERDICTS.get(words[2], "accept"), "", line)
+            return Step(True, policy(words[1]), "", line)
         matched: bool | None = True
         target, jump = "", "jump"
         options = [number for number, word in enumerate(words) if number > 1 and re.match("--?[a-z]", word)]
@@ -2523,9 +2547,11 @@ def iptables_steps(chains: Mapping[str, Sequence[str]]) -> Steps:
             if option in ("-j", "-g"):
                 target, jump = values[0] if values else "", "goto" if option == "-g" else "jump"
                 break
-            test = MATCHES.get(option)
+            test = MATCHES.get(option) or MATCHES.get(f"{words[number - 1]} {option}")
             told = answer(test(values[0], packet), words[number - 1] == "!") if test and len(values) == 1 else None
             matched = False if told is False or matched is False else matched and told
+        if target == "RETURN" or owned(target):  # from there on epok's own rules decide
+            return Step(matched, policy(words[1]) if target == "RETURN" else "return", "", line)
         if target in chains or target in VERDICTS:
             return Step(matched, VERDICTS.get(target, jump), target if target in chains else "", line)
         return Step(matched, "" if target in GOING_ON else "?", "", line)
@@ -2537,83 +2563,111 @@ def nft_steps(
     host: Host, family: str, table: str, policies: Mapping[str, str], blind: list[str], deadline: Deadline
 ) -> Steps:
     """The steps of a table that iptables did not make; a chain is read from the host when a packet meets it."""
-    known: dict[str, list[Mapping[str, Any]]] = {}
+    known: dict[str, list[Mapping[str, Any]] | None] = {}
 
-    def rules(chain: str) -> list[Mapping[str, Any]]:
+    def rules(chain: str) -> list[Mapping[str, Any]] | None:
         if chain not in known and len(known) < 50:
             known[chain] = nft_objects(host, ("chain", family, table, chain), "rule", blind, deadline)
-        return known.get(chain, [])
+        return known.get(chain)
 
     def steps(chain: str, packet: Packet) -> Iterator[Step]:
         where = f"nft table {family} {table}, chain {chain}"
-        for rule in rules(chain):
-            parts = [next(iter(part.items())) for part in rule.get("expr", []) if isinstance(part, dict) and part]
-            told = [nft_match(value, packet) for name, value in parts if name == "match"]
+        end = {"accept": "accept", "drop": "drop"}.get(policies.get(chain, ""), "return")
+        found = rules(chain)
+        if found is None:
+            yield Step(True, "?", "", where)
+        for rule in found or ():
+            expressions = rule.get("expr")
+            each = expressions if isinstance(expressions, list) else [{"": None}]
+            parts = [next(iter(part.items())) for part in each if isinstance(part, dict) and part]
+            told = [
+                nft_match(value, packet) if name == "match" else None for name, value in parts if name in NFT_MATCHES
+            ]
             matched = False if False in told else None if None in told else True
             [(name, value), *_] = [part for part in parts if part[0] not in NFT_GOING_ON] or [("", None)]
-            verdict = {"reject": "drop"}.get(name, name if name in NFT_VERDICTS or not name else "?")
-            target = value.get("target", "") if isinstance(value, dict) and verdict in ("jump", "goto") else ""
-            yield Step(matched, verdict, target, f"{where}, handle {rule.get('handle')}")
-        if policies.get(chain) == "drop":
-            yield Step(True, "drop", "", f"{where}, its policy")
+            verdict = {"reject": "drop", "return": end}.get(name, name if name in NFT_VERDICTS or not name else "?")
+            target = value.get("target") if isinstance(value, dict) and verdict in ("jump", "goto") else ""
+            yield Step(matched, verdict, str(target), f"{where}, handle {rule.get('handle')}")
+        if end != "return":
+            yield Step(True, end, "", f"{where}, its policy")
 
     return steps
 
 
 NFT_NAME = r"[A-Za-z0-9_.][A-Za-z0-9_./-]{0,127}"
-NFT_GOING_ON = ("match", "counter", "log", "mangle")
+NFT_MATCHES = ("match", "limit", "quota")
+NFT_GOING_ON = (*NFT_MATCHES, "counter", "log", "mangle")
 NFT_VERDICTS = ("accept", "drop", "return", "jump", "goto")
+NFT_OTHER_PROTOCOLS = ("icmp", "icmpv6", "igmp", "esp", "ah", "comp", "udplite", "dccp")
 
 
 def nft_match(match: Any, packet: Packet) -> bool | None:
     """Whether a packet matches, by an expression of libnftables-json(5)."""
-    [(kind, what), *_] = match["left"].items() if isinstance(match.get("left"), dict) else [("", None)]
-    right = match.get("right")
-    values = (
-        right["set"] if isinstance(right, dict) and "set" in right else right if isinstance(right, list) else [right]
+    left, op, right = (match.get(key) for key in ("left", "op", "right")) if isinstance(match, dict) else [None] * 3
+    if left == {"&": [{"ct": {"key": "mark"}}, packet.mark]}:
+        return answer(right == packet.mark, op == "!=") if op in ("==", "!=") else None
+    [(kind, what), *_] = left.items() if isinstance(left, dict) and left else [("", None)]
+    values = right.get("set") if isinstance(right, dict) and "set" in right else right
+    values = [nft_element(value) for value in (values if isinstance(values, list) else [values])]
+    key, layer = (
+        (what.get("key") or what.get("field"), what.get("protocol")) if isinstance(what, dict) else (None, None)
     )
-    if not isinstance(what, dict) or not isinstance(values, list):
+    if kind == "payload" and layer in ("ip", "ip6") and layer != ("ip" if packet.version == 4 else "ip6"):
+        return False
+    if kind == "payload" and layer in (*PROTOCOLS, *NFT_OTHER_PROTOCOLS) and layer != packet.protocol:
+        return False
+    # a list is bits of which one is enough, but with any other operator than "in" all of them count
+    exact = isinstance(right, list) or (kind, key) == ("ct", "status")
+    if op not in (("in",) if exact else ("in", "==", "!=")):
         return None
-    key, layer = what.get("key") or what.get("field"), what.get("protocol")
-    told: list[bool | None] = [None]
-    if (kind, layer) in (("payload", "ip"), ("payload", "ip6")) and layer != ("ip" if packet.version == 4 else "ip6"):
-        return False
-    if kind == "payload" and layer in PROTOCOLS and layer != packet.protocol:
-        return False
-    if kind == "ct" and key in ("state", "status"):
-        told = ["new" in values or "dnat" in values]
-    elif key in ("iif", "iifname", "oif", "oifname"):
-        interface = packet.interface if key.startswith("iif") else packet.out
-        told = [like(str(value), interface, "*") for value in values]
-    elif key in ("nfproto", "l4proto"):
-        told = [value in (packet.protocol, f"ipv{packet.version}") for value in values]
-    elif key == "daddr":
-        told = [nft_has(value, packet.address) for value in values]
-    elif key == "dport":
-        told = [nft_has(value, packet.port) for value in values]
+    told = [nft_equal(kind, key, value, packet) for value in values]
     known = True if True in told else None if None in told else False
-    return answer(known, match.get("op") == "!=")
+    return answer(known, op == "!=")
+
+
+def nft_element(value: Any) -> Any:
+    """An element of a set, without its comment, counter or time."""
+    element = value.get("elem") if isinstance(value, dict) else None
+    return element.get("val") if isinstance(element, dict) else value
+
+
+def nft_equal(kind: str, key: Any, value: Any, packet: Packet) -> bool | None:
+    """Whether a packet has this value, if that can be told."""
+    if kind == "payload" and key in ("daddr", "dport"):
+        return nft_has(value, packet.address if key == "daddr" else packet.port)
+    if not isinstance(value, str) or value.startswith("@"):  # a named set
+        return None
+    if kind == "ct" and key in ("state", "status"):
+        return value == ("new" if key == "state" else "dnat")
+    if kind == "meta" and key in ("iif", "iifname", "oif", "oifname"):
+        return like(value, packet.interface if key.startswith("iif") else packet.out, "*")
+    if (kind, key) == ("meta", "nfproto"):
+        return value == f"ipv{packet.version}"
+    if (kind, key) in (("meta", "l4proto"), ("payload", "protocol"), ("payload", "nexthdr")):
+        return value == packet.protocol
+    return None
 
 
 def nft_has(value: Any, wanted: Address | int) -> bool | None:
     """Whether a value of an expression, a prefix or a range is or has an address or a port."""
-    prefix = value.get("prefix") if isinstance(value, dict) else None
-    ends = value.get("range") if isinstance(value, dict) else [value, value]
-    if isinstance(prefix, dict):
+    prefix, ends = (value.get("prefix"), value.get("range")) if isinstance(value, dict) else (None, [value, value])
+    if isinstance(prefix, dict) and not isinstance(wanted, int):
         return in_network(f"{prefix.get('addr')}/{prefix.get('len')}", wanted)
     numbers = [
-        end if isinstance(end, int) else int(address) if (address := to_address(str(end))) else -1 for end in ends or ()
+        end if isinstance(end, int) else int(address) if (address := to_address(str(end))) else -1
+        for end in (ends if isinstance(ends, list) else ())
     ]
     return numbers[0] <= int(wanted) <= numbers[1] if len(numbers) == 2 and -1 not in numbers else None
 
 
 def nft_objects(
     host: Host, what: Sequence[str], kind: str, blind: list[str], deadline: Deadline
-) -> list[Mapping[str, Any]]:
-    """What nft lists, of one kind, as libnftables-json(5) has it; `blind` learns why when that cannot be had."""
+) -> list[Mapping[str, Any]] | None:
+    """What nft lists of one kind, as libnftables-json(5) has it; None when that cannot be had: `blind` learns why."""
     argv = ("nft", "-j", "list", *what)
     if not all(re.fullmatch(NFT_NAME, word) for word in what):
-        return []
+        blind.append(f"{quoted(shlex.join(argv))}: the name is not one that epok asks for")
+        return None
     result = host.run((*host.sudo, *argv), "", deadline)
     try:
         if result.status == 0:
@@ -2622,11 +2676,11 @@ def nft_objects(
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         reason = f"{quoted(result.out)} is not understood"
     blind.append(f"{shlex.join(argv)}: {reason}")
-    return []
+    return None
 
 
 class Listener(NamedTuple):
-    """A port that a program of the host listens on; no address is all of them."""
+    """A port that a program of the host listens on; no address is all of them, 0.0.0.0 and :: all of an IP version."""
 
     protocol: str
     address: Address | None
@@ -2637,9 +2691,9 @@ class Surroundings(NamedTuple):
     """What else on a host decides about a connection; None is what the host does not tell, and `blind` says why."""
 
     strict: Set[str] | None  # interfaces with strict rp_filter
-    routes: Sequence[tuple[Network, str]]  # of IPv4, and their interfaces
+    routes: Sequence[tuple[Network, str]] | None  # of IPv4, and their interfaces
     listeners: Sequence[Listener] | None
-    bases: Sequence[Mapping[str, Any]]  # chains of nft at the hook forward, as libnftables-json(5) has them
+    bases: Sequence[Mapping[str, Any]] | None  # chains of nft at the hook forward, as libnftables-json(5) has them
     blind: list[str]
 
 
@@ -2663,11 +2717,11 @@ def read_surroundings(host: Host, others: Background, deadline: Deadline) -> Sur
         strict=None
         if netconf is None
         else {name for name, two in both.items() if "strict" in two and "loose" not in two},
-        routes=[route for line in routes or () if (route := to_route(line))],
+        routes=None if routes is None else [route for line in routes if (route := to_route(line))],
         listeners=None
         if listeners is None
         else list(dict.fromkeys(found for line in listeners if (found := to_listener(line)))),
-        bases=[chain for chain in chains if chain.get("hook") == "forward"],
+        bases=None if chains is None else [chain for chain in chains if chain.get("hook") == "forward"],
         blind=blind,
     )
 
@@ -2684,12 +2738,12 @@ def to_route(line: str) -> tuple[Network, str] | None:
 def to_listener(line: str) -> Listener | None:
     """Reads a line of ss -Hltun; None for what listens to the host itself alone."""
     words = line.split()
-    found = re.fullmatch(r"\[?(.*?)\]?(?:%\S+)?:(\d+)", words[4]) if len(words) > 4 else None
+    found = re.fullmatch(r"\[?([^\]%]*)\]?(?:%(\S+?)\]?)?:([0-9]{1,5})", words[4]) if len(words) > 4 else None
     if not found:
         return None
-    address = to_address(found[1].split("%")[0].rstrip("]"))
-    anywhere = address is None or address.is_unspecified
-    return None if address and address.is_loopback else Listener(words[0], None if anywhere else address, int(found[2]))
+    address = to_address(found[1])
+    itself = found[2] == "lo" or (address and (getattr(address, "ipv4_mapped", None) or address).is_loopback)
+    return None if itself else Listener(words[0], address, int(found[3]))
 
 
 def way_out(routes: Iterable[tuple[Network, str]], address: Address) -> list[str]:
@@ -2719,11 +2773,14 @@ def firewalls(host: Host, found: Found, around: Surroundings, mark: Mark, deadli
             cure = f"delete that rule, or {undo}, and epok's next run puts its own first"
             yield Firewall(version, name == "nat", chain, iptables_steps(tables[name].ahead), cure)
         backend, other = ("nft", "legacy") if is_nft(tables) else ("legacy", "nft")
-        bases = [base for base in around.bases if base.get("family") in ("inet", "ip" if version == 4 else "ip6")]
-        foreign = [base for base in bases if base.get("table") != "filter" or base["family"] == "inet"]
+        bases = [base for base in around.bases or () if base.get("family") in ("inet", "ip" if version == 4 else "ip6")]
+        of_iptables = ("filter", "FORWARD")
+        foreign = [
+            base for base in bases if (base.get("table"), base.get("name")) != of_iptables or base["family"] == "inet"
+        ]
         if tables["filter"].beside if backend == "nft" else len(foreign) < len(bases):
             result = host.run((*host.sudo, f"{family.tool}-{other}-save"), "", deadline)
-            if result.status:
+            if result.status or "incompatible" in result.out:
                 around.blind.append(f"{family.tool}-{other}-save: {result.said}")
             cure = f"let it pass: {family.tool}-{other} -I FORWARD -m connmark {marked(mark)} -j ACCEPT"
             yield Firewall(version, False, "FORWARD", iptables_steps(saved_chains(result.out, "filter")), cure)
@@ -2776,36 +2833,40 @@ def check_host(
     versions = {target.address.version for forward in forwards for target in forward.targets}
     for family, sysctl in zip(FAMILIES, SYSCTLS, strict=True):
         problem = ""
-        if family.version not in versions:
+        if family.version not in versions or (found[family.version] and family.version not in facts.forwarding):
             continue
         if found[family.version] is None:
             problem = f"{host.name} has no working {family.tool}: no forwards over IPv{family.version}"
-        elif not facts.forwarding.get(family.version, True):
+        elif not facts.forwarding[family.version]:
             name = sysctl.removeprefix("/proc/sys/").replace("/", ".")
             problem = f"{host.name} does not forward IPv{family.version}: sysctl -w {name}=1"
         yield Check(f"forwarding of IPv{family.version} is on", problem)
-    for interface in options.interfaces:
+    for interface in options.interfaces if facts.interfaces else ():
         problem = ""
-        if facts.interfaces and not fnmatch.filter(facts.interfaces, interface.replace("+", "*")):
+        if not fnmatch.filter(facts.interfaces, interface.replace("+", "*")):
             known = quoted(", ".join(facts.interfaces))
             problem = f"{host.name} has no interface {interface}: give -i those it has, of {known}"
         yield Check(f"there is an interface {interface}", problem)
-    names = [name for name in facts.interfaces if any(like(i, name, "+") for i in options.interfaces) and name != "lo"]
+    names = [name for name in facts.interfaces if comes_in(name, options) and name != "lo"]
     # of a run one for each protocol is enough: what drops them all is what a run can be sure of
     some = forwards[:200] if options.looks else list({forward.protocol: forward for forward in forwards}.values())
     yield from check_replies(host, options, names, some, around)
     yield from check_paths(host, options, names, some, found, facts, around, deadline)
     if around.listeners is not None:
-        yield from check_listeners(host, options, forwards, around.listeners)
-    for reason in around.blind:
+        yield from check_listeners(host, options, forwards, facts, around.listeners)
+    for reason in dict.fromkeys(around.blind):
         yield Check("the host tells all that matters", f"{host.name} does not tell all that matters: {reason}", False)
+
+
+def comes_in(interface: str, options: Options) -> bool:
+    return any(like(pattern, interface, "+") for pattern in options.interfaces)
 
 
 def check_replies(
     host: Host, options: Options, names: Sequence[str], forwards: Iterable[Forward | Live], around: Surroundings
 ) -> Iterator[Check]:
     """Strict rp_filter drops a packet that comes in where an answer to it would not go out."""
-    if around.strict is None:
+    if around.strict is None or not around.routes:
         return
     defaults = {name for network, name in around.routes if not network.prefixlen}
     for name in names:
@@ -2813,7 +2874,7 @@ def check_replies(
         if name in around.strict and defaults and name not in defaults:
             problem = (
                 f"{host.name} drops what comes in by {name} from beyond its own networks, as rp_filter is strict and "
-                f"the default route is by {enumerated(sorted(defaults))}: sysctl -w net.ipv4.conf.{name}.rp_filter=2"
+                f"the default route is by {enumerated(sorted(defaults))}: {loose(name)}"
             )
         # one inner interface of several has clients of its own networks, most likely
         sure = name == options.external_interface or len(names) == 1
@@ -2824,9 +2885,14 @@ def check_replies(
         if len(ways) > 1 and strict:
             problem = (
                 f"{host.name} has routes to {address} by {enumerated(ways)}, and drops an answer that comes back by "
-                f"another one, as rp_filter is strict: sysctl -w net.ipv4.conf.{strict[0]}.rp_filter=2"
+                f"another one, as rp_filter is strict: {loose(strict[0])}"
             )
             yield Check("rp_filter lets the nodes' answers in", problem, False)
+
+
+def loose(interface: str) -> str:
+    """The command that makes rp_filter loose; sysctl has "/" for the dots of a name."""
+    return f"sysctl -w net.ipv4.conf.{interface.replace('.', '/')}.rp_filter=2"
 
 
 def check_paths(
@@ -2843,23 +2909,52 @@ def check_paths(
     what = "nothing takes or drops connections that epok forwards"
     walls = list(firewalls(host, found, around, options.mark, deadline))
     problems: dict[str, bool] = {}
-    for forward, name in itertools.product(forwards, names):
+    for forward, name, wall in itertools.product(forwards, names, walls):
         port = f"{forward.protocol}/{Range(forward.first, forward.last)}"
-        for version, target in {target.address.version: target for target in forward.targets}.items():
-            own = next((address for address in facts.addresses if address.version == version), target.address)
-            arriving = Packet(version, name, "", forward.protocol, forward.first, own, local=True)
-            out = [*way_out(around.routes, target.address), ""][0]
-            leaving = Packet(version, name, out, forward.protocol, target.port, target.address, local=False)
-            for wall in walls:
-                step, sure = None, True
-                if wall.version == version:
-                    step, sure = decision(wall.steps, wall.chain, arriving if wall.before_nat else leaving)
-                if step and (step.verdict == "drop" or wall.before_nat):
-                    does = f"{'perhaps ' * (not sure)}{'takes' if step.verdict == 'accept' else 'drops'}"
-                    problems.setdefault(f"{host.name} {does} {port} from {name} by {step.text}; {wall.cure}", sure)
+        packets = list(packets_of(forward, name, wall, options, facts, around))
+        told = [decision(wall.steps, wall.chain, packet) for packet in packets]
+        lost = [(step, sure) for step, sure in told if step and (step.verdict == "drop" or wall.before_nat)]
+        for step, _ in lost[:1]:
+            sure = len(lost) == len(told) and all(sure for _, sure in lost)
+            does = f"{'perhaps ' * (not sure)}{'takes' if step.verdict == 'accept' else 'drops'}"
+            problems.setdefault(f"{host.name} {does} {port} from {name} by {step.text}; {wall.cure}", sure)
     yield from (Check(what, problem, sure) for problem, sure in problems.items())
-    if not problems:
+    if not problems and names and all(reason.startswith(("ip ", "ss ")) for reason in around.blind):
         yield Check(what)
+
+
+def packets_of(
+    forward: Forward | Live, interface: str, wall: Firewall, options: Options, facts: Facts, around: Surroundings
+) -> Iterator[Packet]:
+    """The first packets of connections as a firewall sees them; what becomes of all of them becomes of the forward."""
+    targets = [target for target in forward.targets if target.address.version == wall.version]
+    for offset in {0: "first", forward.last - forward.first: "last"} if targets else ():
+        arriving = Packet(
+            wall.version, interface, "", forward.protocol, forward.first + offset, targets[0].address, local=True
+        )
+        if wall.before_nat:
+            for address in entrances(interface, wall.version, options, facts):
+                yield arriving._replace(address=address)
+            continue
+        for target in targets:
+            yield arriving._replace(
+                out=[*way_out(around.routes or (), target.address), ""][0],
+                port=target.port + offset,
+                address=target.address,
+                local=False,
+                mark=options.mark.forwarded,
+            )
+
+
+def entrances(interface: str, version: int, options: Options, facts: Facts) -> list[Address]:
+    """The host's addresses that clients connect to who come in by an interface: its own, or else any."""
+    every = [
+        address
+        for address in facts.addresses
+        if address.version == version
+        if not options.addresses or any(address in network for network in options.addresses)
+    ]
+    return [address for address in every if address in facts.interfaces[interface]] or every
 
 
 def check_nodes(host: Host, forwards: Iterable[Forward | Live], deadline: Deadline) -> Iterator[Check]:
@@ -2890,19 +2985,21 @@ def check_nodes(host: Host, forwards: Iterable[Forward | Live], deadline: Deadli
 
 
 def check_listeners(
-    host: Host, options: Options, forwards: Iterable[Forward | Live], listeners: Sequence[Listener]
+    host: Host, options: Options, forwards: Iterable[Forward | Live], facts: Facts, listeners: Sequence[Listener]
 ) -> Iterator[Check]:
     """Whether a forward hides a program of the host."""
     what = "no program of the host listens on an external port"
+    inner = [] if "lo" in options.interfaces else [name for name in facts.interfaces if not comes_in(name, options)]
+    elsewhere = {address for name in inner for address in facts.interfaces[name]}
     hidden = [
         (listener, forward)
         for forward in forwards
         for listener in listeners
         if forward.first <= listener.port <= forward.last and forward.protocol == listener.protocol
-        if not options.addresses or not listener.address or any(listener.address in net for net in options.addresses)
+        if hides(forward, listener.address, options) and listener.address not in elsewhere
     ]
     for (protocol, address, port), forward in hidden:
-        where = "" if address is None else f" at {address}"
+        where = "" if address is None or address.is_unspecified else f" at {address}"
         yield Check(
             what,
             f"{host.name} has a program that listens on {protocol}/{port}{where}, and clients get {forward.service} "
@@ -2910,6 +3007,14 @@ def check_listeners(
         )
     if not hidden:
         yield Check(what)
+
+
+def hides(forward: Forward | Live, address: Address | None, options: Options) -> bool:
+    """Whether a forward takes what comes to an address that a program listens on."""
+    if address is None:
+        return True
+    given = [network for network in options.addresses if address.is_unspecified or address in network]
+    return address.version in {t.address.version for t in forward.targets} and bool(given or not options.addresses)
 
 
 # ------------------------------------------------ report: Tables -> what a person reads
