@@ -2594,7 +2594,7 @@ def nft_steps(
     return steps
 
 
-NFT_NAME = r"[A-Za-z0-9_.][A-Za-z0-9_./-]{0,127}"
+NFT_NAME = r"[A-Za-z_][A-Za-z0-9_.-]{0,127}"  # that the gate and sudoers let through
 NFT_MATCHES = ("match", "limit", "quota")
 NFT_GOING_ON = (*NFT_MATCHES, "counter", "log", "mangle")
 NFT_VERDICTS = ("accept", "drop", "return", "jump", "goto")
@@ -2664,18 +2664,29 @@ def nft_objects(
     host: Host, what: Sequence[str], kind: str, blind: list[str], deadline: Deadline
 ) -> list[Mapping[str, Any]] | None:
     """What nft lists of one kind, as libnftables-json(5) has it; None when that cannot be had: `blind` learns why."""
-    argv = ("nft", "-j", "list", *what)
+    argv = (*host.sudo, "nft", "-j", "list", *what)
     if not all(re.fullmatch(NFT_NAME, word) for word in what):
-        blind.append(f"{quoted(shlex.join(argv))}: the name is not one that epok asks for")
+        blind.append(f"nft {' '.join(map(quoted, what))}: epok asks for no such name")
         return None
-    result = host.run((*host.sudo, *argv), "", deadline)
+    text = heard(host, argv, blind, deadline)
     try:
-        if result.status == 0:
-            return [part[kind] for part in json.loads(result.out)["nftables"] if isinstance(part.get(kind), dict)]
-        reason = result.said
+        if text is not None:
+            return [part[kind] for part in json.loads(text)["nftables"] if isinstance(part.get(kind), dict)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        reason = f"{quoted(result.out)} is not understood"
-    blind.append(f"{shlex.join(argv)}: {reason}")
+        blind.append(f"{shlex.join(argv)}: {quoted(text)} is not understood")
+    return None
+
+
+def heard(host: Host, argv: Sequence[str], blind: list[str], deadline: Deadline) -> str | None:
+    """What a command prints, None when it cannot be had; `blind` learns why. Raises Transient."""
+    if any("epok-gate: " in reason for reason in blind):  # an older one, which logs whatever it refuses
+        return None
+    result = host.run(argv, "", deadline)
+    if result.status == 0:
+        return result.out
+    older = re.search("epok-gate: |sudo: .*password|not allowed", result.err)
+    cure = "; run cron/setup-host of this epok on the host" if older else ""
+    blind.append(f"{shlex.join(argv)}: {result.said}{cure}")
     return None
 
 
@@ -2704,9 +2715,8 @@ def read_surroundings(host: Host, others: Background, deadline: Deadline) -> Sur
     blind: list[str] = []
 
     def ask(*argv: str) -> list[str] | None:
-        result = host.run(argv, "", deadline)
-        blind.extend([f"{shlex.join(argv)}: {result.said}"] if result.status else [])
-        return None if result.status else result.out.splitlines()
+        text = heard(host, argv, blind, deadline)
+        return None if text is None else text.splitlines()
 
     netconf, routes, listeners = ask("ip", "netconf"), ask("ip", "route"), ask("ss", "-Hltun")
     modes = dict(re.findall(r"^inet (\S+) .*\brp_filter (\w+)", "\n".join(netconf or ()), re.MULTILINE))
@@ -2779,11 +2789,11 @@ def firewalls(host: Host, found: Found, around: Surroundings, mark: Mark, deadli
             base for base in bases if (base.get("table"), base.get("name")) != of_iptables or base["family"] == "inet"
         ]
         if tables["filter"].beside if backend == "nft" else len(foreign) < len(bases):
-            result = host.run((*host.sudo, f"{family.tool}-{other}-save"), "", deadline)
-            if result.status or "incompatible" in result.out:
-                around.blind.append(f"{family.tool}-{other}-save: {result.said}")
+            text = heard(host, (*host.sudo, f"{family.tool}-{other}-save"), around.blind, deadline) or ""
+            if "incompatible" in text:
+                around.blind.append(f"{family.tool}-{other}-save: {one_line(text)}")
             cure = f"let it pass: {family.tool}-{other} -I FORWARD -m connmark {marked(mark)} -j ACCEPT"
-            yield Firewall(version, False, "FORWARD", iptables_steps(saved_chains(result.out, "filter")), cure)
+            yield Firewall(version, False, "FORWARD", iptables_steps(saved_chains(text, "filter")), cure)
         for base in foreign:
             where, table, chain = (str(base.get(key, "")) for key in ("family", "table", "name"))
             bits = f"{mark.forwarded:#x}"
@@ -2979,7 +2989,8 @@ def check_nodes(host: Host, forwards: Iterable[Forward | Live], deadline: Deadli
         else:
             yield Check(
                 f"{where} answers",
-                f"{where} could not be tried from {host.name}: apt-get install netcat-openbsd",
+                f"{where} could not be tried from {host.name}: that takes nc there (apt-get install netcat-openbsd), "
+                "and the gate of this epok (cron/setup-host)",
                 False,
             )
 
