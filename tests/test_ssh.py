@@ -731,6 +731,22 @@ def test_dry_run_of_one_host_has_no_heading_for_it(ssh: Operator) -> None:
     assert "# on " not in run.out
 
 
+@once
+def test_status_and_metrics_tell_of_several_hosts_also_when_one_is_down(ssh: Operator, both: Lab) -> None:
+    names, nobody = [f"root@{HOST}", f"root@{SECOND}"], f"root@{HOST}:2"
+    file = ssh.home / "epok.prom"
+    run = ssh.epok("--metrics-file", str(file), host=",".join([*names, nobody]), timeout=5)
+    assert run.status == 1
+    told = re.findall(r'^epok_success{host="(.*)"} ([01])$', file.read_text(), re.MULTILINE)
+    assert told == [*((name, "1") for name in names), (nobody, "0")]
+    assert answers(ssh.lab, 25)
+    status = ssh.succeeds("--status", "-o", "json", host=",".join(names))
+    first, second = json.loads(status.out)["hosts"]
+    assert [first["host"], second["host"]] == names
+    assert [each["service"] for each in second["forwards"]] == ["default/mail"]
+    assert [host["forwards"][0]["connections"] for host in (first, second)] == [1, 0]
+
+
 # ------------------------------------------------ the port that epok itself uses
 
 
