@@ -254,7 +254,7 @@ def test_by_hand(world: World) -> None:
     assert "in sync" in world.read(HAND, 2)
     shown = world.read(BROKEN, 0)
     assert "default/mail:25" in shown and "hooks in place" in shown
-    assert "Most likely: no connection has come in by eth0 yet" in shown
+    assert "Most likely: nothing that can be seen from here: connections come in" in shown
     world.read("Uninstall", 3)
     assert not world.forwards()
     world.gateway.setup_host("--remove")
