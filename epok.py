@@ -2439,7 +2439,8 @@ class Packet(NamedTuple):
 class Step(NamedTuple):
     """A rule on the way of a packet: whether it matches, None when that cannot be told, and what it does then.
 
-    `verdict` is accept, drop, return, jump or goto (to `chain`), empty for a rule that lets packets go on, or "?".
+    `verdict` is accept, drop, return, jump or goto (to `chain`), empty for a rule that lets packets go on, "own" for one
+    from which on epok's rules decide, or "?". A chain's last step is its policy, return where it has none.
     """
 
     matched: bool | None
@@ -2469,15 +2470,19 @@ def decision(steps: Steps, chain: str, packet: Packet, told: dict[str, Decision]
 
 def walk(steps: Steps, chain: str, packet: Packet, told: dict[str, Decision]) -> Decision:
     sure = True
-    for step in steps(chain, packet):
+    ways = iter(steps(chain, packet))
+    for step in ways:
         if step.matched is False or not step.verdict:
             continue
         found = step if step.verdict in ("accept", "drop") else None
-        known = bool(found) or step.verdict == "return"
+        known = bool(found) or step.verdict in ("return", "own")
         if step.chain:
             found, known = decision(steps, step.chain, packet, told)
-        leaves = found or step.verdict in ("return", "goto")
+        leaves = found or step.verdict in ("return", "goto", "own")
         if step.matched and leaves:
+            if step.verdict in ("return", "goto"):
+                policy = [step, *ways][-1]
+                found = found or (policy if policy.verdict in ("accept", "drop") else None)
             return found, sure and known
         sure = sure and known and (not leaves or bool(found and found.verdict == "drop"))
     return None, sure
@@ -2521,7 +2526,7 @@ MATCHES: Mapping[str, Callable[[str, Packet], bool | None]] = {  # of iptables; 
     "connmark --mark": lambda value, packet: value == f"{packet.mark:#x}/{packet.mark:#x}" or None,
 }
 COMMENT = re.compile(r' -m comment --comment (?:"(?:\\.|[^"\\])*"|\S+)')
-VERDICTS = {**dict.fromkeys(("DROP", "REJECT"), "drop"),
+VERDICTS = {"RETURN": "return", **dict.fromkeys(("DROP", "REJECT"), "drop"),
             **dict.fromkeys(("ACCEPT", "DNAT", "REDIRECT", "NETMAP"), "accept")}  # fmt: skip
 GOING_ON = {"", "LOG", "NFLOG", "MARK", "CONNMARK", "TCPMSS", "TRACE", "TTL", "HL", "DSCP", "CHECKSUM", "CLASSIFY"}
 
@@ -2530,15 +2535,10 @@ def iptables_steps(chains: Mapping[str, Sequence[str]]) -> Steps:
     """The steps of chains as saved_chains() reads them."""
     words_of = functools.lru_cache(maxsize=None)(lambda line: split(COMMENT.sub("", line)))
 
-    def policy(chain: str) -> str:
-        """What becomes of a packet at the end of a chain: "return" in one that is not built in."""
-        words = chains[chain][-1].split()
-        return VERDICTS.get(words[-1], "return") if words[0] == "-P" else "return"
-
     def step(line: str, packet: Packet) -> Step:
         words = words_of(line)
         if words[0] == "-P":
-            return Step(True, policy(words[1]), "", line)
+            return Step(True, VERDICTS.get(words[-1], "return"), "", line)
         matched: bool | None = True
         target, jump = "", "jump"
         options = [number for number, word in enumerate(words) if number > 1 and re.match("--?[a-z]", word)]
@@ -2550,8 +2550,8 @@ def iptables_steps(chains: Mapping[str, Sequence[str]]) -> Steps:
             test = MATCHES.get(option) or MATCHES.get(f"{words[number - 1]} {option}")
             told = answer(test(values[0], packet), words[number - 1] == "!") if test and len(values) == 1 else None
             matched = False if told is False or matched is False else matched and told
-        if target == "RETURN" or owned(target):  # from there on epok's own rules decide
-            return Step(matched, policy(words[1]) if target == "RETURN" else "return", "", line)
+        if owned(target):
+            return Step(matched, "own", "", line)
         if target in chains or target in VERDICTS:
             return Step(matched, VERDICTS.get(target, jump), target if target in chains else "", line)
         return Step(matched, "" if target in GOING_ON else "?", "", line)
@@ -2585,11 +2585,10 @@ def nft_steps(
             ]
             matched = False if False in told else None if None in told else True
             [(name, value), *_] = [part for part in parts if part[0] not in NFT_GOING_ON] or [("", None)]
-            verdict = {"reject": "drop", "return": end}.get(name, name if name in NFT_VERDICTS or not name else "?")
+            verdict = {"reject": "drop"}.get(name, name if name in NFT_VERDICTS or not name else "?")
             target = value.get("target") if isinstance(value, dict) and verdict in ("jump", "goto") else ""
             yield Step(matched, verdict, str(target), f"{where}, handle {rule.get('handle')}")
-        if end != "return":
-            yield Step(True, end, "", f"{where}, its policy")
+        yield Step(True, end, "", f"{where}, its policy")
 
     return steps
 
@@ -2938,7 +2937,7 @@ def packets_of(
 ) -> Iterator[Packet]:
     """The first packets of connections as a firewall sees them; what becomes of all of them becomes of the forward."""
     targets = [target for target in forward.targets if target.address.version == wall.version]
-    for offset in {0: "first", forward.last - forward.first: "last"} if targets else ():
+    for offset in sorted({0, forward.last - forward.first}) if targets else ():
         arriving = Packet(
             wall.version, interface, "", forward.protocol, forward.first + offset, targets[0].address, local=True
         )
@@ -2947,8 +2946,9 @@ def packets_of(
                 yield arriving._replace(address=address)
             continue
         for target in targets:
+            ways = way_out(around.routes or (), target.address)
             yield arriving._replace(
-                out=[*way_out(around.routes or (), target.address), ""][0],
+                out=ways[0] if len(ways) == 1 else "",
                 port=target.port + offset,
                 address=target.address,
                 local=False,
