@@ -2439,8 +2439,8 @@ class Packet(NamedTuple):
 class Step(NamedTuple):
     """A rule on the way of a packet: whether it matches, None when that cannot be told, and what it does then.
 
-    `verdict` is accept, drop, return, jump or goto (to `chain`), empty for a rule that lets packets go on, "own" for one
-    from which on epok's rules decide, or "?". A chain's last step is its policy, return where it has none.
+    `verdict` is accept, drop, return, jump or goto (to `chain`), own where epok's rules decide from there on, empty for
+    a rule that lets packets go on, or "?". A chain's last step is its policy, which is return where it has none.
     """
 
     matched: bool | None

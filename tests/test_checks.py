@@ -17,12 +17,15 @@ from objects import port, service
 
 import epok
 
+RECORD = False  # a host's `cat` is broken here, which recording needs
 LOCAL = ("-i", "eth0", "local")
 MAIL = service("mail", "25:2025", [port(25, 2025, "smtp")])
 BOTH = service("mail", "25:2025", [port(25, 2025, "smtp")], families=("IPv4", "IPv6"))
 DNS = service("dns", "53:30053", [port(53, 30053, "dns", "UDP")])
 WELL, LOST, PERHAPS = "well", "lost", "perhaps"
 Problems = list[tuple[str, bool]]
+only_nft = pytest.mark.parametrize("lab", ["nft"], indirect=True)
+only_legacy = pytest.mark.parametrize("lab", ["legacy"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
             lab.host.run(
                 ["sh", "-c", f"{tool} -P FORWARD ACCEPT; {tool} -F; {tool} -X; {tool} -t nat -F; {tool} -t nat -X"]
             )
-        put(lab, {name: "0" for name in ("all", "eth0", "eth2")})
+        put(lab, dict.fromkeys(("all", "eth0", "eth2"), "0"))
 
 
 def put(lab: Lab, modes: dict[str, str]) -> None:
@@ -81,7 +84,7 @@ def native(lab: Lab, text: str) -> None:
 
 def wall(body: str, family: str = "inet", policy: str = "drop", more: str = "") -> str:
     head = f"type filter hook forward priority 5; policy {policy};"
-    return f"table {family} wall {{\n{more}\nchain forward {{ {head}\n{body}\n}} }}"
+    return f"table {family} wall {{\n{more}\nchain forward {{ {head}\n{body}\n}}\n}}"
 
 
 FIREWALLD = """table inet firewalld {
@@ -94,7 +97,8 @@ iifname "lo" accept
 ct state { invalid } drop
 jump filter_FORWARD_POLICIES
 reject with icmpx admin-prohibited
-} }"""
+}
+}"""
 STRICT = FIREWALLD.replace("STATUS", "")
 NOT_STRICT = FIREWALLD.replace("STATUS", "ct status dnat accept")
 
@@ -125,6 +129,7 @@ def assert_mended(lab: Lab, warning: str, to: str = HOST) -> None:
 # ---- each check with the real thing, and its cure
 
 
+@only_nft
 def test_a_host_that_does_not_forward_is_mended_by_what_the_message_says(lab: Lab) -> None:
     lab.host.run(["sysctl", "-w", "net.ipv4.ip_forward=0"])
     warning = assert_told(lab, "does not forward IPv4")
@@ -132,32 +137,33 @@ def test_a_host_that_does_not_forward_is_mended_by_what_the_message_says(lab: La
     assert_mended(lab, warning)
 
 
-@pytest.mark.parametrize("device", ["eth0", "vlan.5"])
-def test_strict_rp_filter_drops_what_comes_from_beyond_until_it_is_loose(lab: Lab, device: str) -> None:
-    argv = ("-i", device, "local")
-    lab.host.wire("route del 198.18.0.0/24", "route add default via 198.51.100.10", f"link set eth0 down")
-    lab.host.wire(*([f"link set eth0 name {device}"] if device != "eth0" else []), f"link set {device} up")
+@only_nft
+def test_strict_rp_filter_drops_what_comes_from_beyond_until_it_is_loose(lab: Lab) -> None:
+    lab.host.wire("route del 198.18.0.0/24", "route add default via 198.51.100.10")
     try:
-        put(lab, {device: "1"})
-        warning = assert_told(lab, f"comes in by {device} from beyond .* by eth2: sysctl", argv=argv)
+        put(lab, {"eth0": "1"})
+        warning = assert_told(lab, "comes in by eth0 from beyond .* by eth2: sysctl")
         assert passed(lab, "198.18.0.7") == 0 and passed(lab, "192.0.2.10") > 0
         lab.host.run(["sh", "-c", warning.split(": ")[-1]])
-        assert not warnings(lab, argv=argv) and not status(lab, argv=argv)
+        assert not warnings(lab) and not status(lab)
         assert passed(lab, "198.18.0.7") > 0
-        put(lab, {device: "0", "all": "1"})
-        assert warnings(lab, argv=argv) == [warning]
+        put(lab, {"eth0": "0", "all": "1"})
+        assert warnings(lab) == [warning]
     finally:
-        lab.host.wire(
-            "route del default",
-            f"link set {device} down",
-            *([f"link set {device} name eth0"] if device != "eth0" else []),
-        )
-        lab.host.wire(
-            "link set eth0 up",
-            "route add 198.18.0.0/24 via 192.0.2.10",
-            "addr replace 2001:db8:1::1/64 dev eth0 nodad",
-            "route replace 2001:db8:18::/120 via 2001:db8:1::10",
-        )
+        lab.host.wire("route del default", "route add 198.18.0.0/24 via 192.0.2.10")
+
+
+@only_nft
+def test_strict_rp_filter_of_an_interface_with_a_dot_is_mended_too(lab: Lab) -> None:
+    lab.host.wire("link add vlan.5 type veth", "link set vlan.5 up", "route add default via 198.51.100.10")
+    try:
+        put(lab, {"vlan.5": "1"})
+        argv = ("-i", "vlan.5", "local")
+        warning = assert_told(lab, "comes in by vlan.5 from beyond", argv=argv)
+        lab.host.run(["sh", "-c", warning.split(": ")[-1]])
+        assert not warnings(lab, argv=argv) and not status(lab, argv=argv)
+    finally:
+        lab.host.wire("link del vlan.5", "route del default")
 
 
 def passed(lab: Lab, source: str) -> int:
@@ -169,6 +175,7 @@ def passed(lab: Lab, source: str) -> int:
     return int(line[1:].split(":")[0])
 
 
+@only_nft
 def test_an_interface_that_is_missing_is_told(lab: Lab) -> None:
     assert_told(lab, "no interface eth9: give -i", MAIL, argv=("-i", "eth9,eth0", "local"))
 
@@ -178,7 +185,7 @@ def test_an_interface_that_is_missing_is_told(lab: Lab) -> None:
     [
         ("iptables -I FORWARD -i eth0 -j DROP", HOST),
         ("iptables -t nat -I PREROUTING -p tcp --dport 25 -j DNAT --to-destination 198.51.100.10:25", HOST),
-        ("ip6tables -I FORWARD -o eth1 -d 2001:db8:2::/64 -j REJECT", HOST6),
+        ("ip6tables -I FORWARD -i eth0 -d 2001:db8:2::/64 -j REJECT", HOST6),
         ("ip6tables -t nat -I PREROUTING -p tcp --dport 25 -j REDIRECT --to-ports 9", HOST6),
     ],
 )
@@ -209,7 +216,7 @@ def test_native_tables_are_told_with_what_opens_them(lab: Lab, text: str) -> Non
     assert_mended(lab, warning)
 
 
-@pytest.mark.parametrize("lab", ["legacy"], indirect=True)
+@only_legacy
 def test_native_chains_in_a_table_filter_are_no_iptables_rules(lab: Lab) -> None:
     native(lab, wall("", "ip").replace("wall", "filter"))
     warning = assert_told(lab, "by nft table ip filter, chain forward, its policy")
@@ -225,6 +232,7 @@ def test_firewalld_drops_with_strict_forward_ports_alone(lab: Lab) -> None:
     assert not warnings(lab) and not status(lab)
 
 
+@only_nft
 @pytest.mark.parametrize("protocol, address, told", [
     ("tcp", "0.0.0.0", True), ("tcp", "192.0.2.1", True), ("udp", "0.0.0.0", True), ("tcp", "::", True),
     ("tcp", "127.0.0.1", False), ("udp", "127.0.0.1", False), ("tcp", "::1", False), ("tcp", "::ffff:127.0.0.1", False),
@@ -252,6 +260,7 @@ def test_a_program_that_a_forward_hides_is_told(lab: Lab, protocol: str, address
     assert not warnings(lab, wanted) and not status(lab, wanted)
 
 
+@only_nft
 def test_a_node_that_does_not_answer_is_explained(lab: Lab) -> None:
     assert not warnings(lab)
     lab.nodes[1].run(
@@ -269,19 +278,20 @@ def test_a_node_that_does_not_answer_is_explained(lab: Lab) -> None:
 # ---- epok's verdict beside the kernel's
 
 DOCKER = (
-    "-P FORWARD DROP;-N DOCKER-USER;-N DOCKER-FORWARD;-N DOCKER;-N DOCKER-ISOLATION-STAGE-1;-N DOCKER-ISOLATION-STAGE-2;"
-    "-A DOCKER-ISOLATION-STAGE-1 -i docker0 ! -o docker0 -j DOCKER-ISOLATION-STAGE-2;-A DOCKER-ISOLATION-STAGE-1 -j RETURN;"
-    "-A DOCKER-ISOLATION-STAGE-2 -o docker0 -j DROP;-A DOCKER-ISOLATION-STAGE-2 -j RETURN;"
-    "-A DOCKER -d 172.17.0.2 ! -i docker0 -o docker0 -p tcp --dport 80 -j ACCEPT;-A DOCKER ! -i docker0 -o docker0 -j DROP;"
+    "-P FORWARD DROP;-N USER;-N DOCKER-FORWARD;-N DOCKER;-N STAGE-1;-N STAGE-2;"
+    "-A STAGE-1 -i docker0 ! -o docker0 -j STAGE-2;-A STAGE-1 -j RETURN;"
+    "-A STAGE-2 -o docker0 -j DROP;-A STAGE-2 -j RETURN;"
+    "-A DOCKER -d 172.17.0.2 ! -i docker0 -o docker0 -p tcp --dport 80 -j ACCEPT;"
+    "-A DOCKER ! -i docker0 -o docker0 -j DROP;"
     "-A DOCKER-FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT;"
-    "-A DOCKER-FORWARD -j DOCKER-ISOLATION-STAGE-1;-A DOCKER-FORWARD -o docker0 -j DOCKER;"
-    "-A DOCKER-FORWARD -i docker0 ! -o docker0 -j ACCEPT;-I FORWARD -j DOCKER-FORWARD;-I FORWARD -j DOCKER-USER"
+    "-A DOCKER-FORWARD -j STAGE-1;-A DOCKER-FORWARD -o docker0 -j DOCKER;"
+    "-A DOCKER-FORWARD -i docker0 ! -o docker0 -j ACCEPT;-I FORWARD -j DOCKER-FORWARD;-I FORWARD -j USER"
 )
 NAT = "-t nat -I PREROUTING"
 AHEAD = {
     "Docker": (WELL, DOCKER),
     "kube-proxy": (WELL, "-N KUBE;-A KUBE -m conntrack --ctstate INVALID -j DROP;-I FORWARD -j KUBE"),
-    "kube-proxy's nat": (WELL, "-t nat -N KUBE;-t nat -A KUBE -d 10.96.0.1 -p tcp --dport 25 -j DNAT --to 10.0.0.9;" + NAT + " -j KUBE"),
+    "kube-proxy's nat": (WELL, f"-t nat -N K;-t nat -A K -d 10.96.0.1 -p tcp -j DNAT --to 10.0.0.9;{NAT} -j K"),
     "reject": (LOST, "-I FORWARD -j REJECT"),
     "new from there to there": (LOST, "-I FORWARD -i eth+ -o eth1 -m conntrack --ctstate NEW -j DROP"),
     "another interface": (WELL, "-I FORWARD -i eth2 -j DROP"),
@@ -321,7 +331,8 @@ NATIVE = {
     "all but one port": (WELL, wall(BACK + "th dport != 25 accept")),
     "a commented port": (WELL, wall(BACK + 'tcp dport { 2025 comment "mail", 1 } accept')),
     "another version": (LOST, wall(BACK + "ip6 daddr ::/0 accept\nmeta nfproto ipv6 accept")),
-    "other protocols": (LOST, wall(BACK + "icmp type echo-request accept\nip protocol udp accept\nmeta l4proto { udp, sctp } accept")),
+    "other protocols": (LOST, wall(BACK + "icmp type echo-request accept\nip protocol udp accept")),
+    "another protocol": (LOST, wall(BACK + "meta l4proto { udp, sctp } accept")),
     "a log with a limit": (LOST, wall(BACK + 'limit rate 5/minute log prefix "no "')),
     "return": (LOST, wall(BACK + "return\naccept")),
     "goto": (LOST, wall(BACK + "goto w\naccept", more=SETS)),
@@ -340,26 +351,36 @@ NATIVE = {
 
 @pytest.mark.parametrize("verdict, rules", AHEAD.values(), ids=AHEAD)
 def test_what_is_said_of_rules_in_front_is_what_the_kernel_does(lab: Lab, verdict: str, rules: str) -> None:
-    assert not warnings(lab)
+    forwarding(lab)
     iptables(lab, rules)
     assert_truth(lab, verdict)
 
 
+@only_nft
 @pytest.mark.parametrize("verdict, rules", NATIVE.values(), ids=NATIVE)
 def test_what_is_said_of_native_chains_is_what_the_kernel_does(lab: Lab, verdict: str, rules: str) -> None:
-    assert not warnings(lab)
+    forwarding(lab)
     native(lab, rules)
     assert_truth(lab, verdict)
+
+
+def forwarding(lab: Lab, saved: dict[str, str] = {}) -> None:  # noqa: B006
+    """As after a run; the first one's rules are kept, since that is quicker."""
+    if lab.backend not in saved:
+        assert not warnings(lab)
+        saved[lab.backend] = lab.saved()
+    lab.host.run(["iptables-restore"], saved[lab.backend])
 
 
 def assert_truth(lab: Lab, verdict: str) -> None:
     found = status(lab)
     assert [sure for _, sure in found] == {WELL: [], LOST: [True], PERHAPS: [False]}[verdict], found
-    assert len(warnings(lab)) == (verdict == LOST)
-    if verdict != PERHAPS:
-        assert reaches(lab) == (verdict == WELL)
-    else:
+    if verdict == PERHAPS:
         assert "this host perhaps " in found[0][0]
+    else:
+        assert reaches(lab) == (verdict == WELL)
+    if verdict != WELL:
+        assert len(warnings(lab)) == (verdict == LOST)
 
 
 # ---- what cannot be seen
@@ -374,20 +395,14 @@ UNSEEN = {
 }
 
 
-@pytest.mark.parametrize("how", ["exit 1", "printf no >&2; exit 127", "echo '{}'"], ids=["fails", "missing", "odd"])
+@only_nft
 @pytest.mark.parametrize("command", UNSEEN)
-def test_what_a_host_does_not_tell_is_not_said_to_be_well(lab: Lab, command: str, how: str) -> None:
+def test_what_a_host_does_not_tell_is_not_said_to_be_well(lab: Lab, command: str) -> None:
     tool, _, word = command.partition(" ")
     what, reason = UNSEEN[command]
-    script = f'#!/bin/sh\ncase "$*" in *"{word}"*) {how};; *) exec /run/seen/{tool} "$@";; esac\n'
-    lab.host.run(
-        [
-            "sh",
-            "-c",
-            f"mkdir -p /run/seen /run/blind; ln -sf $(command -v {tool}) /run/seen; cat >/run/blind/{tool}; chmod +x /run/blind/{tool}",
-        ],
-        script,
-    )
+    script = f'#!/bin/sh\ncase "$*" in *"{word}"*) echo no >&2; exit 1;; *) exec /run/seen/{tool} "$@";; esac\n'
+    links = f"mkdir -p /run/seen /run/blind; ln -sf $(command -v {tool}) /run/seen"
+    lab.host.run(["sh", "-c", f"{links}; tee /run/blind/{tool} >/dev/null; chmod +x /run/blind/{tool}"], script)
     path = {"PATH": "/run/blind:/usr/sbin:/usr/bin:/sbin:/bin"}
     try:
         cluster = lab.cluster(MAIL)
@@ -400,12 +415,20 @@ def test_what_a_host_does_not_tell_is_not_said_to_be_well(lab: Lab, command: str
     finally:
         lab.host.run(["rm", "-r", "/run/blind"])
     assert shown.returncode == 0 and "FAILED" not in shown.stdout, shown.stdout
-    if how != "echo '{}'":
-        assert f"ok      {what}" not in shown.stdout
-        assert f"maybe   this host does not tell all that matters: {reason}" in shown.stdout or not reason
-    assert f"ok      {what}" in explained(lab)
+    assert f"ok      {what}" not in shown.stdout
+    assert f"maybe   this host does not tell all that matters: {reason}" in shown.stdout or not reason
 
 
+def test_a_healthy_host_passes_every_check(lab: Lab) -> None:
+    assert not warnings(lab)
+    lines = explained(lab).splitlines()
+    assert [line for line in lines if line.startswith(("  FAILED", "  maybe"))] == [
+        line for line in lines if "looks like a mail server's" in line and "  maybe" in line
+    ]
+    assert all(any(line.startswith(f"  ok      {what}") for line in lines) for what, _ in UNSEEN.values())
+
+
+@only_nft
 def test_checks_that_do_not_end_do_not_keep_the_rules_from_the_host(lab: Lab) -> None:
     script = "mkdir -p /run/blind; printf '#!/bin/sh\\nexec sleep 60\\n' >/run/blind/ss; chmod +x /run/blind/ss"
     lab.host.run(["sh", "-c", script])
@@ -435,9 +458,10 @@ PACKETS = [
     epok.Packet(4, "eth0", "eth1", "tcp", 25, epok.ipaddress.ip_address("10.0.0.11"), False, 0x10000000),
     epok.Packet(6, "eth0", "", "udp", 53, epok.ipaddress.ip_address("2001:db8::1"), True),
 ]
-WORDS = st.sampled_from("match left right op == in set elem val prefix addr len range payload ip daddr tcp dport ct state "
-                        "meta iifname l4proto jump goto target f drop accept limit xt eth0 @s 10.0.0.0 new key field "
-                        "protocol expr chain rule nftables hook forward name table family inet policy & mark".split())  # fmt: skip
+KNOWN = """match left right op == in set elem val prefix addr len range payload ip daddr tcp dport ct state meta iifname
+l4proto jump goto target f drop accept limit xt eth0 @s 10.0.0.0 new key field protocol expr chain rule nftables hook
+forward name table family inet policy & mark"""
+WORDS = st.sampled_from(KNOWN.split())
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
@@ -447,12 +471,10 @@ RULES = st.lists(
     st.dictionaries(st.sampled_from(["match", "jump", "goto", "drop", "vmap"]), JSON, max_size=2), max_size=3
 )
 CHAINS = st.lists(st.fixed_dictionaries({"rule": st.fixed_dictionaries({"expr": RULES | JSON})}) | JSON, max_size=4)
-LINES = st.lists(
-    st.sampled_from("-A FORWARD -P W - ! -i -p tcp -d --dport --dports 25 25: x:1 99999999 ² 10.0.0.0/99 -m connmark "
-                    "--mark --comment \" ' -j -g W RETURN DROP EPOK-FORWARD :FORWARD :W : *filter COMMIT \n \n- [ ] %lo "
-                    "default dev eth0 tcp [::1]:1 *:25 0.0.0.0%lo:9 :::7 via nexthop inet rp_filter strict all".split(" "))
-    | st.text(max_size=4), max_size=60,
-).map(" ".join)  # fmt: skip
+PRINTED = """-A FORWARD -P W - ! -i -p tcp -d --dport --dports 25 25: x:1 99999999 ² 10.0.0.0/99 -m connmark --mark
+--comment " ' -j -g W RETURN DROP EPOK-FORWARD :FORWARD :W : *filter COMMIT [ ] %lo default dev eth0 tcp [::1]:1 *:25 0.0.0.0%lo:9
+:::7 via nexthop inet rp_filter strict all"""
+LINES = st.lists(st.sampled_from([*PRINTED.split(), "\n", "\n-A"]) | st.text(max_size=4), max_size=60).map(" ".join)
 
 
 def deadline() -> epok.Deadline:
