@@ -2761,6 +2761,22 @@ def way_out(routes: Iterable[tuple[Network, str]], address: Address) -> list[str
     return list(dict.fromkeys(name for length, name in fitting if length == max(fitting)[0]))
 
 
+class View(NamedTuple):
+    """One host, as the checks see it."""
+
+    host: Host
+    options: Options
+    found: Found
+    facts: Facts
+    around: Surroundings
+    deadline: Deadline
+
+    @property
+    def entries(self) -> list[str]:
+        """The host's interfaces that packets come in by to be forwarded."""
+        return [name for name in self.facts.interfaces if name != "lo" and comes_in(name, self.options)]
+
+
 class Firewall(NamedTuple):
     """Chains that packets pass which are not epok's, from `chain` on, and how to let epok's connections through."""
 
@@ -2771,8 +2787,9 @@ class Firewall(NamedTuple):
     cure: str
 
 
-def firewalls(host: Host, found: Found, around: Surroundings, mark: Mark, deadline: Deadline) -> Iterator[Firewall]:
+def firewalls(view: View) -> Iterator[Firewall]:
     """What connections meet before epok's own rules, and beside them in FORWARD."""
+    host, options, found, _, around, deadline = view
     for family in FAMILIES:
         version, tables = family.version, found[family.version]
         if tables is None:
@@ -2791,11 +2808,11 @@ def firewalls(host: Host, found: Found, around: Surroundings, mark: Mark, deadli
             text = heard(host, (*host.sudo, f"{family.tool}-{other}-save"), around.blind, deadline) or ""
             if "incompatible" in text:
                 around.blind.append(f"{family.tool}-{other}-save: {one_line(text)}")
-            cure = f"let it pass: {family.tool}-{other} -I FORWARD -m connmark {marked(mark)} -j ACCEPT"
+            cure = f"let it pass: {family.tool}-{other} -I FORWARD -m connmark {marked(options.mark)} -j ACCEPT"
             yield Firewall(version, False, "FORWARD", iptables_steps(saved_chains(text, "filter")), cure)
         for base in foreign:
             where, table, chain = (str(base.get(key, "")) for key in ("family", "table", "name"))
-            bits = f"{mark.forwarded:#x}"
+            bits = f"{options.mark.forwarded:#x}"
             cure = f"let it pass: nft insert rule {where} {table} {chain} ct mark and {bits} == {bits} accept"
             if table == "firewalld":
                 cure = (
@@ -2829,16 +2846,9 @@ class Check(NamedTuple):
         return {"check": self.what, "ok": not self.problem, "sure": self.sure, "problem": self.problem}
 
 
-def check_host(
-    host: Host,
-    options: Options,
-    forwards: Sequence[Forward | Live],
-    found: Found,
-    facts: Facts,
-    around: Surroundings,
-    deadline: Deadline,
-) -> Iterator[Check]:
+def check_host(view: View, forwards: Sequence[Forward | Live]) -> Iterator[Check]:
     """Looks for what makes forwards fail without a word. Raises Transient or Fatal."""
+    host, options, found, facts, around, _ = view
     versions = {target.address.version for forward in forwards for target in forward.targets}
     for family, sysctl in zip(FAMILIES, SYSCTLS, strict=True):
         problem = ""
@@ -2856,13 +2866,11 @@ def check_host(
             known = quoted(", ".join(facts.interfaces))
             problem = f"{host.name} has no interface {interface}: give -i those it has, of {known}"
         yield Check(f"there is an interface {interface}", problem)
-    names = [name for name in facts.interfaces if comes_in(name, options) and name != "lo"]
     # of a run one for each protocol is enough: what drops them all is what a run can be sure of
     some = forwards[:200] if options.looks else list({forward.protocol: forward for forward in forwards}.values())
-    yield from check_replies(host, options, names, some, around)
-    yield from check_paths(host, options, names, some, found, facts, around, deadline)
-    if around.listeners is not None:
-        yield from check_listeners(host, options, forwards, facts, around.listeners)
+    yield from check_replies(view, some)
+    yield from check_paths(view, some)
+    yield from check_listeners(view, forwards)
     for reason in dict.fromkeys(around.blind):
         yield Check("the host tells all that matters", f"{host.name} does not tell all that matters: {reason}", False)
 
@@ -2871,14 +2879,13 @@ def comes_in(interface: str, options: Options) -> bool:
     return any(like(pattern, interface, "+") for pattern in options.interfaces)
 
 
-def check_replies(
-    host: Host, options: Options, names: Sequence[str], forwards: Iterable[Forward | Live], around: Surroundings
-) -> Iterator[Check]:
+def check_replies(view: View, forwards: Iterable[Forward | Live]) -> Iterator[Check]:
     """Strict rp_filter drops a packet that comes in where an answer to it would not go out."""
+    host, around = view.host, view.around
     if around.strict is None or not around.routes:
         return
     defaults = {name for network, name in around.routes if not network.prefixlen}
-    for name in names:
+    for name in view.entries:
         problem = ""
         if name in around.strict and defaults and name not in defaults:
             problem = (
@@ -2886,7 +2893,7 @@ def check_replies(
                 f"the default route is by {enumerated(sorted(defaults))}: {loose(name)}"
             )
         # one inner interface of several has clients of its own networks, most likely
-        sure = name == options.external_interface or len(names) == 1
+        sure = name == view.options.external_interface or len(view.entries) == 1
         yield Check(f"rp_filter lets clients in by {name}", problem, sure)
     for address in {target.address: 0 for forward in forwards for target in forward.targets}:
         ways = way_out(around.routes, address) if address.version == 4 else []
@@ -2904,37 +2911,25 @@ def loose(interface: str) -> str:
     return f"sysctl -w net.ipv4.conf.{interface.replace('.', '/')}.rp_filter=2"
 
 
-def check_paths(
-    host: Host,
-    options: Options,
-    names: Sequence[str],
-    forwards: Iterable[Forward | Live],
-    found: Found,
-    facts: Facts,
-    around: Surroundings,
-    deadline: Deadline,
-) -> Iterator[Check]:
+def check_paths(view: View, forwards: Iterable[Forward | Live]) -> Iterator[Check]:
     """Whether anything takes or drops the first packet of a connection, for each forward and interface."""
     what = "nothing takes or drops connections that epok forwards"
-    walls = list(firewalls(host, found, around, options.mark, deadline))
     problems: dict[str, bool] = {}
-    for forward, name, wall in itertools.product(forwards, names, walls):
+    for forward, name, wall in itertools.product(forwards, view.entries, list(firewalls(view))):
         port = f"{forward.protocol}/{Range(forward.first, forward.last)}"
-        packets = list(packets_of(forward, name, wall, options, facts, around))
+        packets = list(packets_of(forward, name, wall, view))
         told = [decision(wall.steps, wall.chain, packet) for packet in packets]
         lost = [(step, sure) for step, sure in told if step and (step.verdict == "drop" or wall.before_nat)]
         for step, _ in lost[:1]:
             sure = len(lost) == len(told) and all(sure for _, sure in lost)
             does = f"{'perhaps ' * (not sure)}{'takes' if step.verdict == 'accept' else 'drops'}"
-            problems.setdefault(f"{host.name} {does} {port} from {name} by {step.text}; {wall.cure}", sure)
+            problems.setdefault(f"{view.host.name} {does} {port} from {name} by {step.text}; {wall.cure}", sure)
     yield from (Check(what, problem, sure) for problem, sure in problems.items())
-    if not problems and names and all(reason.startswith(("ip ", "ss ")) for reason in around.blind):
+    if not problems and view.entries and all(reason.startswith(("ip ", "ss ")) for reason in view.around.blind):
         yield Check(what)
 
 
-def packets_of(
-    forward: Forward | Live, interface: str, wall: Firewall, options: Options, facts: Facts, around: Surroundings
-) -> Iterator[Packet]:
+def packets_of(forward: Forward | Live, interface: str, wall: Firewall, view: View) -> Iterator[Packet]:
     """The first packets of connections as a firewall sees them; what becomes of all of them becomes of the forward."""
     targets = [target for target in forward.targets if target.address.version == wall.version]
     for offset in sorted({0, forward.last - forward.first}) if targets else ():
@@ -2942,28 +2937,25 @@ def packets_of(
             wall.version, interface, "", forward.protocol, forward.first + offset, targets[0].address, local=True
         )
         if wall.before_nat:
-            for address in entrances(interface, wall.version, options, facts):
+            for address in entrances(interface, wall.version, view):
                 yield arriving._replace(address=address)
             continue
         for target in targets:
-            ways = way_out(around.routes or (), target.address)
+            ways = way_out(view.around.routes or (), target.address)
             yield arriving._replace(
                 out=ways[0] if len(ways) == 1 else "",
                 port=target.port + offset,
                 address=target.address,
                 local=False,
-                mark=options.mark.forwarded,
+                mark=view.options.mark.forwarded,
             )
 
 
-def entrances(interface: str, version: int, options: Options, facts: Facts) -> list[Address]:
+def entrances(interface: str, version: int, view: View) -> list[Address]:
     """The host's addresses that clients connect to who come in by an interface: its own, or else any."""
-    every = [
-        address
-        for address in facts.addresses
-        if address.version == version
-        if not options.addresses or any(address in network for network in options.addresses)
-    ]
+    given, facts = view.options.addresses, view.facts
+    every = [address for address in facts.addresses if address.version == version]
+    every = [address for address in every if not given or any(address in network for network in given)]
     return [address for address in every if address in facts.interfaces[interface]] or every
 
 
@@ -2995,17 +2987,18 @@ def check_nodes(host: Host, forwards: Iterable[Forward | Live], deadline: Deadli
             )
 
 
-def check_listeners(
-    host: Host, options: Options, forwards: Iterable[Forward | Live], facts: Facts, listeners: Sequence[Listener]
-) -> Iterator[Check]:
+def check_listeners(view: View, forwards: Iterable[Forward | Live]) -> Iterator[Check]:
     """Whether a forward hides a program of the host."""
+    host, options, _, facts, around, _ = view
+    if around.listeners is None:
+        return
     what = "no program of the host listens on an external port"
     inner = [] if "lo" in options.interfaces else [name for name in facts.interfaces if not comes_in(name, options)]
     elsewhere = {address for name in inner for address in facts.interfaces[name]}
     hidden = [
         (listener, forward)
         for forward in forwards
-        for listener in listeners
+        for listener in around.listeners
         if forward.first <= listener.port <= forward.last and forward.protocol == listener.protocol
         if hides(forward, listener.address, options) and listener.address not in elsewhere
     ]
@@ -3843,11 +3836,12 @@ def warn(
     """Warns about what makes forwards fail without a word; that it cannot be looked at is no failure."""
     limit = Deadline(min(LOOK_SECONDS, deadline.remaining() / 2), "the time for looking,")
     try:
-        for check in check_host(host, options, forwards, found, facts, surroundings(looking, limit), limit):
+        view = View(host, options, found, facts, surroundings(looking, limit), limit)
+        for check in check_host(view, forwards):
             if check.problem and check.sure:
                 log.warning("%s", check.problem)
     except (Fatal, Transient) as error:
-        log.info("%s; so what else may be in the way was not checked", error)
+        log.warning("%s; so what else may be in the way was not checked", error)
 
 
 def surroundings(looking: Background, deadline: Deadline) -> Surroundings:
@@ -3889,8 +3883,8 @@ def look(host: Host, reader: Background, planner: Background, options: Options, 
         if options.explain:
             story.narrow()
             forwards = [f for f in story.plan.forwards if f.service == options.explain] or status.lives
-        around = surroundings(looking, deadline)
-        status.checks = list(check_host(host, options, forwards, found, facts, around, deadline))
+        view = View(host, options, found, facts, surroundings(looking, deadline), deadline)
+        status.checks = list(check_host(view, forwards))
         if options.explain:
             status.checks += check_nodes(host, forwards, deadline)
         return Outcome(host.name, 0 if story.snapshot or options.status else 1, story if options.explain else status)
