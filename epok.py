@@ -2549,7 +2549,9 @@ def iptables_steps(chains: Mapping[str, Sequence[str]]) -> Steps:
                 break
             test = MATCHES.get(option) or MATCHES.get(f"{words[number - 1]} {option}")
             told = answer(test(values[0], packet), words[number - 1] == "!") if test and len(values) == 1 else None
-            matched = False if told is False or matched is False else matched and told
+            if told is False:
+                return Step(False, "", "", line)
+            matched = matched and told
         if owned(target):
             return Step(matched, "own", "", line)
         if target in chains or target in VERDICTS:
