@@ -2685,8 +2685,11 @@ def heard(host: Host, argv: Sequence[str], blind: list[str], deadline: Deadline)
     result = host.run(argv, "", deadline)
     if result.status == 0:
         return result.out
-    older = re.search("epok-gate: |sudo: .*password|not allowed", result.err)
-    cure = "; run cron/setup-host of this epok on the host" if older else ""
+    cure = ""
+    if "epok-gate: " in result.err:
+        cure = "; run cron/setup-host of this epok on the host"
+    elif "sudo" in argv and re.search("password|not allowed", result.err):  # also when there is no such command
+        cure = f"; run cron/setup-host of this epok on the host, if that has {argv[len(host.sudo)]}"
     blind.append(f"{shlex.join(argv)}: {result.said}{cure}")
     return None
 

@@ -778,3 +778,221 @@ def thefts(client: Client, bare: Gateway, args: tuple[str, ...]) -> list[str]:
         assert not (bare.root / "etc/stolen").exists()
     client.lab.flush()
     return done
+
+
+# ------------------------------------------------ what --status and --explain may see
+
+
+WAYS = pytest.mark.parametrize("args", [(), ("--sudoers",)], ids=["gate", "sudoers"])
+DROPPING = """
+add table inet mine
+add chain inet mine forward { type filter hook forward priority 10; }
+add chain inet mine wall-1.b
+add rule inet mine forward jump wall-1.b
+add rule inet mine wall-1.b tcp dport 2025 drop
+"""
+
+
+def operator(lab: Lab, bare: Gateway, args: tuple[str, ...], folder: Path) -> Client:
+    return Client(lab, bare, secret_data(bare.setup_host("--address", HOST, *args).stdout), folder)
+
+
+def looked(somebody: Client, *args: str) -> dict[str, Any]:
+    """What --status or --explain says, in JSON."""
+    done = somebody.epok(*args, "-o", "json")
+    assert done.status == 0, done.err
+    [host] = json.loads(done.out)["hosts"]
+    found: dict[str, Any] = host
+    return found
+
+
+def problems(document: dict[str, Any]) -> list[str]:
+    return [check["problem"] for check in document["checks"] if not check["ok"]]
+
+
+@WAYS
+def test_status_and_explain_see_all_that_matters(
+    lab: Lab, client: Client, bare: Gateway, args: tuple[str, ...], tmp_path: Path
+) -> None:
+    somebody = operator(lab, bare, args, tmp_path)
+    assert somebody.epok(services=(WEB,)).status == 0
+    lab.ask(80)
+    told = len(bare.logged("epok-gate"))
+    status, explained = looked(somebody, "--status"), looked(somebody, "--explain", "default/web")
+    assert problems(status) == [] and problems(explained) == [], (problems(status), problems(explained))
+    assert [forward["connections"] for forward in status["forwards"]] == [1, 0]
+    answering = {check["check"].split()[0] for check in explained["checks"] if "port 30080 answers" in check["check"]}
+    assert answering == {f"{network}{number}" for network in ("10.0.0.", "2001:db8:2::") for number in (11, 12, 13)}
+    assert bare.logged("epok-gate")[told:] == []
+
+
+@WAYS
+def test_what_drops_connections_beside_epoks_rules_is_seen(
+    lab: Lab, client: Client, bare: Gateway, args: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A table of nft's own, and the rules of the other iptables."""
+    somebody = operator(lab, bare, args, tmp_path)
+    assert somebody.epok().status == 0
+    lab.host.run(["nft", "-f", "-"], DROPPING)
+    try:
+        [problem] = problems(looked(somebody, "--status"))
+        assert "drops tcp/25 from eth0 by nft table inet mine, chain wall-1.b, handle" in problem, problem
+        for name in ("a/b", "_", ".c"):  # the last and the first are not asked for
+            lab.host.run(["nft", f"add chain inet mine {name}"])
+            lab.host.run(["nft", f"insert rule inet mine forward jump {name}"])
+        [first, second, _] = sorted(problems(looked(somebody, "--status")), key=len)
+        assert "does not tell all that matters: nft" in first and "does not tell all that matters: nft" in second
+    finally:
+        lab.host.run(["nft", "delete table inet mine"])
+    other = "iptables-legacy" if lab.backend == "nft" else "iptables-nft"
+    lab.host.run([other, "-A", "FORWARD", "-p", "tcp", "-m", "tcp", "--dport", "2025", "-j", "DROP"])
+    try:
+        [problem] = problems(looked(somebody, "--status"))
+        assert "drops tcp/25 from eth0 by -A FORWARD -p tcp -m tcp --dport 2025 -j DROP" in problem, problem
+        assert f"{other} -I FORWARD" in problem
+    finally:
+        lab.host.run([other, "-F", "FORWARD"])
+
+
+# What the user epok says in a shell, where only cron/sudoers stands in the way.
+ATTACKS = {
+    "a command more": "nft -j list chain ip nat 'EPOK; flush ruleset'",
+    "a command more without a blank": "nft -j list chain ip nat 'EPOK;flush'",
+    "a command more in all": "nft -j 'list chain ip nat EPOK; flush ruleset'",
+    "a command more after all chains": "nft -j list 'chains; flush ruleset'",
+    "a line more": "nft -j list chain ip nat 'EPOK\nflush ruleset'",
+    "a line break at the end": "nft -j list chain ip nat 'EPOK\n'",
+    "a tab": "nft -j list chain ip nat 'EPOK\tflush'",
+    "an open brace": "nft -j list chain ip nat '{'",
+    "a body": "nft -j list chain ip nat 'EPOK{policy_drop}'",
+    "quotes": "nft -j list chain ip nat '\"EPOK\"'",
+    "an apostrophe": 'nft -j list chain ip nat "EPOK\'"',
+    "a comment": "nft -j list chain ip nat 'EPOK#'",
+    "a variable": "nft -j list chain ip nat '$EPOK'",
+    "a path": "nft -j list chain ip /etc/shadow EPOK",
+    "a path in a name": "nft -j list chain ip nat a/b",
+    "an option as a name": "nft -j list chain ip -f /etc/shadow",
+    "a third name": "nft -j list chain ip nat EPOK handle",
+    "two names in one": "nft -j list chain ip 'nat EPOK x'",
+    "a name that is not ASCII": "nft -j list chain ip nat \u00e9",
+    "another family": "nft -j list chain arp filter INPUT",
+    "another verb": "nft -j flush chain ip nat EPOK",
+    "all of nft": "nft -j list ruleset",
+    "a file": "nft -f /etc/shadow",
+    "a file at the end": "nft -j list chains -f /etc/shadow",
+    "an option first": "nft -c -j list chains",
+    "legacy's rules to a file": "iptables-legacy-save -f /etc/stolen",
+    "nft's rules to a file": "iptables-nft-save -f /etc/stolen",
+    "a program to load modules": "ip6tables-legacy-save -M /tmp/mine",
+    "counts to a file": "iptables-save -c -t nat -f /etc/stolen",
+    "counts to a file, in one word": "iptables-save -c -t 'nat -f /etc/stolen'",
+    "counts of another table": "iptables-save -c -t filter",
+    "ss": "ss -K",
+    "ss as root": "ss -Hltun",
+    "ip": "ip route add default via 192.0.2.10",
+    "ip as root": "ip route",
+    "nc": "nc -l 4444",
+    "nc as root": "nc -nvz -w 2 10.0.0.11 2025",
+}
+
+
+@once
+def test_sudo_lets_nothing_through_that_only_resembles_epoks_words(
+    lab: Lab, client: Client, bare: Gateway, tmp_path: Path
+) -> None:
+    thief = operator(lab, bare, ("--sudoers",), tmp_path)
+    assert thief.epok().status == 0
+    before = everything(lab)
+    assert thief.ssh("sudo -n nft -j list chain ip nat EPOK").status == 0
+    for name, command in ATTACKS.items():
+        answer = thief.ssh(f"sudo -n {command}")
+        assert answer.status == 1 and re.match("sudo: a password is required|.*not allowed", answer.err), (name, answer)
+    # one word with blanks in it is the same to sudo, and not to the tools
+    for command in ("nft '-j list chains'", "nft -j 'list chain' ip nat EPOK", "iptables-save '-c -t nat'"):
+        thief.ssh(f"sudo -n {command}")
+    assert everything(lab) == before and not (bare.root / "etc/stolen").exists()
+
+
+# ------------------------------------------------ hosts that know less
+
+
+LATER_IN_THE_GATE = {
+    'SAVE = "ip6?tables(?:-save -t (?:nat|filter)|-save -c -t nat|-(?:legacy|nft)-save)"':
+        'SAVE = "ip6?tables-save -t (?:nat|filter)"',
+    '    "ip netconf",\n    "ip route",\n    "ss -Hltun",\n    "nft -j list chains",\n': "",
+    '    f"nft -j list chain (?:ip|ip6|inet) {NFT_NAME} {NFT_NAME}",\n': "",
+    'f"nc -nvz ': 'f"no nc ',
+}  # fmt: skip
+LATER_IN_SUDOERS = {
+    ", \\\n    /usr/sbin/iptables-save -c -t nat, /usr/sbin/ip6tables-save -c -t nat": "",
+    ", EPOK_LOOK": "",
+}
+
+
+def make_older(bare: Gateway, args: tuple[str, ...]) -> None:
+    """What setup-host installed before it knew of --status."""
+    path, later = ("etc/sudoers.d/epok", LATER_IN_SUDOERS) if args else ("usr/local/sbin/epok-gate", LATER_IN_THE_GATE)
+    file = bare.root / path
+    text = file.read_text()
+    for new, old in later.items():
+        assert text.count(new) >= 1, new
+        text = text.replace(new, old)
+    file.write_text(text)
+    bare.space.run(["visudo", "-c", "-q"])
+
+
+@WAYS
+@once
+def test_an_older_gate_or_sudoers_lets_runs_go_on_and_says_what_cannot_be_seen(
+    lab: Lab, client: Client, bare: Gateway, args: tuple[str, ...], tmp_path: Path
+) -> None:
+    somebody = operator(lab, bare, args, tmp_path)
+    make_older(bare, args)
+    for more, lines in (((), 1), (("--metrics-file", str(tmp_path / "epok.prom")), 3)):
+        before = len(bare.logged("epok-gate"))
+        done = somebody.epok(*more)
+        assert done.status == 0 and "warning" not in done.err, done.err
+        logged = [line for line in bare.logged("epok-gate")[before:] if "refused" in line]
+        assert len(logged) == (0 if args else lines), logged  # sudo -n logs no refusal
+    status = somebody.epok("--status")
+    assert status.status == 0 and "warning" not in status.err, status.err
+    assert re.search(r"CONNECTIONS\ntcp/25 .* \?\n", status.out), status.out
+    unseen = "sudo -n nft -j list chains: sudo: a password is required" if args else "ip netconf: epok-gate: refused"
+    [line] = [line for line in status.out.splitlines() if line.startswith("maybe")]
+    assert unseen in line and "; run cron/setup-host of this epok on the host" in line, line
+    explained = looked(somebody, "--explain", "default/mail")
+    untried = [problem for problem in problems(explained) if "could not be tried" in problem]
+    assert len(untried) == (0 if args else 3) and all("cron/setup-host" in problem for problem in untried)
+
+
+@pytest.fixture
+def poor(gateway: Gateway) -> Iterator[None]:
+    """The host without nft, nc and ss."""
+    hide = """
+    for place in bin sbin; do
+        mkdir -p /run/poor/$place/upper /run/poor/$place/work
+        options=lowerdir=/usr/$place,upperdir=/run/poor/$place/upper,workdir=/run/poor/$place/work
+        mount -t overlay -o $options overlay /usr/$place
+    done
+    rm -f /usr/sbin/nft /usr/bin/nc /usr/bin/ss
+    """
+    gateway.space.run(["sh", "-ec", hide])
+    yield
+    gateway.space.run(["umount", "--lazy", "/usr/bin", "/usr/sbin"])
+    gateway.space.run(["rm", "-r", "/run/poor"])
+
+
+@WAYS
+@once
+def test_a_host_without_nft_nc_and_ss_is_set_up_and_forwards_as_any(
+    lab: Lab, client: Client, bare: Gateway, poor: None, args: tuple[str, ...], tmp_path: Path
+) -> None:
+    somebody = operator(lab, bare, args, tmp_path)
+    done = somebody.epok()
+    assert done.status == 0 and "warning" not in done.err, done.err
+    lab.ask(25)
+    lacks = problems(looked(somebody, "--explain", "default/mail"))
+    assert sum("netcat-openbsd" in problem for problem in lacks) == 3
+    unseen = [problem for problem in lacks if "does not tell all that matters" in problem]
+    assert len(unseen) == 2 and any("ss: " in problem and "not found" in problem for problem in unseen), unseen
+    assert any("nft: command not found" in problem or "if that has nft" in problem for problem in unseen), unseen
