@@ -958,8 +958,10 @@ def test_an_older_gate_or_sudoers_lets_runs_go_on_and_says_what_cannot_be_seen(
     assert status.status == 0 and "warning" not in status.err, status.err
     assert re.search(r"CONNECTIONS\ntcp/25 .* \?\n", status.out), status.out
     unseen = "sudo -n nft -j list chains: sudo: a password is required" if args else "ip netconf: epok-gate: refused"
-    [line] = [line for line in status.out.splitlines() if line.startswith("maybe")]
-    assert unseen in line and "; run cron/setup-host of this epok on the host" in line, line
+    lines = [line for line in status.out.splitlines() if line.startswith("maybe")]
+    assert sum(unseen in line and "; run cron/setup-host of this epok on the host" in line for line in lines) == 1, (
+        lines
+    )
     explained = looked(somebody, "--explain", "default/mail")
     untried = [problem for problem in problems(explained) if "could not be tried" in problem]
     assert len(untried) == (0 if args else 3) and all("cron/setup-host" in problem for problem in untried)

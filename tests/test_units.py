@@ -341,6 +341,51 @@ def test_clean_works_in_the_sandbox(machine: Machine) -> None:
         machine.lab.ask(25)
 
 
+@pytest.mark.parametrize("what", ["--status", "--explain default/mail"])
+def test_all_that_matters_is_seen_in_the_sandbox(machine: Machine, what: str) -> None:
+    machine.start()
+    machine.lab.ask(25)
+    # a table of somebody else's, which is read chain by chain
+    wall = "{ type filter hook forward priority 10; }"
+    machine.lab.host.run(["nft", f"add table inet mine; add chain inet mine wall {wall}"])
+    machine.edit(CLEAN[0], CLEAN[1].replace("--clean", what), "StandardOutput=append:/run/epok.log")
+    try:
+        run = machine.start()
+    finally:
+        machine.lab.host.run(["nft", "delete table inet mine"])
+    assert run[:2] == ("success", 0), run.log
+    commands = ("iptables-save -c -t nat", "ip netconf", "ip route", "ss -Hltun", "nft -j list chain inet mine wall")
+    assert [name for name in commands if f"{name}: exit status 0\n" not in run.log] == [], run.log
+    shown = [line for line in run.log.splitlines() if not line.startswith("debug:")]
+    assert not [line for line in shown if "does not tell" in line or "FAILED" in line], run.log
+    if "--status" in what:
+        assert [line.split()[-1] for line in shown if line.startswith("tcp/25 ")] == ["1", "0"], run.log
+    else:
+        assert sum("port 2025 answers" in line for line in shown) == 6, run.log
+
+
+# As the unit says: a directory that a group may write, for the user may be another one after the next boot.
+METRICS = "/run/metrics/epok.prom"
+MAY_WRITE = ("ReadWritePaths=/run/metrics", "SupplementaryGroups=users")
+
+
+def test_metrics_are_written_where_a_drop_in_allows_it(machine: Machine) -> None:
+    machine.configure(EPOK_INTERFACES="eth0", EPOK_METRICS_FILE=METRICS)
+    machine.lab.host.run(["sh", "-ec", "rm -rf /run/metrics; mkdir -m 775 /run/metrics; chgrp users /run/metrics"])
+    first = machine.start()
+    assert first[:2] == ("success", 0)
+    [warning] = problems(first.log)
+    assert warning.startswith(f"warning: --metrics-file {METRICS}: ") and "the host is right" in warning
+    machine.edit(*MAY_WRITE)
+    assert problems(machine.start().log) == []
+    machine.lab.ask(25)
+    machine.lab.host.run(["chown", "61000", METRICS])  # as if it were of the last boot
+    assert problems(machine.start().log) == []
+    text = machine.lab.host.run(["setpriv", "--reuid", "65534", "--clear-groups", "cat", METRICS]).stdout
+    assert re.search(r'^epok_connections_total\{host="this host",ip_version="4",.*port="25".*\} 1$', text, re.M), text
+    assert machine.lab.host.run(["ls", "/run/metrics"]).stdout == "epok.prom\n"
+
+
 @pytest.mark.parametrize("missing", ["CAP_NET_ADMIN", "CAP_NET_ADMIN CAP_NET_RAW"])
 def test_without_its_capabilities_it_is_one_line_and_no_rule(machine: Machine, missing: str) -> None:
     machine.edit(f"AmbientCapabilities=~{missing}", f"CapabilityBoundingSet=~{missing}")
