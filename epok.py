@@ -2672,10 +2672,17 @@ def nft_objects(
     text = heard(host, argv, blind, deadline)
     try:
         if text is not None:
-            return [part[kind] for part in json.loads(text)["nftables"] if isinstance(part.get(kind), dict)]
+            listed = json.loads(text, object_hook=without_inner_chains)["nftables"]
+            return [part[kind] for part in listed if part is not None and isinstance(part.get(kind), dict)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         blind.append(f"{shlex.join(argv)}: {quoted(text)} is not understood")
     return None
+
+
+def without_inner_chains(part: dict[str, Any]) -> dict[str, Any] | None:
+    """Forgets a chain that is not at a hook as soon as it is read: epok makes thousands of them, and memory counts."""
+    chain = part.get("chain")
+    return None if len(part) == 1 and isinstance(chain, dict) and "hook" not in chain else part
 
 
 def heard(host: Host, argv: Sequence[str], blind: list[str], deadline: Deadline) -> str | None:
