@@ -2264,11 +2264,15 @@ class Facts(NamedTuple):
         return [address for addresses in self.interfaces.values() for address in addresses]
 
 
-def read_host(host: Host, deadline: Deadline, counted: bool = False) -> tuple[Facts, Background, Background]:
-    """The facts, and the tables and surroundings, which take longer, as results to come."""
+def read_host(host: Host, deadline: Deadline, counted: bool = False) -> tuple[Facts, Background, Background | None]:
+    """The facts, and the tables and surroundings, which take longer, as results to come.
+
+    Over SSH the surroundings must wait: what is sent must not share its sessions, or its connection, with anything.
+    """
     facts = persist(deadline, read_facts, host, deadline)
     tables = Background(read_all_tables, host, deadline, counted)
-    return facts, tables, Background(persist, deadline, read_surroundings, host, tables, deadline)
+    local = isinstance(host, LocalHost)
+    return facts, tables, Background(persist, deadline, read_surroundings, host, deadline) if local else None
 
 
 def read_facts(host: Host, deadline: Deadline) -> Facts:
@@ -2719,10 +2723,8 @@ class Surroundings(NamedTuple):
     blind: list[str]
 
 
-def read_surroundings(host: Host, others: Background, deadline: Deadline) -> Surroundings:
-    """Raises Transient. Over SSH the `others` that read come first, so that they need not share its sessions."""
-    if isinstance(host, SshHost):
-        others.join(deadline.remaining())
+def read_surroundings(host: Host, deadline: Deadline) -> Surroundings:
+    """Raises Transient."""
     blind: list[str] = []
 
     def ask(*argv: str) -> list[str] | None:
@@ -3842,13 +3844,13 @@ def warn(
     forwards: Sequence[Forward],
     found: Found,
     facts: Facts,
-    looking: Background,
+    looking: Background | None,
     deadline: Deadline,
 ) -> None:
     """Warns about what makes forwards fail without a word; that it cannot be looked at is no failure."""
     limit = Deadline(min(LOOK_SECONDS, deadline.remaining() / 2), "the time for looking,")
     try:
-        view = View(host, options, found, facts, surroundings(looking, limit), limit)
+        view = View(host, options, found, facts, surroundings(host, looking, limit), limit)
         for check in check_host(view, forwards):
             if check.problem and check.sure:
                 log.warning("%s", check.problem)
@@ -3856,9 +3858,10 @@ def warn(
         log.warning("%s; so what else may be in the way was not checked", error)
 
 
-def surroundings(looking: Background, deadline: Deadline) -> Surroundings:
-    """What read_surroundings() found, and where it failed nothing but why."""
+def surroundings(host: Host, looking: Background | None, deadline: Deadline) -> Surroundings:
+    """What read_surroundings() finds, or has found already, and where it fails nothing but why."""
     try:
+        looking = looking or Background(persist, deadline, read_surroundings, host, deadline)
         found: Surroundings = looking.result(deadline, "reading what else is on the host")
         return found
     except Fatal as error:
@@ -3895,7 +3898,7 @@ def look(host: Host, reader: Background, planner: Background, options: Options, 
         if options.explain:
             story.narrow()
             forwards = [f for f in story.plan.forwards if f.service == options.explain] or status.lives
-        view = View(host, options, found, facts, surroundings(looking, deadline), deadline)
+        view = View(host, options, found, facts, surroundings(host, looking, deadline), deadline)
         status.checks = list(check_host(view, forwards))
         if options.explain:
             status.checks += check_nodes(host, forwards, deadline)

@@ -511,7 +511,7 @@ def test_nothing_that_nft_prints_breaks_a_check(text: str, status: int) -> None:
         steps = epok.nft_steps(host, "inet", "wall", {"f": "drop"}, blind, deadline())
         step, sure = epok.decision(steps, "f", packet)
         assert not (status and sure), "a chain that was not read may do anything"
-    around = epok.read_surroundings(host, epok.Background(dict), deadline())
+    around = epok.read_surroundings(host, deadline())
     found: epok.Found = {4: {name: epok.Table(beside=True) for name in ("nat", "filter")}, 6: None}
     options = epok.parse_options(["-i", "eth0", "local"], {})
     view = epok.View(host, options, found, epok.Facts({}, {}), around, deadline())
