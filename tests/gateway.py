@@ -13,7 +13,6 @@ import re
 import socket
 import subprocess
 import threading
-from pathlib import Path
 from types import ModuleType
 
 import yaml
@@ -77,7 +76,7 @@ class Gateway:
 
     def __init__(self, space: Namespace) -> None:
         self.space = space
-        self.root = Path(f"/proc/{space.pid}/root")
+        self.root = space.root
         space.run(["sh", "-ec", PRIVATE, "sh", *PLACES])
         self.lines: list[str] = []
         self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

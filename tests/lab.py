@@ -152,6 +152,11 @@ class Namespace:
         self.children.append(child)
         return child
 
+    @property
+    def root(self) -> Path:
+        """Its root directory, as it is seen from outside."""
+        return Path(f"/proc/{self.pid}/root")
+
     def run(
         self,
         argv: Sequence[str],
@@ -404,7 +409,7 @@ class Lab(Made):
 
     def inputs(self) -> list[tuple[str, str]]:
         """With `record`, what iptables-restore and ip6tables-restore were given by epok: the tool and the text."""
-        files = Path(f"/proc/{self.host.pid}/root/run/inputs").iterdir()
+        files = (self.host.root / "run" / "inputs").iterdir()
         return [(file.name.split(".")[0], file.read_text("latin-1")) for file in files]
 
     def flush(self) -> None:

@@ -229,7 +229,7 @@ def test_an_expired_token_leaves_the_rules_alone(lab: Lab, api: ApiServer, confi
 
 def test_a_pod_needs_no_kubeconfig(lab: Lab, api: ApiServer) -> None:
     api.create(MAIL)
-    mounted = Path(f"/proc/{lab.host.pid}/root/run/secrets/kubernetes.io/serviceaccount")
+    mounted = lab.host.root / "run/secrets/kubernetes.io/serviceaccount"
     mounted.mkdir(parents=True)
     (mounted / "token").write_text(api.token())
     (mounted / "ca.crt").write_bytes(api.authority.pem)

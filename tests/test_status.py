@@ -490,7 +490,7 @@ def test_the_metrics_tell_what_a_run_did(lab: Lab) -> None:
     success = then["epok_last_success_timestamp_seconds"][("this host",)]
     assert first["epok_last_success_timestamp_seconds"][("this host",)] < success <= time.time()
     assert set(then["epok_changes"].values()) == {0}
-    [file] = Path(f"/proc/{lab.host.pid}/root/run").glob("epok.prom*")
+    [file] = (lab.host.root / "run").glob("epok.prom*")
     assert file.stat().st_mode & 0o777 == 0o644, "for node_exporter, which is another user"
 
 
@@ -521,7 +521,7 @@ def test_a_reader_never_finds_half_a_file_and_a_link_is_not_followed(lab: Lab) -
     run(lab, MAIL, args=(*LOCAL, "--metrics-file", "/run/link.prom"))
     assert lab.host.run(["cat", "/run/secret"]).stdout == "secret\n"
     assert read(lab, "/run/link.prom")["epok_success"] == {("this host",): 1}
-    file = Path(f"/proc/{lab.host.pid}/root/run/link.prom")
+    file = lab.host.root / "run" / "link.prom"
     with file.open() as old:
         run(lab, MAIL, WEB, args=(*LOCAL, "--metrics-file", "/run/link.prom"))
         assert metrics(old.read())["epok_forwards"] == {("this host",): 1}
@@ -532,4 +532,4 @@ def test_a_reader_never_finds_half_a_file_and_a_link_is_not_followed(lab: Lab) -
 def test_looking_writes_no_metrics(lab: Lab) -> None:
     for args in (("--status", "local"), ("--explain", "default/mail", "local"), ("--dry-run", *LOCAL)):
         lab.epok(*args, "--metrics-file", "/run/none.prom", snapshot=lab.cluster(MAIL))
-    assert not Path(f"/proc/{lab.host.pid}/root/run/none.prom").exists()
+    assert not (lab.host.root / "run" / "none.prom").exists()
