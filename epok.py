@@ -116,7 +116,6 @@ if sys.version_info < (3, 11):  # noqa: UP036 (before anything that an older one
 import contextlib
 import dataclasses
 import datetime
-import fnmatch
 import functools
 import gc
 import hashlib
@@ -463,7 +462,7 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         if isinstance(typed, list):
             typed = ",".join(typed) if typed else None
         source = setting.option if typed is not None else f"{setting.variable} in the environment"
-        text = (environ.get(setting.variable) or setting.default) if typed is None else typed
+        text = environ.get(setting.variable) or setting.default if typed is None else typed
         try:
             if typed == "":  # from an unset variable of a shell script, perhaps
                 raise ValueError("a value is needed")
@@ -2876,7 +2875,7 @@ def check_host(view: View, forwards: Sequence[Forward | Live]) -> Iterator[Check
         yield Check(f"forwarding of IPv{family.version} is on", problem)
     for interface in options.interfaces if facts.interfaces else ():
         problem = ""
-        if not fnmatch.filter(facts.interfaces, interface.replace("+", "*")):
+        if not any(like(interface, name, "+") for name in facts.interfaces):
             known = quoted(", ".join(facts.interfaces))
             problem = f"{host.name} has no interface {interface}: give -i those it has, of {known}"
         yield Check(f"there is an interface {interface}", problem)
@@ -3140,11 +3139,15 @@ def forwards_in(tables: Tables, version: int, counts: Mapping[str, Sequence[int]
     return {key: read_forward(key, dispatch, tables["nat"], version, counts) for key, dispatch in found}
 
 
+def entries_in(tables: Tables) -> list[re.Match[str]]:
+    """The rules of EPOK that lead packets in: whether the address is negated, address, interface and chain."""
+    return [match for rule in tables["nat"].chains.get(ROOT, []) if (match := ENTRY.fullmatch(rule))]
+
+
 def ways_in(tables: Tables) -> list[tuple[str, str]]:
     """How packets come to the forwards, "eth0" or "192.0.2.1/32 by eth0", and the chain that they come to."""
-    found = [match for rule in tables["nat"].chains.get(ROOT, []) if (match := ENTRY.fullmatch(rule))]
-    return [(f"{to} by {name}" if to and not negated else name, chain) for negated, to, name, chain in
-            (match.groups() for match in found)]  # fmt: skip
+    entries = (match.groups() for match in entries_in(tables))
+    return [(f"{to} by {name}" if to and not negated else name, chain) for negated, to, name, chain in entries]
 
 
 def read_forward(
@@ -3389,9 +3392,12 @@ class Status:
         hooks = "; ".join(f"IPv{version} hooks {self.hooks(version)}" for version in self.tables)
         return painted(f"{self.host}: {self.backend}; {hooks}", "title")
 
+    def to_come(self) -> list[str]:
+        return ["the next run would change:"] * bool(self.pending) + [change.line for change in self.pending]
+
     def text(self) -> str:
         lines = [self.title(), *aligned(forward_rows(self.lives))] if self.lives else [self.title(), "no forwards"]
-        lines += ["the next run would change:"] * bool(self.pending) + [change.line for change in self.pending]
+        lines += self.to_come()
         lines += [f"rejected: {rejection}" for rejection in self.rejections]
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines += [self.cluster, *(check.line for check in self.checks if check.problem)]
@@ -3595,9 +3601,7 @@ class Story:
             for target, number in zip(live.targets, live.counts[1:] or itertools.repeat("?"), strict=False):
                 lines.append(f"    to {target.address} port {target.port}: {number}")
         lines += [] if self.status.lives else ["  none for this Service"]
-        return lines + ["  the next run would change:"] * bool(self.status.pending) + [
-            f"  {change.line}" for change in self.status.pending
-        ]  # fmt: skip
+        return lines + [f"  {line}" for line in self.status.to_come()]
 
     def document(self) -> dict[str, Any]:
         told = [{"mapping": mapping, "stands": stands, "fate": fate} for mapping, fate, stands in self.mappings()]
@@ -3610,48 +3614,52 @@ class Story:
         return {**self.status.document(), **story, "cause": self.cause()}
 
 
+Sample = tuple[str, float, Mapping[str, object]]  # a metric, its value and its labels
+
+
 def metrics_text(outcomes: Sequence[Outcome], planner: Planner | None, seconds: float, before: str) -> str:
     """What the runs on all hosts did, in Prometheus' text format; `before` is the file of the last run."""
-    samples: dict[str, list[str]] = {}
-
-    def add(name: str, value: float, **labels: object) -> None:
-        escaped = {key: json.dumps(str(text)) for key, text in labels.items()}
-        within = ",".join(f"{key}={text}" for key, text in escaped.items())
-        samples.setdefault(name, []).append(f"epok_{name}{'{' * bool(within)}{within}{'}' * bool(within)} {value:.15g}")
-
-    for outcome in outcomes:
-        host = outcome.host
-        add("success", int(outcome.status == 0), host=host)
-        last = re.search(
-            rf"^epok_last_success_timestamp_seconds{{host={re.escape(json.dumps(host))}}} (\S+)$", before, re.M
-        )
-        if outcome.status == 0 or last:
-            add("last_success_timestamp_seconds", float(last[1]) if outcome.status and last else time.time(), host=host)
-        if outcome.status:
-            continue
-        add("forwards", len({live.key for live in outcome.lives}), host=host)
-        for version in sorted({live.version for live in outcome.lives}):
-            targets = {target.address for live in outcome.lives if live.version == version for target in live.targets}
-            add("nodes", len(targets), host=host, ip_version=version)
-        for sign, name in (("+", "added"), ("-", "removed"), ("~", "changed")):
-            add("changes", sum(change.sign == sign for change in outcome.changes), host=host, change=name)
-        for live in outcome.lives:
-            if live.counts:
-                labels = {"protocol": live.protocol, "port": Range(live.first, live.last), "service": live.service}
-                add("connections_total", live.counts[0], host=host, ip_version=live.version, **labels)
-        for step, took in outcome.seconds.items():
-            add("step_duration_seconds", took, host=host, step=step)
-    for step, took in planner.seconds.items() if planner else ():
-        add("step_duration_seconds", took, host="", step=step)
+    samples = [sample for outcome in outcomes for sample in host_samples(outcome, before)]
     if planner:
-        add("rejections", len({rejection for plan, _ in planner.made.values() for rejection in plan.rejections}))
-    add("duration_seconds", seconds)
-    text = ""
-    for name, told in samples.items():
-        kind = "counter" if name.endswith("_total") else "gauge"
-        lines = [f"# HELP epok_{name} {HELP[name]}", f"# TYPE epok_{name} {kind}", *told]
-        text += "".join(f"{line}\n" for line in lines)
-    return text
+        samples += [
+            ("step_duration_seconds", took, {"host": "", "step": step}) for step, took in planner.seconds.items()
+        ]
+        rejections = {rejection for plan in planner.plans.values() for rejection in plan.rejections}
+        samples.append(("rejections", len(rejections), {}))
+    samples.append(("duration_seconds", seconds, {}))
+    metrics: dict[str, list[str]] = {}
+    for name, value, labels in samples:
+        within = ",".join(f"{key}={json.dumps(str(text))}" for key, text in labels.items())
+        metrics.setdefault(name, []).append(f"epok_{name}{within and f'{{{within}}}'} {value:.15g}\n")
+    return "".join(
+        f"# HELP epok_{name} {HELP[name]}\n"
+        f"# TYPE epok_{name} {'counter' if name.endswith('_total') else 'gauge'}\n" + "".join(lines)
+        for name, lines in metrics.items()
+    )
+
+
+def host_samples(outcome: Outcome, before: str) -> Iterator[Sample]:
+    """What a run did on one host; of one that failed the time of its last success, from the file of `before`."""
+    host = {"host": outcome.host}
+    success, lives = "last_success_timestamp_seconds", outcome.lives
+    yield "success", int(outcome.status == 0), host
+    if outcome.status:
+        last = re.search(rf"^epok_{success}{{host={re.escape(json.dumps(outcome.host))}}} (\S+)$", before, re.M)
+        yield from [(success, float(last[1]), host)] if last else []
+        return
+    yield success, time.time(), host
+    yield "forwards", len({live.key for live in lives}), host
+    for version in sorted({live.version for live in lives}):
+        targets = {target.address for live in lives if live.version == version for target in live.targets}
+        yield "nodes", len(targets), {**host, "ip_version": version}
+    for sign, name in (("+", "added"), ("-", "removed"), ("~", "changed")):
+        yield "changes", sum(change.sign == sign for change in outcome.changes), {**host, "change": name}
+    for live in lives:
+        if live.counts:
+            port = {"protocol": live.protocol, "port": Range(live.first, live.last), "service": live.service}
+            yield "connections_total", live.counts[0], {**host, "ip_version": live.version, **port}
+    for step, took in outcome.seconds.items():
+        yield "step_duration_seconds", took, {**host, "step": step}
 
 
 HELP = {
@@ -3731,7 +3739,8 @@ class Planner:
         with timed(self.seconds, "cluster"):
             self.reader = Reader(options, deadline)
             self.snapshot = self.reader.snapshot(options.explain)
-        self.made: dict[Set[str], tuple[Plan, Wanted]] = {}
+        self.plans: dict[Set[str], Plan] = {}
+        self.rulesets: dict[Set[str], Wanted] = {}
         self.untold: list[Event] = []
         self.lock = threading.Lock()
 
@@ -3739,19 +3748,26 @@ class Planner:
         """The names of the nodes that a host itself is."""
         return frozenset(node.name for node in self.snapshot.nodes if set(node.addresses) & set(facts.addresses))
 
-    def wanted(self, facts: Facts) -> tuple[Plan, Wanted]:
-        """What shall be forwarded, and the rules for it. Raises Fatal."""
+    def plan(self, facts: Facts) -> Plan:
+        """What shall be forwarded. Raises Fatal."""
         own = self.own(facts)
         with self.lock:
-            if own not in self.made:
+            if own not in self.plans:
                 with timed(self.seconds, "plan"):
                     self.snapshot = self.reader.with_endpoints(self.snapshot, bool(own), self.options.explain)
-                    plan = make_plan(self.snapshot, self.options, own)
+                    self.plans[own] = make_plan(self.snapshot, self.options, own)
                 if not self.options.looks:
-                    self.announce(plan)
+                    self.announce(self.plans[own])
+            return self.plans[own]
+
+    def wanted(self, facts: Facts) -> Wanted:
+        """The rules for it. Raises Fatal."""
+        plan, own = self.plan(facts), self.own(facts)
+        with self.lock:
+            if own not in self.rulesets:
                 with timed(self.seconds, "ruleset"):
-                    self.made[own] = plan, rendered(plan, self.options)
-            return self.made[own]
+                    self.rulesets[own] = rendered(plan, self.options)
+            return self.rulesets[own]
 
     def announce(self, plan: Plan) -> None:
         for warning in plan.warnings:
@@ -3811,17 +3827,19 @@ def serve(host: Host, reader: Background, planner: Planner | None, options: Opti
     try:
         with timed(outcome.seconds, "read"):
             facts, reading, looking = reader.result(deadline, f"{host.name}: reading its addresses")
-            plan, wanted = planner.wanted(facts) if planner else (Plan(), {f.version: NOTHING for f in FAMILIES})
+            wanted: Wanted = planner.wanted(facts) if planner else {family.version: NOTHING for family in FAMILIES}
+            forwards = planner.plan(facts).forwards if planner else []
             found: Found = reading.result(deadline, f"{host.name}: reading its rules")
         if options.dry_run:
-            warn(host, options, plan.forwards, found, facts, looking, deadline)
-            dry = DryRun(host, options, found, wanted)
-            return dataclasses.replace(outcome, status=3 if dry.inputs else 0, shown=dry)
+            warn(host, options, forwards, found, facts, looking, deadline)
+            outcome.shown = dry = DryRun(host, options, found, wanted)
+            outcome.status = 3 if dry.inputs else 0
+            return outcome
         with timed(outcome.seconds, "swap"):
             inputs = converge(host, wanted, found, options, deadline)
         outcome.changes = changes_between(found, wanted) if inputs else []
         report_swap(prefix, found, wanted, inputs, outcome.changes)
-        warn(host, options, plan.forwards, found, facts, looking, deadline)
+        warn(host, options, forwards, found, facts, looking, deadline)
         if outcome.changes:
             flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
             try:
@@ -3865,7 +3883,7 @@ def surroundings(host: Host, looking: Background | None, deadline: Deadline) -> 
         found: Surroundings = looking.result(deadline, "reading what else is on the host")
         return found
     except Fatal as error:
-        return Surroundings(None, [], None, [], [str(error)])
+        return Surroundings(None, None, None, None, [str(error)])
 
 
 def all_lives(tables: Found, counted: Found) -> list[Live]:
@@ -3887,7 +3905,7 @@ def look(host: Host, reader: Background, planner: Background, options: Options, 
         story = Story(options.explain, options.max_nodes, status)
         try:
             known: Planner = planner.result(deadline, "reading the cluster")
-            story.plan, _ = known.wanted(facts)
+            story.plan = known.plan(facts)
             story.snapshot, story.on_node = known.snapshot, bool(known.own(facts))
             status.pending = changes_between(found, rendered(story.plan, options))
             status.rejections, status.warnings = story.plan.rejections, story.plan.warnings
@@ -3909,10 +3927,13 @@ def look(host: Host, reader: Background, planner: Background, options: Options, 
 
 def as_found(options: Options, found: Found) -> Options:
     """The options, and where they say nothing the interfaces and addresses that the live rules have."""
-    rules = [rule for tables in found.values() if tables for rule in tables["nat"].chains.get(ROOT, [])]
-    ways = [match for rule in rules if (match := ENTRY.fullmatch(rule))]
+    known = [tables for tables in found.values() if tables]
+    ways = [match for tables in known for match in entries_in(tables)]
     if options.interfaces or not ways:
         return options
+    rules = itertools.chain.from_iterable(
+        tables["nat"].chains[ROOT] for tables in known if ROOT in tables["nat"].chains
+    )
     barred = next((match[1] for rule in rules if (match := re.fullmatch(r"-[io] (\S+) -j RETURN", rule))), "")
     names = dict.fromkeys([match[3] for match in ways] + [barred] * bool(barred))
     addresses = to_networks(",".join(match[2] for match in ways if match[2] and not match[1]))
