@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ settings.register_profile("epok", deadline=None)  # a busy machine is no failure
 settings.load_profile("epok")
 
 BACKENDS = ("nft", "legacy")
+Tally = Callable[[str, int, int], None]
 
 
 def need(tool: str, how: str) -> str:
@@ -34,6 +36,31 @@ def lacking(why: str) -> str:
     if os.environ.get("EPOK_TEST_ALL") == "1":
         pytest.fail(why, pytrace=False)
     pytest.skip(why)
+
+
+def often(times: int, big: int) -> int:
+    """How often something is tried; `big` in the whole proof, which takes hours: EPOK_TEST_BIG=1."""
+    return big if os.environ.get("EPOK_TEST_BIG") == "1" else times
+
+
+@pytest.fixture
+def tally(record_property: Callable[[str, object], None]) -> Tally:
+    """tally(what, tried, lost): the sums over all tests are a table at the end of the run. It asserts nothing."""
+    return lambda what, tried, lost: record_property("tally", (what, tried, lost))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of `tally`."""
+    tried, lost = Counter[str](), Counter[str]()
+    for reports in terminalreporter.stats.values():
+        for name, value in (pair for report in reports for pair in getattr(report, "user_properties", ())):
+            if name == "tally":
+                tried[value[0]] += value[1]
+                lost[value[0]] += value[2]
+    if tried:
+        terminalreporter.section("what was tried")
+        for what in tried:
+            terminalreporter.write_line(f"{what}: {tried[what]:,} times, {lost[what]:,} lost")
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
