@@ -38,8 +38,12 @@ def lacking(why: str) -> str:
     pytest.skip(why)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "proof: what can be tried as often as one likes; EPOK_TEST_BIG=1: very often")
+
+
 def often(times: int, big: int) -> int:
-    """How often something is tried; `big` in the whole proof, which takes hours: EPOK_TEST_BIG=1."""
+    """How often something is tried; `big` with EPOK_TEST_BIG=1, with which the tests marked `proof` take hours."""
     return big if os.environ.get("EPOK_TEST_BIG") == "1" else times
 
 
