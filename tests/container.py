@@ -302,13 +302,14 @@ def base_archive(folder: Path) -> Path:
     release, sources = platform.freedesktop_os_release(), apt_sources()
     key = hashlib.sha256(" ".join([*BASE, *sources, time.strftime("%Y-%m")]).encode()).hexdigest()
     archive = CACHE / f"base-{key[:12]}.tar"
-    if not archive.exists():
-        for old in CACHE.glob("base-*.tar"):
-            old.unlink()
-        made, options = folder / "base.tar", folder / "apt.conf"
-        options.write_text("".join(f"{line}\n" for line in apt_settings()))
-        output([*ALONE, *BASE, f"--aptopt={options}", release["VERSION_CODENAME"], str(made), *sources], folder)
-        made.replace(archive)
+    with locked(CACHE):  # another file of tests may be about to make it too
+        if not archive.exists():
+            for old in CACHE.glob("base-*.tar"):
+                old.unlink()
+            made, options = folder / "base.tar", folder / "apt.conf"
+            options.write_text("".join(f"{line}\n" for line in apt_settings()))
+            output([*ALONE, *BASE, f"--aptopt={options}", release["VERSION_CODENAME"], str(made), *sources], folder)
+            made.replace(archive)
     return archive
 
 

@@ -132,8 +132,8 @@ class Newcomer:
         clean.update({"HOME": str(self.home), **env})
         return space.run(["env", "-C", str(self.home), *argv], check=check, env=clean)
 
-    def local(self, *words: str, through: Sequence[str] = ()) -> Done:
-        return self.run(self.lab.host, *through, *PROGRAM, "--timeout", "2", *words, "local")
+    def local(self, *words: str, through: Sequence[str] = (), seconds: int = 15) -> Done:
+        return self.run(self.lab.host, *through, *PROGRAM, "--timeout", str(seconds), *words, "local")
 
     def with_snapshot(self, *words: str, through: Sequence[str] = ()) -> Done:
         return self.local("--snapshot", str(self.snapshot), *words, through=through)
@@ -183,12 +183,12 @@ def test_an_api_server_that_refuses_connections_may_be_on_another_machine(newcom
     with FakeApi(newcomer.lab.host, *newcomer.lab.node_objects(), MAIL) as api:
         config = write_kubeconfig(newcomer.home / "config", api.url.replace("127.0.0.1", "127.0.0.2"))
         words = ["-i", "eth0", "--kubeconfig", config]
-        error = message(newcomer.local(*words))
+        error = message(newcomer.local(*words, seconds=4))
         assert "Connection refused" in error
         newcomer.types(copied(r"(sed -i .*)$", error).replace("ADDRESS", "127.0.0.1"))
         assert newcomer.local(*words).returncode == 0
     write_kubeconfig(newcomer.home / "config", "http://10.0.0.1:6443")
-    assert re.search(r"check it with kubectl --kubeconfig .* get nodes$", message(newcomer.local(*words)))
+    assert re.search(r"check it with kubectl --kubeconfig .* get nodes$", message(newcomer.local(*words, seconds=4)))
 
 
 @once
