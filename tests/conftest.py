@@ -56,8 +56,9 @@ def tally(record_property: Callable[[str, object], None]) -> Tally:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The table of `tally`."""
     tried, lost = Counter[str](), Counter[str]()
-    for reports in terminalreporter.stats.values():
-        for name, value in (pair for report in reports for pair in getattr(report, "user_properties", ())):
+    for report in (each for reports in terminalreporter.stats.values() for each in reports):
+        # the report of the teardown has the properties too
+        for name, value in report.user_properties if getattr(report, "when", "") == "call" else ():
             if name == "tally":
                 tried[value[0]] += value[1]
                 lost[value[0]] += value[2]
