@@ -3726,8 +3726,8 @@ def start_log(level: str) -> None:
     log.handlers, log.propagate = [handler], False
     log.setLevel(level.upper())
     logging.captureWarnings(True)
-    # or Python prints what libraries log, which comes as an exception too
-    logging.getLogger().addHandler(logging.NullHandler())
+    if not logging.getLogger().handlers:  # or Python prints what libraries log, which comes as an exception too
+        logging.getLogger().addHandler(logging.NullHandler())
 
 
 class Planner:
