@@ -51,7 +51,7 @@ VOCABULARY = (
     r"iptables-save -c -t nat",
     r"ip6tables-save -c -t nat",
     r"nft -j list chains",
-    r"conntrack -D (-f ipv6 )?-p udp --orig-dst [0-9a-f.:]+ --orig-port-dst [0-9]+ --reply-src [0-9a-f.:]+",
+    r"conntrack -D -p udp --orig-dst [0-9a-f.:]+ --orig-port-dst [0-9]+ --reply-src [0-9a-f.:]+( -f ipv6)?",
 )
 TOOLS = ("iptables", "ip6tables")
 WITHOUT_SUDO = (
