@@ -32,6 +32,10 @@ RUNS, BIG_RUNS = 16, 1000
 TOOLS = {4: "iptables", 6: "ip6tables"}
 TO = {4: HOST, 6: HOST6}
 METRICS = "/run/epok.prom"
+WARNINGS = re.compile(  # that belong to what is changed here
+    "not forwarded, |rejected: |no node is Ready|every node is excluded|kept these chains"
+    "|connections that were open have|answers 403 to patch events"
+)
 MAIL = service("mail", "25:2025", [port(25, 2025)], families=("IPv4", "IPv6"))
 Rules = dict[str, list[str]]
 Done = subprocess.CompletedProcess[str]
@@ -368,50 +372,47 @@ class Soak(Made):
         """Changes, one run, and all that is wrong then."""
         way = self.rng.choice(self.apis_or_stdin)
         access = self.access()
-        by_hand = self.disturb(way)
+        stale = self.disturb(way)
         wrong = [] if self.rng.random() < 0.75 else list(self.look(way))
-        if by_hand or access != self.access(common_to=access):
+        if stale or any(access[number] != now for number, now in self.access().items() if number in access):
             self.lab.host.run(["conntrack", "-F"])
         before = {version: self.lab.saved(version) for version in TOOLS}
         self.there = self.rng.random() > 0.08
         more = [["--metrics-file", METRICS], []][self.rng.random() < 0.7 or way.executor != ["local"]]
         done = self.run(way, *(more if self.there else ["--clean"]))
         wrong += [f"exit {done.returncode}"] if done.returncode else []
+        wrong += [
+            line for line in done.stderr.splitlines() if re.match("error|warning", line) and not WARNINGS.search(line)
+        ]
         wrong += [*self.wrong_rules(before), *self.leftovers(), *self.wrong_answers()]
         if self.there and self.rng.random() < 0.2:
             wrong += self.not_in_sync(way)
         return [f"{problem}\n{way.executor} {self.options}\n{done.stderr}" for problem in wrong]
 
     def disturb(self, way: Way) -> bool:
-        """Changes of cluster, options and host. Whether some are none that epok sees, or not all of it.
+        """Changes of cluster, options and host. Whether UDP flows may go on that would not be made any more.
 
-        Of UDP flows epok ends those that go where they may not go by the rules that it finds: so not those of rules
-        that somebody else has changed, or that a run had changed that was killed, nor those of clients that lose or get
-        access. Then the test forgets them.
+        epok ends those to a node that is no target any more by the rules that it finds: not where these were changed
+        by somebody else, or by a run that was killed then, nor those of clients that lose access.
         """
         for _ in range(self.rng.choice((0, 1, 1, 2, 3))):
             self.former |= dict.fromkeys(self.cluster.asked())
             self.cluster.change()
-        unseen = False
+        stale = False
         if self.rng.random() < 0.4:
-            self.options, unseen = self.options.changed(self.rng), True
+            self.options, stale = self.options.changed(self.rng), True
         if self.rng.random() < 0.5:
             self.hand.do_something()
-            unseen = True
+            stale = True
         if self.rng.random() < 0.15:
             self.kill(way)
-            unseen = True
-        return unseen or not self.there
+            stale = True
+        return stale or not self.there
 
-    def access(self, common_to: Container[int] | None = None) -> dict[int, tuple[str, bool]]:
-        """Who may use each UDP port, of those alone."""
-        return {
-            number: (app.sources, app.internal)
-            for app in self.cluster.apps
-            if "udp" in app.protocols
-            for number in app.externals
-            if common_to is None or number in common_to
-        }
+    def access(self) -> dict[int, tuple[str, bool]]:
+        """Who may use each UDP port."""
+        apps = [app for app in self.cluster.apps if "udp" in app.protocols]
+        return {number: (app.sources, app.internal) for app in apps for number in app.externals}
 
     # ---- what is wrong after a run
 
@@ -434,7 +435,10 @@ class Soak(Made):
 
     def leftovers(self) -> Iterator[str]:
         """No file, no process, no lock."""
-        self.settle()
+        try:
+            self.settle()
+        except AssertionError as error:
+            yield str(error)
         if files := self.all_files() ^ self.files:
             yield f"files came or went: {files}"
         if self.lab.host.run(["flock", "--nonblock", "/run/xtables.lock", "true"], check=False).returncode:
