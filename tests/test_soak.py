@@ -28,7 +28,7 @@ from test_iptables import foreign
 from test_ssh import SUDOERS, Operator
 
 SEED = int(os.environ.get("EPOK_TEST_SEED", "20"))
-RUNS, BIG_RUNS = 16, 1000
+RUNS, BIG_RUNS = 12, 1000
 TOOLS = {4: "iptables", 6: "ip6tables"}
 TO = {4: HOST, 6: HOST6}
 METRICS = "/run/epok.prom"
