@@ -447,9 +447,10 @@ class Soak(Made):
     def wrong_answers(self) -> Iterator[str]:
         """Ports that are forwarded, and that are no more, by TCP and UDP; UDP also from ports that asked before."""
         now, gone = self.cluster.asked(), [*self.former]
-        for number, protocol in [self.rng.choice(ports) for ports in (now, now, now, gone) if ports]:
+        udp = [(number, protocol) for number, protocol in (*now, *gone) if protocol == "udp"]
+        for number, protocol in [self.rng.choice(ports) for ports in (now, now, now, gone, udp, udp, udp) if ports]:
             version = self.rng.choice((4, 6))
-            sport = self.rng.choice((0, 5353, 5354)) if protocol == "udp" else 0
+            sport = self.rng.choice((0, 5353, 5353, 5354)) if protocol == "udp" else 0
             self.asked += 1
             if problem := self.ask(number, protocol, version, sport):
                 self.unanswered += 1
