@@ -30,6 +30,8 @@ SOURCES = {
 }
 ADDRESSES = {"": (4, 6), "192.0.2.1": (4,), "192.0.2.0/24,2001:db8:1::/64": (4, 6), "198.51.100.1": ()}
 INTERFACES = {"eth0": True, "eth0,lo": True, "eth+": True, "eth0,eth2": True, "eth2": False}
+# Every cluster has this one, so that one without Services is not taken for a file without EndpointSlices.
+KUBERNETES = endpoint_slice("kubernetes", [endpoint("node1", "10.0.0.11")], [slice_port(6443, "https")])
 BATCHES = ((), ("--batch-size", "900"), ("--batch-commands", "false"))
 
 
@@ -217,7 +219,7 @@ class Changing:
 
     def objects(self) -> list[Object]:
         """All that the API lists."""
-        listed = [item for app in self.apps for item in app.objects()]
+        listed = [KUBERNETES, *(item for app in self.apps for item in app.objects())]
         if self.broken:
             listed.append(service("broken", "70000,1:nowhere,9-8", [port(80, 31000)]))
         return [*self.node_objects(), *listed]
