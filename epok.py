@@ -113,6 +113,11 @@ if sys.version_info < (3, 11):  # noqa: UP036 (before anything that an older one
         "or use the image"
     )
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Ctrl-C during the imports, which take a while, is a traceback
+
 import contextlib
 import dataclasses
 import datetime
@@ -4007,7 +4012,12 @@ def main(argv: Sequence[str]) -> int:
             show("")
             return 0
         start_log(options.log_level)
-        return run(options)
+        # a thread of its own, so that a signal breaks off nothing but the wait for it: no import, no look-up of a name
+        running = Background(run, options)
+        while running.is_alive():
+            running.join(0.1)  # by steps: a signal that the system gave to another thread ends no wait
+        status: int = running.result(Deadline(0), "epok")
+        return status
     except Fatal as error:
         log.error("%s", error)
         return error.status
@@ -4022,6 +4032,11 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     # a short run makes much and drops little: not to look for cycles often, nor at the end, saves a tenth of it
     gc.set_threshold(100_000)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) == signal.SIG_DFL:  # not if it is to be ignored, as of nohup
+            signal.signal(number, signal.default_int_handler)
     status = main(sys.argv[1:])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # all is done, and the exit status says how
     gc.freeze()
     raise SystemExit(status)
