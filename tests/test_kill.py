@@ -439,7 +439,7 @@ class Remote:
     def tries(self, how: str, tally: Tally) -> None:
         with clients(self.host, tally):
             trials(f"connection cut{how}", often(4, big=200), tally, self.cut)
-            trials(f"epok killed{how}", often(2, big=200), tally, self.kill)
+            trials(f"epok killed{how}", often(2, big=50), tally, self.kill)
         ends_in_sync(self.host)
 
 
