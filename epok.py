@@ -198,7 +198,10 @@ class Transient(Exception):
 
 def quoted(value: object) -> str:
     """The value for a message: in double quotes, ASCII, control characters escaped, cut at 100 characters."""
-    text = str(value)
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits, which YAML can have
+        text = "a number of thousands of digits"
     return json.dumps(text if len(text) <= 100 else text[:100] + "...")
 
 
@@ -656,7 +659,7 @@ def to_service(item: Any, always: str = "") -> Service | None:
     meta, key = object_name("Service", item)
     annotations = meta.inner("annotations")
     known = {name: annotations.get(name, "") for name, value in annotations.value.items()
-            if "getbetter.ro/" in name and value is not None}  # fmt: skip
+            if isinstance(name, str) and "getbetter.ro/" in name and value is not None}  # fmt: skip
     if key != always and not known.keys() & set(PORT_ANNOTATIONS):
         return None
     spec = Fields(Fields(item, f"Service {key}").get("spec", {}), f"Service {key} spec")
@@ -771,7 +774,7 @@ class SnapshotFile:
         Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
         try:
             return list(yaml.load_all(text, Loader))
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, LookupError) as error:  # the last for !!int and !!bool of what is none
             raise Fatal(f"{self.name} is neither JSON nor YAML: {one_line(error)}; {HOW_TO_WRITE}") from None
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:

@@ -1163,6 +1163,7 @@ SNAPSHOTS = {
     "other kinds too": json.dumps(snapshot(*NODES, MAIL, {"kind": "Pod", "metadata": {"name": "a b"}, "spec": 5})),
     "JSON on Windows": "\ufeff" + json.dumps(ALL, indent=1).replace("\n", "\r\n"),
     "YAML with a time": yaml.safe_dump(ALL).replace("'2024-01-01T00:00:00Z'", "2024-01-01T00:00:00Z"),
+    "YAML with a number for a name": yaml.safe_dump(ALL).replace("annotations:", "annotations:\n      5: x"),
 }
 
 
@@ -1185,6 +1186,12 @@ BAD_SNAPSHOTS = {
     "YAML cut short": (yaml.safe_dump(ALL)[:-120], ["snapshot|standard input"]),
     "bad YAML": ("a: [b\nc: }", ["YAML"]),
     "YAML with a tag": ("!!python/object/apply:os.system [id]", ["YAML|tag"]),
+    "YAML with a number that is none": ("kind: !!int ''", ["YAML"]),
+    "YAML with a truth value that is none": ("kind: !!bool x", ["YAML"]),
+    "a number of thousands of digits": (
+        yaml.safe_dump(ALL).replace("port: 25\n", f"port: 0x{'f' * 5000}\n"),
+        [r"\bmail\b", "number", "port"],
+    ),
     "YAML with tabs": ("kind: List\nitems:\n\t- kind: Service", ["YAML|tab"]),
     "a control character": ("kind: \x01", ["YAML"]),
     "nothing": ("", ["snapshot|standard input"]),
