@@ -1769,8 +1769,10 @@ def target_ports(forward: Forward, target: Target) -> str:
 # ------------------------------------------------ transaction: iptables-save, Tables -> iptables-restore
 
 
+@functools.cache
 def owned(chain: str) -> bool:
-    return chain == ROOT or chain.startswith(ROOT + "-")
+    """Whether a chain is epok's, by its name; one with a quote is not: iptables-restore could not delete it."""
+    return bool(re.fullmatch(rf"{ROOT}(-[^\x00-\x20\"'\\\x7f]*)?", chain))
 
 
 # one line at a time, for memory; "." stops at a line feed alone, whatever else a comment has

@@ -443,6 +443,20 @@ def test_the_far_end_of_a_link_is_not_the_hosts_own_address(lab: Lab) -> None:
         lab.host.wire("addr del 192.0.2.77 peer 203.0.113.50/32 dev eth0")
 
 
+@pytest.mark.parametrize("name", ['EPOK-a"b', 'EPOK-"', "EPOK-'", "EPOK-\\", "EPOK-\x01"], ids=repr)
+def test_a_chain_whose_name_cannot_stand_in_an_input_is_left_alone(lab: Lab, name: str) -> None:
+    lab.host.run(["iptables", "-t", "nat", "-N", name])
+    lab.host.run(["iptables", "-t", "nat", "-A", "PREROUTING", "-j", name])
+    theirs = [line for line in lab.saved().splitlines() if name in line]
+    assert len(theirs) == 2
+    apply(lab, MAIL)
+    assert in_sync(apply(lab, MAIL))
+    assert lab.ask(25).port == 2025
+    assert lab.epok("--clean", "local").returncode == 0
+    assert [line for line in lab.saved().splitlines() if name in line] == theirs
+    lab.host.run(["iptables", "-t", "nat", "-F", "PREROUTING"])
+
+
 def test_flows_that_take_too_long_to_end_are_a_warning(lab: Lab, tmp_path: Path) -> None:
     """The real conntrack is never slow enough."""
     (tmp_path / "conntrack").write_text("#!/bin/sh\nexec sleep 60\n")
