@@ -221,7 +221,7 @@ def test_any_snapshot_and_options_end_with_the_host_right_or_as_it_was(driver: D
             assert saved(driver) == now
 
     try_all("any snapshot", tally, tried, example)
-    tried.at_least("forwards", 6)
+    tried.at_least("forwards", 8)
     tried.at_least("a swap", 4)
     tried.at_least("exit status 1", 30)
 
