@@ -211,6 +211,11 @@ def one_line(error: object) -> str:
     return text if len(text) <= 300 else text[:300] + "..."
 
 
+def printable(text: str) -> str:
+    """The text in printable ASCII; what is not is escaped."""
+    return re.sub(r"[^ -~]", lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 # ------------------------------------------------ time: deadline, retries, threads
 
 
@@ -2946,7 +2951,8 @@ def check_paths(view: View, forwards: Iterable[Forward | Live]) -> Iterator[Chec
         for step, _ in lost[:1]:
             sure = len(lost) == len(told) and all(sure for _, sure in lost)
             does = f"{'perhaps ' * (not sure)}{'takes' if step.verdict == 'accept' else 'drops'}"
-            problems.setdefault(f"{view.host.name} {does} {port} from {name} by {step.text}; {wall.cure}", sure)
+            by = printable(step.text)  # which has somebody's comments
+            problems.setdefault(f"{view.host.name} {does} {port} from {name} by {by}; {wall.cure}", sure)
     yield from (Check(what, problem, sure) for problem, sure in problems.items())
     if not problems and view.entries and all(reason.startswith(("ip ", "ss ")) for reason in view.around.blind):
         yield Check(what)
@@ -3726,8 +3732,7 @@ class OneLine(logging.Formatter):
     """Keeps a log record on one line of ASCII, whatever a server or a host put into it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = f"{record.levelname.lower()}: {record.getMessage()}"
-        return re.sub(r"[^ -~]", lambda found: found[0].encode("unicode_escape").decode(), text)
+        return printable(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 def start_log(level: str) -> None:

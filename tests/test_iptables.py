@@ -457,6 +457,15 @@ def test_a_chain_whose_name_cannot_stand_in_an_input_is_left_alone(lab: Lab, nam
     lab.host.run(["iptables", "-t", "nat", "-F", "PREROUTING"])
 
 
+@pytest.mark.parametrize("argv", [["--status"], ["--explain", "default/mail", "-i", "eth0"]], ids=["status", "explain"])
+def test_a_comment_on_the_host_sends_no_codes_to_the_terminal(lab: Lab, argv: list[str]) -> None:
+    apply(lab, MAIL)
+    lab.host.run(["iptables", "-I", "FORWARD", "-m", "comment", "--comment", "\x1b[31mred\x07", "-j", "DROP"])
+    shown = lab.epok(*argv, "local", snapshot=lab.cluster(MAIL)).stdout
+    assert r"\x1b[31mred\x07" in shown
+    assert "\x1b" not in shown
+
+
 def test_flows_that_take_too_long_to_end_are_a_warning(lab: Lab, tmp_path: Path) -> None:
     """The real conntrack is never slow enough."""
     (tmp_path / "conntrack").write_text("#!/bin/sh\nexec sleep 60\n")
