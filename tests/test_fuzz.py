@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import pytest
 from anything import Command, argvs, files
 from conftest import Tally, often
-from driver import SNAPSHOT, Done, Driver
+from driver import METRICS, SNAPSHOT, Done, Driver
 from gateway import gate, must_pass
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -28,7 +28,7 @@ from test_transaction import BUILT_IN, OLDER, WRONG_HOOKS, after, is_foreign, re
 import epok
 
 RECORD = False  # the driver keeps what was sent
-ROUNDS = often(1, big=50)  # Hypothesis remembers all examples of a round
+ROUNDS = often(1, big=50)  # Hypothesis remembers all examples of a round; 100,000 in all, with both backends
 
 
 def fuzz(times: int) -> settings:
@@ -72,7 +72,6 @@ def try_all(what: str, tally: Tally, tried: Tried, example: Callable[[], None]) 
 
 # ------------------------------------------------ what must be true of each run
 
-
 Saved = Mapping[tuple[int, str], str]  # by IP version and table
 
 
@@ -86,7 +85,8 @@ def must_be_well_formed(done: Done) -> None:
     """Log lines and nothing else, and what was asked for is text of printable characters."""
     assert done.status in (0, 1, 2, 3), done.err
     assert re.fullmatch(r"(?:(?:debug|info|warning|error): [ -~]+\n)*", done.err), done.err
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.out), done.out
+    told = re.split("(?m)^# ip6?tables-restore ", done.out)[0]  # inputs are shown as they are
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", told), told
 
 
 def must_be_accepted(done: Done) -> None:
@@ -122,8 +122,8 @@ def foreign(table: str, chains: Chains) -> Chains:
     }
 
 
-def must_leave_alone(before: Saved, now: Saved, but: str = "epok's own") -> None:
-    """Chains, policies and rules that are not epok's are there as they were, in their order."""
+def must_leave_alone(before: Saved, now: Saved, but: str = "\n") -> None:
+    """Chains, policies and rules that are not epok's are as they were, in their order, but those that have a text."""
     for version, table in before:
         had, has = (foreign(table, chains_in(texts[version, table])) for texts in (before, now))
         assert has == {chain: [rule for rule in rules if but not in rule] for chain, rules in had.items()}
@@ -145,12 +145,12 @@ def rules_of_epok(texts: Saved) -> Iterator[str]:
 # ------------------------------------------------ any snapshot
 
 
-def printed(tables: Mapping[str, Chains], policy: str = "ACCEPT") -> str:
-    """As iptables-restore reads it."""
+def printed(tables: Mapping[str, Chains], policy: str = "ACCEPT", counters: str = "") -> str:
+    """As iptables-restore reads it; `counters` stand before each rule."""
     text = ""
     for table, chains in tables.items():
         lines = [f":{chain} {policy if chain in BUILT_IN[table] else '-'} [7:420]" for chain in chains]
-        lines += [f"-A {chain} {rule}".strip() for chain, rules in chains.items() for rule in rules]
+        lines += [f"{counters}-A {chain} {rule}".strip() for chain, rules in chains.items() for rule in rules]
         text += "\n".join([f"*{table}", *lines, "COMMIT", ""])
     return text
 
@@ -197,7 +197,7 @@ def changes_nothing(argv: Sequence[str]) -> bool:
 def test_any_snapshot_and_options_end_with_the_host_right_or_as_it_was(driver: Driver, tally: Tally) -> None:
     neighbours, tried = host_with_neighbours(), Tried()
 
-    @fuzz(often(300, big=500))
+    @fuzz(often(300, big=400))
     @given(files(), argvs())
     def example(file: bytes, command: Command) -> None:
         with tried.one():
@@ -234,6 +234,7 @@ JOBS: dict[str, Job] = {
     "every form": (EVERY_FORM, EVERY_OPTION),
     "in stages": (EVERY_FORM, (*LOCAL, "--batch-size", "600")),
     "one run a chain": (EVERY_FORM, (*LOCAL, "--batch-commands", "false")),
+    "counted": (EVERY_FORM, (*LOCAL, "--metrics-file", METRICS)),
     "other options": ([MAIL], ("-i", "eth+,lo", "--mark", "0x3", "--masquerade", "never", "local")),
     "cleaning": ([], ("--clean", "local")),
 }
@@ -242,7 +243,8 @@ FOREIGN_CHAINS = ("EPOKX", "EPOK_", "epok-foo", "DOCKER", "F#%*é", "x" * 28)
 NOT_EPOKS = ('EPOK-a"b', "EPOK-'", "EPOK-\\")  # no input could delete them, nor can one add rules to all of them
 STRANGE_CHAINS = ("EPOK-", "EPOK--x", "EPOK-nat", "EPOK-*%n", "EPOK-é", "EPOK-tcp-25-25-000000", "EPOK-" + "x" * 23)
 RULES = (
-    "-j ACCEPT", "-j RETURN", "", "-i EPOK -j ACCEPT", "! -i lo -j RETURN", "-p tcp -m tcp --dport 22 -j ACCEPT",
+    "-j ACCEPT", "-j RETURN", "", "-p tcp -j DROP", "-i EPOK -j ACCEPT", "! -i lo -j RETURN",
+    "-p tcp -m tcp --dport 22 -j ACCEPT",
     "-p udp -m multiport --dports 53,5353 -j RETURN", "-m conntrack --ctstate NEW -j RETURN",
     "-m connmark --mark 0x10000000/0x10000000 -j ACCEPT", "-m addrtype --dst-type LOCAL -j RETURN",
     "-m mark ! --mark 0x1 -j RETURN", "-m statistic --mode random --probability 0.5 -j RETURN",
@@ -363,8 +365,6 @@ class Damage:
 
 
 DAMAGES = [name for name in vars(Damage) if re.match("lose|double|move|carry|comment_|empty|add|hold", name)]
-
-
 COMMENT_CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\x00\n")
 
 
@@ -378,7 +378,7 @@ def hosts(draw: st.DrawFn) -> tuple[int, str]:
     steps = st.tuples(st.sampled_from(DAMAGES), st.sampled_from(["nat", "nat", "filter"]), numbers, numbers, comments)
     for step in draw(st.lists(steps, max_size=8)):
         made.do(*step)
-    return version, printed(made.tables, draw(st.sampled_from(["ACCEPT", "DROP"])))
+    return version, printed(made.tables, *draw(st.sampled_from([("ACCEPT", ""), ("DROP", ""), ("ACCEPT", "[9:540] ")])))
 
 
 def file_of(job: Job) -> bytes:
@@ -410,7 +410,7 @@ def without_older(rules: list[str], wanted: epok.Tables) -> list[str]:
 def test_any_host_is_right_after_one_swap_and_keeps_what_is_not_epoks(driver: Driver, tally: Tally) -> None:
     tried = Tried()
 
-    @fuzz(often(300, big=500))
+    @fuzz(often(300, big=400))
     @given(hosts(), st.sampled_from([*JOBS]))
     def example(host: tuple[int, str], job: str) -> None:
         with tried.one():
@@ -421,6 +421,9 @@ def test_any_host_is_right_after_one_swap_and_keeps_what_is_not_epoks(driver: Dr
             assume(not said)
             assert not driver.load(other, printed(with_rules_of(empty_tables(), wanted[other])))
             before = saved(driver)
+            look = driver.run(["--status", "local"], file_of(JOBS[job]), {"EPOK_SNAPSHOT": SNAPSHOT})
+            must_be_well_formed(look)
+            assert look.status == 0 and not look.calls, look.err
             done = driver.run(argv, file_of(JOBS[job]))
             must_be_well_formed(done)
             must_be_accepted(done)
@@ -428,7 +431,7 @@ def test_any_host_is_right_after_one_swap_and_keeps_what_is_not_epoks(driver: Dr
             now = saved(driver)
             tables, found = ({t: chains_in(texts[version, t]) for t in TABLES} for texts in (before, now))
             must_become(wanted[version], tables, found)
-            must_leave_alone(before, now, "epok_rule_id" if job == "cleaning" else "epok's own")
+            must_leave_alone(before, now, *(["epok_rule_id"] if job == "cleaning" else []))
             assert all(now[other, table] == before[other, table] for table in TABLES)
             assert len(done.restored) <= 1 or "batch" in " ".join(argv)
             tried["a swap"] += bool(done.restored)
@@ -441,7 +444,6 @@ def test_any_host_is_right_after_one_swap_and_keeps_what_is_not_epoks(driver: Dr
 
 
 # ------------------------------------------------ any text
-
 
 WHOLE = {name: re.compile(rf"^\*{name}$.*?^COMMIT$", re.MULTILINE | re.DOTALL) for name in TABLES}
 JUNK = st.one_of(
@@ -459,13 +461,11 @@ JUNK = st.one_of(
 def texts(draw: st.DrawFn, name: str) -> str:
     """What iptables-save -t might print of a table if it broke, or were another program."""
     tables = with_rules_of(empty_tables(), WANTED[draw(st.sampled_from([*WANTED]))][draw(st.sampled_from([4, 6]))])
-    text = f"# Generated by iptables-save v1.8.9 (nf_tables)\n{printed({name: tables[name]})}# Completed\n"
+    table = printed({name: tables[name]}, "ACCEPT", draw(st.sampled_from(["", "[1:60] "])))
+    text = f"# Generated by iptables-save v1.8.9 (nf_tables)\n{table}# Completed\n"
     places = st.integers(0, 9999)
-    for kind, first, length, junk in draw(
-        st.lists(
-            st.tuples(st.sampled_from(["cut", "lose", "add", "double"]), places, st.integers(0, 200), JUNK), max_size=6
-        )
-    ):
+    kinds = st.sampled_from(["cut", "lose", "add", "double"])
+    for kind, first, length, junk in draw(st.lists(st.tuples(kinds, places, st.integers(0, 200), JUNK), max_size=6)):
         first %= len(text) + 1
         part = text[first : first + length]
         middle = {"cut": "", "lose": "", "add": junk + part, "double": part + part}[kind]
@@ -473,7 +473,7 @@ def texts(draw: st.DrawFn, name: str) -> str:
     return text
 
 
-@fuzz(often(1000, big=50_000))
+@fuzz(often(1000, big=20_000))
 @given(st.data(), st.sampled_from(TABLES))
 def test_any_text_is_a_whole_table_or_none(data: st.DataObject, name: str) -> None:
     text = data.draw(texts(name))
@@ -492,7 +492,7 @@ def test_a_table_that_is_not_whole_is_not_acted_on(driver: Driver, tally: Tally)
     argv = [f"--snapshot={SNAPSHOT}", *LOCAL]
     each = list(itertools.product(("iptables", "ip6tables"), TABLES))
 
-    @fuzz(often(100, big=500))
+    @fuzz(often(100, big=200))
     @given(st.tuples(*(texts(name) for _, name in each)), st.sampled_from(["", "--status", "--dry-run", "--clean"]))
     def example(drawn: tuple[str, ...], mode: str) -> None:
         with tried.one():
@@ -500,12 +500,10 @@ def test_a_table_that_is_not_whole_is_not_acted_on(driver: Driver, tally: Tally)
             fakes = {f"{tool}-save {c}-t {name}": (0, text, "") for (tool, name), text in pairs for c in ("", "-c ")}
             done = driver.run([*filter(None, [mode]), *argv], file_of(JOBS["every form"]), fakes=fakes)
             must_be_well_formed(done)
-            tried["a swap"] += bool(done.calls)
-            if not all(WHOLE[name].search(text) for (_, name), text in pairs):
-                assert done.status == 1
-                assert not done.calls
-                tried["doubt"] += 1
+            whole = all(WHOLE[name].search(text) for (_, name), text in pairs)
+            tried["whole" if whole else "doubt"] += 1
+            assert whole or (done.status == 1 and not done.calls), done.err
 
     try_all("any text of iptables-save", tally, tried, example)
     tried.at_least("doubt", 5)
-    tried.at_least("a swap", 20)
+    tried.at_least("whole", 50)
