@@ -40,6 +40,7 @@ def lacking(why: str) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "proof: what can be tried as often as one likes; EPOK_TEST_BIG=1: very often")
+    config.addinivalue_line("markers", "faults(what): counts the test as one of these faults")
 
 
 def often(times: int, big: int) -> int:
@@ -53,8 +54,22 @@ def tally(record_property: Callable[[str, object], None]) -> Tally:
     return lambda what, tried, lost: record_property("tally", (what, tried, lost))
 
 
+def faults(what: str) -> pytest.MarkDecorator:
+    """For tests with a fault in each: the table has them as tried, and as lost when any of what they assert fails."""
+    return pytest.mark.faults(what)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report: pytest.TestReport = yield  # type: ignore[assignment]
+    mark = item.get_closest_marker("faults")
+    if mark and report.when == "call" and not report.skipped:
+        report.user_properties.append(("tally", (mark.args[0], 1, int(report.failed))))
+    return report  # type: ignore[return-value]
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The table of `tally`."""
+    """The table of `tally` and `faults`."""
     tried, lost = Counter[str](), Counter[str]()
     for report in (each for reports in terminalreporter.stats.values() for each in reports):
         # the report of the teardown has the properties too

@@ -15,6 +15,16 @@ TESTS = Path(__file__).resolve().parent
 DNAT = {4: ("iptables-restore", "10.0.0.13:2025", HOST), 6: ("ip6tables-restore", "[2001:db8:2::13]:2025", HOST6)}
 DEVICES = ("eth0", "eth1", "eth2", "node1", "node2", "node3")
 OTHER = {"nft": "legacy", "legacy": "nft"}
+TALLIES = """
+import pytest
+from conftest import faults
+def test_of_many(tally):
+    tally("runs", 3, 1)
+@faults("host faults")
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_of_one(number):
+    assert number != 2
+"""
 # A child that leaves its parents and its session, as a daemon does.
 HOLDING = """
 import sys
@@ -187,3 +197,10 @@ def test_a_killed_test_run_leaves_nothing(backend: str) -> None:
     until(lambda: processes_in(namespaces) == [], "all processes of the lab are gone")
     assert machine() == before
     assert not [name for name in namespaces if name in Path("/proc/self/mountinfo").read_text()]
+
+
+def test_the_table_of_what_was_tried_counts_everything_once(tmp_path: Path) -> None:
+    (tmp_path / "test_tallies.py").write_text(TALLIES)
+    argv = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "conftest", "--rootdir", str(tmp_path), str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(TESTS)})
+    assert "runs: 3 times, 1 lost\nhost faults: 3 times, 1 lost\n" in done.stdout, done.stdout + done.stderr
