@@ -167,6 +167,7 @@ MAX_MAPPINGS = 1000  # of one Service, so that none can keep the others waiting
 MAX_SOURCES = 50_000  # of one Service, in the rules of all its ports
 MAIL_PORTS = (25, 465, 587)
 LOOK_SECONDS = 10  # that --status and --explain wait for the cluster, or for the nodes
+ANSWER_LIMIT = 1 << 27  # bytes; a page has 500 objects, and each may have 256 KiB of annotations
 EVENT_SECONDS = 5  # for all Events of a run, so that many rejections cannot make it a long one
 
 log = logging.getLogger("epok")
@@ -240,12 +241,13 @@ def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
     def cause(state: tenacity.RetryCallState) -> Any:
         return state.outcome.exception() if state.outcome else None
 
+    # a try that has less than half a second left would end as one that took too long, and hide the cause
     backoff = tenacity.wait_exponential_jitter(multiplier=0.2, max=5, jitter=0.2)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Transient),
         wait=lambda state: cause(state).after + backoff(state),
         stop=lambda state: (
-            state.attempt_number >= cause(state).attempts or state.upcoming_sleep >= deadline.remaining()
+            state.attempt_number >= cause(state).attempts or state.upcoming_sleep + 0.5 >= deadline.remaining()
         ),
         before_sleep=lambda state: log.info("%s; trying again in %.1f s", cause(state), state.upcoming_sleep),
         reraise=True,
@@ -324,7 +326,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 def items(text: str) -> list[str]:
     """What stands between the commas, without white space and empty ones."""
-    return [item for item in (part.strip(" \t\r\n") for part in text.split(",")) if item]
+    return [item for part in re.findall("[^,]+", text) if (item := part.strip(" \t\r\n"))]
 
 
 def to_interfaces(text: str) -> tuple[str, ...]:
@@ -861,9 +863,14 @@ class Cluster:
         found: list[Any] = []
         query = {"limit": "500", **({"labelSelector": selector} if selector else {})}
         load = functools.partial(persist, self.deadline, self.page, kind, query)
+        versions: set[str] = set()
         page: Fields | None = load()
         while page:
-            query["continue"] = page.inner("metadata").get("continue", "")
+            meta = page.inner("metadata")
+            versions.add(meta.get("resourceVersion", ""))
+            if len(versions) > 1:  # what has moved to a page that was read before would be missing
+                raise Transient(f"{self.name}: the list of {kind.path} changed between two pages")
+            query["continue"] = meta.get("continue", "")
             # the next one loads while this one is converted
             loading = Background(load) if query["continue"] else None
             found += [keep for item in page.objects("items") if (keep := kind.convert(item))]
@@ -880,8 +887,10 @@ class Cluster:
         if answer.status != 200:
             raise self.refusal(answer, "list", kind.path.rsplit("/", 1)[1], kind.group)
         listed = self.decode(answer.data)
-        if not isinstance(listed, dict) or listed.get("kind") != f"{kind.name}List" or listed.get("items") is None:
-            raise Fatal(f"{self.name} answers no {kind.name}List, but {quoted(status_message(answer.data))}")
+        version, name = f"{kind.group}/v1".lstrip("/"), f"{kind.name}List"
+        what = (listed.get("apiVersion"), listed.get("kind")) if isinstance(listed, dict) else ()
+        if what != (version, name) or listed.get("items") is None:
+            raise Fatal(f"{self.name} answers no {name} of {version}, but {quoted(status_message(answer.data))}")
         return Fields(listed, f"{kind.name}List")
 
     def request(
@@ -904,7 +913,7 @@ class Cluster:
             request[2][header] = request[2][header].strip()  # a token file may end in a newline
         try:
             answer = self.client.call_api(*request, _request_timeout=deadline.remaining())
-            answer.read()  # into answer.data
+            answer.data = self.body_of(answer)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach()) from None
         except ApiException as error:  # TLS
@@ -915,6 +924,16 @@ class Cluster:
             raise Fatal(f"{self.name}: the address or the token has characters that no request can have") from None
         log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, len(answer.data))
         return answer
+
+    def body_of(self, answer: Any) -> bytes:
+        """All of an answer's body, unpacked. Raises OSError where it breaks off, and Fatal where it does not end."""
+        try:
+            body: bytes = answer.response.read(ANSWER_LIMIT)
+        except ValueError as error:  # the length of a chunk is less than nothing, say
+            raise OSError(one_line(error)) from None
+        if len(body) == ANSWER_LIMIT:
+            raise Fatal(f"{self.name}: more than {ANSWER_LIMIT >> 20} MiB in one answer; nothing was changed")
+        return body
 
     def refusal(self, answer: Any, verb: str, resource: str, group: str = "") -> Exception:
         """What an answer other than the one that was wished for means: Fatal with what to do, or Transient."""
@@ -1075,11 +1094,23 @@ class Reader:
     def snapshot(self, explained: str = "") -> Snapshot:
         """What matters of the cluster, all but the endpoints; of Services those with mappings and the one explained."""
         convert = functools.partial(to_service, always=explained) if explained else to_service
-        services = {service.key: service for service in self.read(SERVICES._replace(convert=convert))}
-        nodes = {node.name: node for node in self.read(NODES)}
+        services = self.once_each(SERVICES._replace(convert=convert), "key")
+        nodes = self.once_each(NODES, "name")
         if not nodes:
             raise Fatal(f"{self.source.name} has no node at all, so it cannot be whole; nothing was changed")
-        return Snapshot(tuple(services.values()), tuple(nodes.values()), {})
+        if not any(node.addresses for node in nodes):
+            why = "none of its nodes has an InternalIP or ExternalIP that packets can be sent to"
+            raise Fatal(f"{self.source.name}: {why}; see kubectl get nodes -o wide; nothing was changed")
+        return Snapshot(services, nodes, {})
+
+    def once_each(self, kind: Kind, key: str) -> tuple[Any, ...]:
+        """All that matter of a kind. What comes twice counts once; if the two differ, which of them is not known."""
+        found: dict[str, Any] = {}
+        for each in self.read(kind):
+            name = getattr(each, key)
+            if found.setdefault(name, each) != each:
+                raise Fatal(f"{self.source.name} has {kind.name} {name} twice, and not the same; nothing was changed")
+        return tuple(found.values())
 
     def with_endpoints(self, snapshot: Snapshot, on_node: bool, explained: str = "") -> Snapshot:
         """Adds endpoints where they are needed: for all Services when the host is a node, else with policy Local.
@@ -1298,8 +1329,11 @@ def allowed_sources(service: Service) -> tuple[Network, ...] | None:
     if text is None and not service.source_ranges:
         return None
     name = "spec.loadBalancerSourceRanges" if text is None else ALLOW_ANNOTATION
+    text = ",".join(service.source_ranges) if text is None else text.strip(" \t\r\n,")
+    if text.count(",") >= MAX_SOURCES:
+        raise ValueError(f"{name} has more than {MAX_SOURCES} networks; until then nobody may")
     try:
-        networks = to_networks(",".join(service.source_ranges) if text is None else text.strip(" \t\r\n,"))
+        networks = to_networks(text)
     except ValueError as error:
         raise ValueError(f"{name}: {error}; until then nobody may") from None
     if not networks:

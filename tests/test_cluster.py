@@ -9,6 +9,7 @@ import copy
 import datetime
 import email.utils
 import functools
+import gzip
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from authority import Authority
+from conftest import faults, often
 from fake_api import (
     ALWAYS,
     MISSING,
@@ -51,7 +53,9 @@ from objects import Object, endpoint, endpoint_slice, node, port, service, snaps
 import epok
 
 pytestmark = pytest.mark.parametrize("lab", ["nft"], indirect=True)
+fault = faults("API faults")
 
+LITTLE = ["prlimit", "--data=1000000000"]  # bytes of memory; who needs more ends in a traceback
 HOPELESS = 3  # --timeout of runs that cannot succeed
 PLENTY = 20  # and of those that can
 LEVELS = ("debug", "info", "warning", "error")
@@ -70,6 +74,7 @@ ATTACKS = {
     "NUL": "ma\0il",
     "slash": "default/../mail",
     "letter that is not ASCII": "ma\u0131l",
+    "half a letter": "ma\ud800il",
     "too long": "m" * 300,
 }
 
@@ -220,7 +225,59 @@ def endless(exchange: Exchange) -> None:
     edited(metadata={"continue": "0=again"})(exchange)
 
 
-FAULTS = {
+def moving(exchange: Exchange) -> None:
+    """Each page is of another time, so that what moves to a page that was read already is on none."""
+    meta = json.loads(exchange.body)["metadata"]
+    edited(metadata={**meta, "resourceVersion": str(time.monotonic_ns())})(exchange)
+
+
+def on_and_on(piece: bytes, begin: bytes = b"", **headers: object) -> Behaviour:
+    """Begins an answer, with these headers or else as `begin` does, and then sends the same again as fast as it can."""
+
+    def behave(exchange: Exchange) -> None:
+        exchange.head(200, **headers) if headers else exchange.write(begin)
+        while not exchange.api.closing.is_set():
+            exchange.write(piece)
+
+    return behave
+
+
+def with_port(text: str) -> Behaviour:
+    """The right answer with this in the place of a NodePort."""
+
+    def behave(exchange: Exchange) -> None:
+        answer(200, exchange.body.replace(b'"nodePort": 2025', f'"nodePort": {text}'.encode()))(exchange)
+
+    return behave
+
+
+def then_hang_up(data: bytes, **headers: object) -> Behaviour:
+    def behave(exchange: Exchange) -> None:
+        if headers:
+            exchange.head(200, **headers)
+        exchange.write(data)
+        exchange.hang_up()
+
+    return behave
+
+
+BLANKS = b" " * (1 << 20)
+BLANK_CHUNK = b"100000\r\n" + BLANKS + b"\r\n"
+
+
+FAULTS_OF_A_KIND: "dict[str, Any]" = {  # that FAULTS has one of already
+    "nodes that change between pages": (moving, ["nodes changed between two pages"], NODE_LIST),
+    "a body that cannot be unpacked": (answer(200, BLANKS, Content_Encoding="gzip"), ["decode"]),
+    "headers without end": (on_and_on(b"X: y\r\n", b"HTTP/1.1 200 OK\r\n"), ["headers"]),
+    "a header without end": (on_and_on(BLANKS, b"HTTP/1.1 200 OK\r\nX: "), ["header line"]),
+    "another protocol": (then_hang_up(b"SSH-2.0-OpenSSH_9.2\r\n"), ["SSH-2.0"]),
+    "noise": (then_hang_up(bytes(range(256)) * 99), [r"(?i)status ?line"]),
+    "a status of five digits": (then_hang_up(b"HTTP/1.1 20000 OK\r\n\r\n"), ["20000"]),
+    "two lengths": (then_hang_up(b"12345", Content_Length="5, 6"), ["Content-Length"]),
+    "a chunk of no length": (then_hang_up(b"zz\r\n", Transfer_Encoding="chunked"), ["(?i)incomplete|chunk"]),
+    "a number that is none": (with_port("NaN"), ["nodePort"]),
+}
+FAULTS: "dict[str, Any]" = {
     "silence": (silent, ["(?i)time"]),
     "headers and then silence": (silent_after_head, ["(?i)time"]),
     "headers that drip": (dripping_head, ["(?i)time"]),
@@ -274,7 +331,17 @@ FAULTS = {
     "404 for endpoints": (failure(404, "NotFound", "not here"), ["404", "endpointslices"], SLICES),
     "endpoints of 500": (answer(500), ["500"], SLICES),
     "endpoints of silence": (silent, ["(?i)time", FROM_API], SLICES),
+    "a list that changes between pages": (moving, ["services changed between two pages"]),
+    "another version of the API": (edited(apiVersion="v2"), ["ServiceList of v1"]),
+    "no version": (edited(apiVersion=MISSING), ["ServiceList of v1"]),
+    "resourceVersion a number": (edited(metadata={"resourceVersion": 5}), ["ServiceList", "resourceVersion"]),
+    "100 Continue without end": (on_and_on(b"HTTP/1.1 100 Continue\r\n\r\n"), ["(?i)time"]),
+    "redirects without end": (answer(302, Location="/api/v1/services?limit=500"), ["302"]),
+    "a chunk of less than nothing": (then_hang_up(b"-5\r\n", Transfer_Encoding="chunked"), ["length|chunk"]),
+    "a number that is too large": (with_port("1e999"), ["nodePort"]),
+    "a number of 5000 digits": (with_port("9" * 5000), ["JSON"]),
     "endpoints that drip": (dripping_body, ["(?i)time", FROM_API], SLICES),
+    **often({}, big=FAULTS_OF_A_KIND),
 }
 
 
@@ -282,6 +349,7 @@ FAULTS = {
     "behaviour, says, where, at",
     [pytest.param(*(*fault, *(SERVICES, ALWAYS)[len(fault) - 2 :]), id=name) for name, fault in FAULTS.items()],
 )
+@fault
 def test_a_fault_leaves_the_rules_alone(
     lab: Lab, api: FakeApi, config: str, before: str, behaviour: Behaviour, says: list[str], where: str, at: range
 ) -> None:
@@ -293,7 +361,26 @@ def test_a_fault_leaves_the_rules_alone(
     assert "/elsewhere" not in [request.url for request in api.requests]
 
 
+TOO_LARGE = {
+    "a body without end": on_and_on(BLANKS, Connection="close"),
+    "chunks without end": on_and_on(BLANK_CHUNK, Transfer_Encoding="chunked"),
+    "a body larger than all memory": on_and_on(BLANKS, Content_Length=10**15),
+    "a small body that unpacks to 2 GB": answer(200, gzip.compress(BLANKS) * 2_000, Content_Encoding="gzip"),
+}
+
+
+@pytest.mark.parametrize("behaviour", TOO_LARGE.values(), ids=TOO_LARGE)
+@fault
+def test_an_answer_without_end_does_not_fill_the_memory(
+    lab: Lab, api: FakeApi, config: str, before: str, behaviour: Behaviour
+) -> None:
+    api.misbehave("services", behaviour)
+    done = run(lab, "--kubeconfig", config, through=LITTLE)
+    assert_failed(lab, done, before, "more than 128 MiB")
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
+@fault
 def test_what_cannot_get_better_is_not_tried_again(
     lab: Lab, api: FakeApi, config: str, before: str, status: int
 ) -> None:
@@ -302,12 +389,14 @@ def test_what_cannot_get_better_is_not_tried_again(
     assert len(api.asked("services")) == 1
 
 
+@fault
 def test_an_api_that_is_down_is_not_hammered(lab: Lab, api: FakeApi, config: str, before: str) -> None:
     api.misbehave("services", answer(503))
     assert_failed(lab, run(lab, "--kubeconfig", config, timeout=HOPELESS), before, "503")
     assert 2 <= len(api.asked("services")) <= 12
 
 
+@fault
 def test_a_dry_run_that_cannot_read_the_cluster_fails_too(lab: Lab, api: FakeApi, config: str, before: str) -> None:
     api.misbehave("services", answer(503))
     done = run(lab, "--dry-run", "--kubeconfig", config, timeout=HOPELESS)
@@ -332,6 +421,7 @@ EVENT_FAULTS = {
 
 
 @pytest.mark.parametrize("behaviour, says", EVENT_FAULTS.values(), ids=EVENT_FAULTS)
+@fault
 def test_events_that_cannot_be_written_are_one_warning_in_time(
     lab: Lab, api: FakeApi, config: str, behaviour: Behaviour, says: str
 ) -> None:
@@ -393,11 +483,13 @@ PASSING = {
     "body cut off on page 2": (cut, SERVICES, {2}),
     "chunks cut off": (cut_in_chunks, SERVICES, {1}),
     "closed at once": (hanging_up, SERVICES, {1, 2}),
+    "page 2 of another time": (edited(metadata={"resourceVersion": "4712"}), SERVICES, {2}),
     "closed after each answer": (closing_unannounced, SERVICES, ALWAYS),
 }
 
 
 @pytest.mark.parametrize("behaviour, where, at", PASSING.values(), ids=PASSING)
+@fault
 def test_a_fault_that_passes_is_got_over(
     lab: Lab, api: FakeApi, config: str, behaviour: Behaviour, where: str, at: "set[int] | range"
 ) -> None:
@@ -461,6 +553,7 @@ def certificate(
         pytest.param(True, "127.0.0.1", -1, id="expired"),
     ],
 )
+@fault
 def test_a_wrong_certificate_is_refused(
     lab: Lab, before: str, tmp_path: Path, trusted: bool, name: str, days: int
 ) -> None:
@@ -489,6 +582,7 @@ def test_a_certificate_that_nobody_checks_keeps_the_log_in_shape(lab: Lab, befor
         assert run(lab, "--kubeconfig", config).status == 0
 
 
+@fault
 def test_plain_http_where_tls_was_expected_fails(lab: Lab, api: FakeApi, before: str, tmp_path: Path) -> None:
     config = write_kubeconfig(tmp_path / "config", f"https://{api.address}")
     done = run(lab, "--kubeconfig", config, timeout=HOPELESS)
@@ -505,6 +599,7 @@ def test_a_certificate_of_an_authority_that_the_machine_trusts_is_accepted(
         assert run(lab, "--kubeconfig", config, timeout=HOPELESS).status == 1
 
 
+@fault
 def test_a_tls_server_that_hangs_up_at_first_is_tried_again(lab: Lab, before: str, tmp_path: Path) -> None:
     file, context = certificate(tmp_path)
     with FakeApi(lab.host, *NODES, MAIL, tls=context, dropped=2) as api:
@@ -529,12 +624,14 @@ def test_any_retry_after_is_a_number_of_seconds(lab: Lab, text: str, seconds: fl
     assert epok.retry_after(text) == seconds
 
 
+@fault
 def test_a_refused_connection_fails(lab: Lab, api: FakeApi, config: str, before: str) -> None:
     api.close()
     done = run(lab, "--kubeconfig", config, timeout=HOPELESS)
     assert_failed(lab, done, before, "(?i)refused", re.escape(api.address))
 
 
+@fault
 def test_a_connection_refused_at_first_is_got_over(lab: Lab, before: str, tmp_path: Path) -> None:
     with FakeApi(lab.host, *NODES, MAIL, delay=2) as api:
         done = run(lab, "--kubeconfig", write_kubeconfig(tmp_path / "config", api.url))
@@ -542,6 +639,7 @@ def test_a_connection_refused_at_first_is_got_over(lab: Lab, before: str, tmp_pa
     assert targets(lab) == on_nodes(2025)
 
 
+@fault
 def test_a_server_that_drops_packets_fails(lab: Lab, before: str, tmp_path: Path) -> None:
     """Its queue of connections is full, so that Linux ignores each SYN."""
     with contextlib.ExitStack() as stack, lab.host.entered():
@@ -555,6 +653,7 @@ def test_a_server_that_drops_packets_fails(lab: Lab, before: str, tmp_path: Path
         assert_failed(lab, run(lab, "--kubeconfig", config, timeout=HOPELESS), before, "(?i)time", address)
 
 
+@fault
 def test_a_name_server_that_never_answers_fails(lab: Lab, before: str, tmp_path: Path) -> None:
     """A resolver waits 5 seconds and more, whatever the time limit of the connection is."""
     resolv = tmp_path / "resolv.conf"
@@ -630,6 +729,7 @@ def test_an_endpoint_slice_may_have_a_long_name(lab: Lab, api: FakeApi, config: 
     assert targets(lab) == on_nodes(2025, 2)
 
 
+@fault
 def test_objects_that_two_pages_repeat_count_once(lab: Lab, api: FakeApi, config: str) -> None:
     api.page_size = 2
     api.objects = [
@@ -652,6 +752,25 @@ def test_objects_that_two_pages_repeat_count_once(lab: Lab, api: FakeApi, config
     assert "warning: rejected" not in done.log
     assert targets(lab) == on_nodes(2025, 2) | on_nodes(30080)
     assert sorted(re.findall(r"--to-destination (\S+)", lab.saved())) == sorted(targets(lab))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        service("mail", "26:2025", [port(25, 2025)]),
+        service("mail", "25:2026", [port(25, 2026)]),
+        node("node2", "10.0.0.99"),
+    ],
+    ids=["another mapping", "another NodePort", "another address"],
+)
+@fault
+def test_objects_that_come_twice_and_differ_stop_the_run(
+    lab: Lab, api: FakeApi, config: str, before: str, other: Object
+) -> None:
+    api.page_size = 1
+    api.objects.append(other)
+    done = run(lab, "--kubeconfig", config, timeout=HOPELESS)
+    assert_failed(lab, done, before, rf"{other['kind']} \S*{other['metadata']['name']} twice")
 
 
 def test_services_without_annotations_take_the_forwards_away(lab: Lab, api: FakeApi, config: str) -> None:
@@ -746,6 +865,7 @@ def without(table: dict[str, Any]) -> list[tuple[str, str, Any, Any]]:
     ]
 
 
+@fault
 def test_a_service_that_lacks_a_field_loses_its_own_forward_at_most(lab: Lab, api: FakeApi, config: str) -> None:
     """Null is missing."""
     cases = without(WITHOUT_SERVICE_FIELD)
@@ -762,6 +882,7 @@ def test_a_service_that_lacks_a_field_loses_its_own_forward_at_most(lab: Lab, ap
     assert targets(lab) >= on_nodes(30080)
 
 
+@fault
 def test_a_node_that_lacks_a_field_is_lost_at_most(lab: Lab, api: FakeApi, config: str) -> None:
     cases = without(WITHOUT_NODE_FIELD)
     api.objects = [*NODES, MAIL]
@@ -774,6 +895,7 @@ def test_a_node_that_lacks_a_field_is_lost_at_most(lab: Lab, api: FakeApi, confi
     assert targets(lab) >= on_nodes(2025)
 
 
+@fault
 def test_an_endpoint_slice_that_lacks_a_field_is_lost_at_most(lab: Lab, api: FakeApi, config: str) -> None:
     """conditions.ready is true when it is absent; an endpoint without nodeName is on no node."""
     cases = without(WITHOUT_SLICE_FIELD)
@@ -870,6 +992,7 @@ def wrong_fields(table: "dict[str, Any]") -> list[Any]:
 
 
 @pytest.mark.parametrize("whose, path, item", wrong_fields(WRONG))
+@fault
 def test_a_field_of_a_wrong_type_stops_the_run(
     lab: Lab, api: FakeApi, config: str, before: str, whose: str, path: str, item: Object
 ) -> None:
@@ -883,6 +1006,7 @@ def test_a_field_of_a_wrong_type_stops_the_run(
 
 
 @pytest.mark.parametrize("kind, path, item", wrong_fields(NAMELESS))
+@fault
 def test_an_object_without_a_name_stops_the_run(
     lab: Lab, api: FakeApi, config: str, before: str, kind: str, path: str, item: Object
 ) -> None:
@@ -911,6 +1035,17 @@ BAD_ADDRESSES = [
 ]
 
 
+@fault
+def test_nodes_that_nothing_can_be_sent_to_are_as_good_as_none(
+    lab: Lab, api: FakeApi, config: str, before: str
+) -> None:
+    """The control plane may be wrong: what is forwarded stays."""
+    bad = (node(f"bad{n}", address) for n, address in enumerate(BAD_ADDRESSES))
+    api.objects = [node("node1"), *bad, MAIL]
+    assert_failed(lab, run(lab, "--kubeconfig", config, timeout=HOPELESS), before, "none of its nodes", "InternalIP")
+
+
+@fault
 def test_addresses_that_nothing_can_be_sent_to_are_left_out(lab: Lab, api: FakeApi, config: str) -> None:
     """Others of the same node are used, and other nodes."""
     api.objects = [
@@ -944,6 +1079,7 @@ def mail_in_namespace(name: str) -> Object:
         *(pytest.param(node, ATTACKS[what], id=f"node: {what}") for what in ("rule", "space")),
     ],
 )
+@fault
 def test_a_name_that_is_none_stops_the_run(
     lab: Lab, api: FakeApi, config: str, before: str, make: Callable[[str], Object], name: str
 ) -> None:
@@ -966,6 +1102,7 @@ def test_a_name_that_is_none_stops_the_run(
         pytest.param("spec type", "NodePort\n", id="type"),
     ],
 )
+@fault
 def test_a_strange_port_harms_nobody_else(
     lab: Lab, api: FakeApi, config: str, before: str, path: str, value: Any
 ) -> None:
@@ -979,14 +1116,16 @@ def test_a_strange_port_harms_nobody_else(
     assert built_in == [line for line in before.splitlines() if re.match(r"-A (?!EPOK)", line)]
 
 
+HUGE = often(5_000_000, big=50_000_000)
 MEGABYTES = {
-    "an annotation of somebody else's": ("example.org/notes", "x" * 5_000_000),
-    "no mapping": ("getbetter.ro/externalport", "x" * 5_000_000),
-    "digits": ("getbetter.ro/externalport", "2" * 5_000_000),
-    "one mapping, over and over": ("getbetter.ro/externalport", "25:2025," * 600_000),
-    "white space": ("getbetter.ro/externalport", " " * 5_000_000),
-    "commas": ("getbetter.ro/externalport", "," * 5_000_000),
-    "colons": ("getbetter.ro/externalport", ":" * 5_000_000),
+    "50 MB of somebody else's": ("example.org/notes", "x" * 50_000_000),
+    "50 MB of no mapping": ("getbetter.ro/externalport", "x" * 50_000_000),
+    "digits": ("getbetter.ro/externalport", "2" * HUGE),
+    "one mapping, over and over": ("getbetter.ro/externalport", "25:2025," * (HUGE // 8)),
+    "white space": ("getbetter.ro/externalport", " " * HUGE),
+    "commas": ("getbetter.ro/externalport", "," * HUGE),
+    "colons": ("getbetter.ro/externalport", ":" * HUGE),
+    "one network, over and over": ("epok.getbetter.ro/allow-range", "10.0.0.0/24," * (HUGE // 12)),
     # 256 KiB is what the API allows; so everybody who may annotate a Service can do this
     "no mapping, over and over": ("getbetter.ro/externalport", ",".join(f"x{n}" for n in range(35_000))),
     "ports that are none of its own": ("getbetter.ro/externalport", ",".join(f"{n}:9" for n in range(1, 30_000))),
@@ -1000,15 +1139,17 @@ MEGABYTES = {
 
 
 @pytest.mark.parametrize("name, text", MEGABYTES.values(), ids=MEGABYTES)
+@fault
 def test_a_huge_annotation_does_not_stop_the_others(lab: Lab, api: FakeApi, config: str, name: str, text: str) -> None:
     api.objects = [*NODES, WEB, service("mail", "25:2025", [port(25, 2025)], annotations={name: text})]
-    done = run(lab, "--kubeconfig", config)
+    done = run(lab, "--kubeconfig", config, timeout=often(PLENTY, big=3 * PLENTY), through=LITTLE)
     assert done.status == 0, done.log[-2000:]
     assert targets(lab) >= on_nodes(30080)
     if name == "example.org/notes" or text.startswith("25:"):
         assert targets(lab) == on_nodes(30080) | on_nodes(2025)
 
 
+@fault
 def test_a_host_full_of_forwards_is_not_waited_for(lab: Lab, api: FakeApi, config: str, before: str) -> None:
     """What 200 ports and an annotation of 240 kB can ask for is computed within --timeout, or not at all."""
     ports = [port(1000 + n, 30000 + n, f"p{n}") for n in range(200)]
@@ -1019,11 +1160,13 @@ def test_a_host_full_of_forwards_is_not_waited_for(lab: Lab, api: FakeApi, confi
         assert_failed(lab, done, before)
 
 
+@fault
 def test_what_a_server_says_stays_on_its_line(lab: Lab, api: FakeApi, config: str, before: str) -> None:
     api.misbehave("services", failure(403, "Forbidden", 'User "a\nerror: all is well\x1b[2J\r" cannot list'))
     assert_failed(lab, run(lab, "--kubeconfig", config, timeout=HOPELESS), before, "403")
 
 
+@fault
 def test_what_an_annotation_says_stays_on_its_line(lab: Lab, api: FakeApi, config: str) -> None:
     api.objects.append(service("evil", '1:\nerror: x\x1b[2J\r, 2:"\u2028', [port(25, 2026)]))
     done = run(lab, "--kubeconfig", config)
@@ -1100,6 +1243,7 @@ KUBECONFIGS = {
 
 
 @pytest.mark.parametrize("content, says", KUBECONFIGS.values(), ids=KUBECONFIGS)
+@fault
 def test_a_kubeconfig_that_is_none_fails(
     lab: Lab, api: FakeApi, before: str, tmp_path: Path, content: "str | bytes | None", says: str
 ) -> None:
