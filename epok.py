@@ -2135,7 +2135,9 @@ class SshHost:
                 transport = client.get_transport()
                 alive = transport is not None and transport.is_active()
                 client.close()
-                if alive and deadline.remaining() > 0.01:  # not the connection's fault, so the login's
+                # paramiko's own limits go by a clock that may have been set meanwhile
+                late = re.search("(?i)timeout|no existing session", str(error))
+                if alive and not late and deadline.remaining() > 0.01:  # not the connection's fault, so the login's
                     raise Fatal(self.how_to_let_in(key, error)) from None
                 if isinstance(error, paramiko.ssh_exception.IncompatiblePeer) and "host key" in str(error):
                     continue

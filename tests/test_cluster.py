@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from authority import Authority
+from clock import set_clock
 from conftest import faults, often
 from fake_api import (
     ALWAYS,
@@ -527,6 +528,22 @@ def test_an_expired_token_starts_the_list_over(lab: Lab, api: FakeApi, config: s
         *(f"{page}=&+/%41 x" for page in (1, 2)),
     ]
     assert targets(lab) == on_nodes(2025) | on_nodes(30080)
+
+
+@pytest.mark.parametrize("hours", [6, -6])
+@faults("host faults")
+def test_a_clock_that_is_set_makes_no_run_shorter_or_longer(
+    lab: Lab, api: FakeApi, config: str, before: str, tmp_path: Path, hours: int
+) -> None:
+    env = set_clock(tmp_path, hours)
+    api.misbehave("services", silent, {1})
+    done = run(lab, "--kubeconfig", config, timeout=HOPELESS, env=env)
+    assert_failed(lab, done, before, "(?i)time")
+    assert done.seconds > HOPELESS - 0.5
+    api.faults.clear()
+    api.misbehave("services", answer(429, Retry_After=1), {1})
+    assert run(lab, "--kubeconfig", config, env=env).status == 0
+    assert targets(lab) == on_nodes(2025)
 
 
 # ---- connections that do not come about

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import need, until
+from clock import set_clock
+from conftest import faults, need, until
 from fake_api import TOKEN, FakeApi, write_kubeconfig
 from lab import CHOOSE_BACKEND, EPOK, FORWARDING, HOST, HOST6, Lab
 from objects import node, port, service, snapshot
@@ -71,6 +72,7 @@ DNS = service("dns", "53:30053", [port(53, 30053, protocol="UDP")])
 
 # What does not depend on the rules' backend runs once.
 once = pytest.mark.parametrize("lab", ["nft"], indirect=True)
+fault = faults("SSH faults")
 as_root_and_user = pytest.mark.parametrize("user", ["root", USER])
 
 
@@ -387,6 +389,7 @@ def test_a_key_in_the_home_directory_serves_without_a_key_option(ssh: Operator) 
 
 
 @pytest.mark.parametrize("home", ["empty", "no key", "with a passphrase", "dead agent"])
+@fault
 @once
 def test_no_key_at_all_is_an_error_at_once_that_names_the_option(ssh: Operator, home: str) -> None:
     file = ssh.home / ".ssh" / "id_ed25519"
@@ -403,6 +406,7 @@ def test_the_key_given_is_the_only_one_that_is_tried(ssh: Operator) -> None:
         ssh.fails(key="ed25519 stranger", env=env)
 
 
+@fault
 @once
 def test_a_key_that_is_refused_is_an_error_at_once_with_the_line_that_lets_it_in(ssh: Operator) -> None:
     run = ssh.fails(key="ed25519 stranger")
@@ -417,6 +421,7 @@ def test_a_key_that_is_refused_is_an_error_at_once_with_the_line_that_lets_it_in
 @pytest.mark.parametrize("content", [
     "missing", "no key", "empty", "a directory", "a public key", "half a key", "with a passphrase",
 ])  # fmt: skip
+@fault
 @once
 def test_a_key_file_that_is_no_use_is_one_error_that_names_it(ssh: Operator, content: str) -> None:
     file, good = ssh.home / "key", ssh.keys["ed25519"]
@@ -482,6 +487,7 @@ def test_strange_lines_in_known_hosts_do_no_harm(ssh: Operator) -> None:
 
 
 @pytest.mark.parametrize("known", ["no directory", "empty", "strange lines", "another port", "an authority"])
+@fault
 @once
 def test_an_unknown_host_key_is_an_error_at_once_with_the_line_that_accepts_it(ssh: Operator, known: str) -> None:
     keys = [ssh.server.host_key(kind) for kind in KEY_TYPES]
@@ -516,6 +522,7 @@ def test_the_line_has_the_name_that_ssh_itself_would_use(ssh: Operator, host: st
 
 
 @pytest.mark.parametrize("kind, hashed", [("ed25519", False), ("rsa", False), ("ed25519", True)])
+@fault
 @once
 def test_a_wrong_host_key_is_refused_at_once(ssh: Operator, kind: str, hashed: bool) -> None:
     ssh.know(f"{HOST} {public(ssh.keys, f'{kind} stranger')}")
@@ -534,6 +541,7 @@ def test_a_wrong_host_key_is_refused_at_once(ssh: Operator, kind: str, hashed: b
     "GOOD;@revoked HOST KEY", "@revoked * KEY;GOOD", "GOOD;@revoked\t192.0.2.*\tKEY a comment",
     "GOOD;@revoked *  KEY", "GOOD; @revoked * KEY",
 ])  # fmt: skip
+@fault
 @once
 def test_a_revoked_host_key_is_refused_at_once(ssh: Operator, lines: str) -> None:
     text = lines.replace("GOOD", "HOST KEY").replace("HOST", HOST).replace("KEY", ssh.server.host_key())
@@ -563,6 +571,7 @@ def test_a_pinned_host_key_is_enough(ssh: Operator, kind: str, pin: str) -> None
     [("ed25519", str), ("rsa", str), ("ed25519", fingerprint)],
     ids=["ed25519", "rsa", "fingerprint"],
 )
+@fault
 @once
 def test_a_wrong_pin_is_refused_whatever_known_hosts_says(ssh: Operator, kind: str, form: Callable[[str], str]) -> None:
     run = ssh.fails("--host-key", form(public(ssh.keys, f"{kind} stranger")))
@@ -613,6 +622,7 @@ def test_the_lines_for_sudoers_in_the_errors_are_all_that_it_takes(ssh: Operator
     [f"{USER} ALL=(root) ALL"], [f"{USER} ALL=(root) NOPASSWD: ALL, !/usr/sbin/iptables-save"],
     [line for line in SUDOERS if "/iptables-save" not in line], ["Defaults requiretty", *SUDOERS],
 ], ids=["a password is wanted", "the command is forbidden", "the command is not listed", "no terminal"])  # fmt: skip
+@fault
 @once
 def test_sudo_that_says_no_is_an_error_at_once_with_the_line_for_sudoers(ssh: Operator, lines: list[str]) -> None:
     ssh.server.sudoers(*lines)
@@ -624,6 +634,7 @@ def test_sudo_that_says_no_is_an_error_at_once_with_the_line_for_sudoers(ssh: Op
     assert len(told) == 1 or "requiretty" in lines[0]
 
 
+@fault
 @once
 def test_sudo_that_forbids_the_restore_alone_is_an_error_at_once_with_the_line_for_it(ssh: Operator) -> None:
     line = f"{USER} ALL=(root) NOPASSWD: /usr/sbin/iptables-restore --noflush --wait 5"
@@ -633,6 +644,7 @@ def test_sudo_that_forbids_the_restore_alone_is_an_error_at_once_with_the_line_f
     assert sum("-restore" in command for command in run.commands) == 1
 
 
+@fault
 @once
 def test_what_sudo_remarks_of_a_host_without_a_name_is_no_refusal(ssh: Operator) -> None:
     remark = "sudo: unable to resolve host gateway: Temporary failure in name resolution"
@@ -648,6 +660,7 @@ def test_what_sudo_remarks_of_a_host_without_a_name_is_no_refusal(ssh: Operator)
 
 
 @pytest.mark.parametrize("user, missing", [(USER, "sudo"), ("root", "iptables")])
+@fault
 @once
 def test_a_tool_that_the_host_lacks_is_named(ssh: Operator, user: str, missing: str) -> None:
     ssh.server.misbehave('PATH=/nonexistent exec /bin/bash -c "$SSH_ORIGINAL_COMMAND"')
@@ -672,6 +685,7 @@ def test_several_hosts_get_the_same_rules(ssh: Operator, both: Lab) -> None:
     assert (rules(ssh.lab), rules(both)) == pristine
 
 
+@fault
 @once
 def test_a_host_that_fails_holds_none_of_the_others_back(ssh: Operator, both: Lab, second: tuple[Lab, Sshd]) -> None:
     second[1].misbehave("echo no >&2; exit 1")
@@ -801,6 +815,7 @@ def test_udp_of_that_number_and_the_port_of_another_sshd_are_free(ssh: Operator)
 # ------------------------------------------------ servers that do not play along
 
 
+@fault
 @once
 def test_a_server_that_allows_two_sessions_at_a_time_is_served_as_well(ssh: Operator) -> None:
     ssh.succeeds("--port", str(FEW_SESSIONS))
@@ -808,6 +823,7 @@ def test_a_server_that_allows_two_sessions_at_a_time_is_served_as_well(ssh: Oper
     assert ssh.server.connections() == 1
 
 
+@fault
 @once
 def test_a_refused_connection_is_tried_again(ssh: Operator) -> None:
     ssh.know(f"[{HOST}]:{LATE} {ssh.server.host_key()}")
@@ -845,6 +861,7 @@ IMPOSTORS: dict[str, Callable[[socket.socket], object] | None] = {
 }
 STALLS = {
     "login stalls": STALLED_LOGIN,
+    "login stalls and the clock is set": STALLED_LOGIN,
     "login breaks off": BROKEN_LOGIN,
     "command stalls": STALLED_COMMAND,
     "output without end": ENDLESS_OUTPUT,
@@ -866,7 +883,8 @@ def bad_servers(
     def one(name: str) -> Run:
         ssh = Operator(lab, server, keys, tmp_path_factory.mktemp("home"))
         ssh.know(f"[{HOST}]:{ports[name]} {server.host_key()}")
-        return ssh.start(host=f"root@{HOST}:{ports[name]}", timeout=SHORT)
+        env = set_clock(ssh.home, hours=6) if "clock" in name else {}
+        return ssh.start(host=f"root@{HOST}:{ports[name]}", timeout=SHORT, env=env)
 
     with contextlib.ExitStack() as stack:
         for name, say in IMPOSTORS.items():
@@ -879,6 +897,7 @@ def bad_servers(
 
 
 @pytest.mark.parametrize("name", [*IMPOSTORS, *STALLS])
+@fault
 @once
 def test_a_server_that_does_not_play_along_is_one_error_in_time(bad_servers: dict[str, Run], name: str) -> None:
     run = bad_servers[name]
@@ -909,6 +928,7 @@ def cut_restore(server: Sshd, cut: str, when: str = "") -> None:
 
 
 @pytest.mark.parametrize("cut", CUTS)
+@fault
 @once
 def test_a_swap_that_is_cut_off_is_made_good_in_the_same_run(ssh: Operator, cut: str) -> None:
     cluster = snapshot(*large(1200)["items"], MAIL) if "a lot" in cut else ssh.lab.cluster(MAIL)
@@ -925,6 +945,7 @@ def test_a_swap_that_is_cut_off_is_made_good_in_the_same_run(ssh: Operator, cut:
 
 
 @pytest.mark.parametrize("cut", ["in the middle", "in the middle of a lot", "nothing done, without exit status"])
+@fault
 def test_a_swap_that_is_cut_off_each_time_leaves_the_old_rules_for_the_next_run(ssh: Operator, cut: str) -> None:
     ssh.succeeds()
     cluster = large(1200) if "a lot" in cut else ssh.lab.cluster(WEB)
@@ -938,6 +959,16 @@ def test_a_swap_that_is_cut_off_each_time_leaves_the_old_rules_for_the_next_run(
     assert not answers(ssh.lab, 25)
 
 
+@pytest.mark.parametrize("hours", [6, -6])
+@fault
+@once
+def test_a_clock_that_is_set_only_costs_a_few_tries(ssh: Operator, tmp_path: Path, hours: int) -> None:
+    """paramiko's own limits go by that clock."""
+    ssh.succeeds(env=set_clock(tmp_path, hours))
+    assert answers(ssh.lab, 25)
+
+
+@fault
 @once
 def test_a_status_that_never_comes_is_an_error_in_time(ssh: Operator) -> None:
     ssh.server.misbehave("kill -9 $$")
@@ -958,6 +989,7 @@ head -c 1000000 /dev/zero | tr '\0' '\033' >&STREAM
     ("iptables-restore", 0, "1", True), ("iptables-restore", 1, "2", True), ("iptables-restore", 2, "1", True),
     ("cat", 0, "1", False), ("cat", 1, "2", False), ("ip?-br", 0, "1", False), ("ip?-br", 1, "2", False),
 ])  # fmt: skip
+@fault
 @once
 def test_whatever_the_host_prints_the_log_stays_clean(
     ssh: Operator, command: str, status: int, stream: str, fatal: bool
@@ -971,6 +1003,7 @@ def test_whatever_the_host_prints_the_log_stays_clean(
     assert answers(ssh.lab, 25) != fatal
 
 
+@fault
 @once
 def test_a_shell_that_says_hello_is_no_matter(ssh: Operator) -> None:
     ssh.server.misbehave('echo "Welcome to gateway 0 0"; echo "motd" >&2; exec sh -c "$SSH_ORIGINAL_COMMAND"')
