@@ -208,7 +208,7 @@ def quoted(value: object) -> str:
 
 def one_line(error: object) -> str:
     """What an error or a command says, without line breaks, cut at 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error)[:10_000].split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + "..."
 
 
@@ -1998,6 +1998,28 @@ class Result(NamedTuple):
         return one_line(self.err or self.out or f"exit status {self.status}")
 
 
+def within_limit(output: bytes, doing: str) -> str:
+    """What a command printed. Raises Fatal where it was cut off at the limit."""
+    if len(output) == OUTPUT_LIMIT:
+        raise Fatal(f"{doing}: it prints more than {OUTPUT_LIMIT >> 20} MiB")
+    return output.decode(*CODING)
+
+
+def drain(file: Any) -> bytes:
+    """All that a command prints, up to the limit; piece by piece, since one read would ask for that much memory."""
+    pieces: list[bytes] = []
+    with file:
+        while len(pieces) << 20 < OUTPUT_LIMIT and (piece := file.read(1 << 20)):
+            pieces.append(piece)
+    return b"".join(pieces)
+
+
+def feed(file: Any, data: bytes) -> None:
+    """Writes all of a command's input, or what it wants to read of it."""
+    with contextlib.suppress(OSError), file:
+        file.write(data)
+
+
 class LocalHost:
     """The machine that epok runs on."""
 
@@ -2024,23 +2046,28 @@ class LocalHost:
 
     def run(self, argv: Sequence[str], text: str, deadline: Deadline) -> Result:
         path = os.pathsep.join(filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin", "/usr/bin", "/bin")))
+        doing = f"{self.name}: {shlex.join(argv)}"
+        env, pipe = {**os.environ, "LC_ALL": "C", "PATH": path}, subprocess.PIPE
         try:
-            done = subprocess.run(
-                argv,
-                input=text.encode(*CODING),
-                capture_output=True,
-                timeout=deadline.remaining(),
-                env={**os.environ, "LC_ALL": "C", "PATH": path},
-                check=False,
-            )
+            child = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, env=env)
         except FileNotFoundError:
             return Result(127, "", f"{argv[0]}: command not found")
-        except subprocess.TimeoutExpired:
-            raise deadline.missed(f"{self.name}: {shlex.join(argv)}") from None
-        except OSError as error:  # argv[0] may not be run; or sudo, at the deadline, not be killed
+        except OSError as error:  # it may not be run
             return Result(126, "", f"{argv[0]}: {error.strerror}")
-        log.debug("%s: %s: exit status %d", self.name, shlex.join(argv), done.returncode)
-        return Result(done.returncode, done.stdout.decode(*CODING), done.stderr.decode(*CODING))
+        # not communicate(), which takes whatever comes
+        Background(feed, child.stdin, text.encode(*CODING))
+        streams = [Background(drain, file) for file in (child.stdout, child.stderr)]
+        try:
+            out, err = (within_limit(stream.result(deadline, doing, 0), doing) for stream in streams)
+            status = child.wait(deadline.remaining())
+        except subprocess.TimeoutExpired:
+            raise deadline.missed(doing) from None
+        finally:
+            if child.poll() is None:
+                with contextlib.suppress(OSError):  # sudo may not be killed
+                    child.kill()
+        log.debug("%s: exit status %d", doing, status)
+        return Result(status, out, err)
 
     def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
         """Whether a TCP port answers: "" when it does, else why not; None when that cannot be tried."""
@@ -2098,7 +2125,7 @@ class SshHost:
             # all three at once: neither side may wait for the other with full buffers
             Background(lambda: (channel.sendall(text.encode(*CODING)), channel.shutdown_write()))
             streams = [Background(file.read, OUTPUT_LIMIT) for file in (channel.makefile(), channel.makefile_stderr())]
-            out, err = (stream.result(deadline, doing).decode(*CODING) for stream in streams)
+            out, err = (within_limit(stream.result(deadline, doing), doing) for stream in streams)
             if not channel.status_event.wait(deadline.remaining()):
                 raise deadline.missed(doing)
             if channel.exit_status == -1:
@@ -3744,7 +3771,7 @@ def write_metrics(name: str, make: Callable[[str], str]) -> None:
                 os.unlink(fresh)
             raise
     except OSError as error:
-        log.warning("--metrics-file %s: %s; the host is right all the same", name, one_line(error))
+        log.warning("--metrics-file %s: %s; nothing else depends on it", name, one_line(error))
 
 
 # ------------------------------------------------ main

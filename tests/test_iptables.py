@@ -7,11 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import faults
 from lab import HOST, HOST6, Lab
 from objects import node, port, service, snapshot
 
@@ -82,6 +84,12 @@ COMMIT
 """
 
 
+OTHER = service("other", "26:30001", [port(26, 30001)])
+fault = faults("host faults")
+only_legacy = pytest.mark.parametrize("lab", ["legacy"], indirect=True)  # nft has no lock
+only_nft = pytest.mark.parametrize("lab", ["nft"], indirect=True)  # legacy tables are no nft tables
+
+
 def add_foreign(lab: Lab) -> None:
     """Docker's and kube-proxy's chains, and a policy, as a host would have them before epok comes."""
     text = "".join(f"*{table}{rules}COMMIT\n" for table, rules in FOREIGN.items())
@@ -147,6 +155,7 @@ def test_counters_outlive_a_run_that_changes_another_forward(lab: Lab) -> None:
     assert leaf[0] in lab.saved(counters=True)
 
 
+@fault
 def test_foreign_chains_rules_and_policies_survive_apply_and_clean(lab: Lab) -> None:
     add_foreign(lab)
     before = lab.saved()
@@ -195,6 +204,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", DAMAGE.values(), ids=DAMAGE)
+@fault
 def test_damage_is_mended_by_the_next_run(lab: Lab, how: str) -> None:
     apply(lab, MAIL)
     before = lab.saved()
@@ -208,6 +218,7 @@ def test_damage_is_mended_by_the_next_run(lab: Lab, how: str) -> None:
     assert len(dry.stdout) < 1000  # that alone was sent
 
 
+@fault
 def test_a_wrong_hook_with_any_bytes_in_its_comment_is_deleted(lab: Lab) -> None:
     apply(lab, MAIL)
     before = lab.saved()
@@ -217,6 +228,7 @@ def test_a_wrong_hook_with_any_bytes_in_its_comment_is_deleted(lab: Lab) -> None
     assert lab.saved() == before
 
 
+@fault
 def test_runs_at_the_same_time_end_with_one_set_of_rules(lab: Lab) -> None:
     argv = [sys.executable, epok.__file__, "--snapshot", "-", *LOCAL]
     runs = [lab.host.popen(argv, stdin=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
@@ -230,6 +242,7 @@ def test_runs_at_the_same_time_end_with_one_set_of_rules(lab: Lab) -> None:
     assert in_sync(apply(lab, *EVERY_FORM))
 
 
+@fault
 def test_what_was_done_before_a_failure_is_said(lab: Lab) -> None:
     tool = "/run/alternatives/ip6tables-restore"
     script = f"mv {tool} /run/kept; printf '#!/bin/sh\\necho no way >&2; exit 1\\n' >{tool}; chmod +x {tool}"
@@ -243,6 +256,7 @@ def test_what_was_done_before_a_failure_is_said(lab: Lab) -> None:
     assert lab.ask(25)
 
 
+@fault
 def test_a_rule_that_was_put_in_front_of_the_hook_stays_there(lab: Lab) -> None:
     apply(lab, MAIL)
     lab.host.run(["iptables", "-t", "nat", "-I", "PREROUTING", "-p", "tcp", "--dport", "9", "-j", "ACCEPT"])
@@ -251,6 +265,7 @@ def test_a_rule_that_was_put_in_front_of_the_hook_stays_there(lab: Lab) -> None:
     assert lab.saved() == before
 
 
+@fault
 def test_a_chain_that_a_foreign_rule_refers_to_is_emptied_and_kept(lab: Lab) -> None:
     apply(lab, MAIL)
     leaf = next(line.split()[1] for line in lab.saved().splitlines() if "tcp-25-" in line and "DNAT" in line)
@@ -281,10 +296,6 @@ def inputs(printed: str) -> Iterator[tuple[str, str]]:
         yield f"ip{command}", text
 
 
-only_legacy = pytest.mark.parametrize("lab", ["legacy"], indirect=True)  # nft has no lock
-only_nft = pytest.mark.parametrize("lab", ["nft"], indirect=True)  # legacy tables are no nft tables
-
-
 def test_verbose_names_every_command_and_quiet_nothing_that_is_well(lab: Lab) -> None:
     log = apply(lab, MAIL, argv=("-v", *LOCAL))
     assert log.count("debug: this host: iptables-restore --noflush --wait 5: exit status 0\n") == 1
@@ -292,19 +303,127 @@ def test_verbose_names_every_command_and_quiet_nothing_that_is_well(lab: Lab) ->
     assert apply(lab, MAIL, argv=("-q", *LOCAL)) == ""
 
 
+def fails(lab: Lab, *says: str, argv: Sequence[str] = (), env: "dict[str, str] | None" = None, limit: int = 20) -> None:
+    """A run through `argv` that would change the rules, and leaves them, with one error that matches `says`, in time."""
+    before = lab.saved() + lab.saved(6)
+    words = [*argv, sys.executable, epok.__file__, "--snapshot", "-", "--timeout", str(limit), *LOCAL]
+    began = time.monotonic()
+    done = lab.host.run(words, json.dumps(lab.cluster(MAIL, OTHER)), check=False, env={**os.environ, **(env or {})})
+    assert time.monotonic() - began < limit + 5, done.stderr
+    assert lab.saved() + lab.saved(6) == before, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    for words_of_cause in says:
+        assert re.search(words_of_cause, errors[0]), f"not in the error: {words_of_cause}\n{errors[0]}"
+
+
+@fault
 @only_legacy
 def test_a_lock_that_is_held_for_a_while_is_waited_for(lab: Lab) -> None:
-    with held_lock(lab, 2):
+    with held_lock(lab, 3):
         apply(lab, MAIL)
     assert lab.ask(25)
 
 
+@fault
 @only_legacy
 def test_a_lock_that_is_never_given_back_ends_the_run_in_time(lab: Lab) -> None:
+    apply(lab, MAIL)
     with held_lock(lab, 30):
-        done = lab.epok("--timeout", "4", *LOCAL, snapshot=lab.cluster(MAIL))
-    assert done.returncode == 1
-    assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+        fails(lab, "iptables-restore", "lock|no answer within --timeout", limit=4)
+
+
+# The tool, what it does instead, what is said of it, and --timeout where it takes all of that.
+BROKEN_TOOLS: dict[str, Any] = {
+    "rules without end": ("iptables-save", "echo '*nat'; exec yes -- '-A INPUT -j ACCEPT'", "more than 256 MiB"),
+    "addresses without end": ("ip", "exec cat /dev/zero", "ip -br addr.* more than 256 MiB"),
+    "complaints without end": ("iptables-restore", "exec yes >&2", "more than 256 MiB"),
+    "no rules": ("iptables-save", "exit 0", "iptables-save"),
+    "a restore that does nothing": ("iptables-restore", "exit 0", "differ again"),
+    "100 MB of rules": (
+        "iptables-save",
+        "echo '*nat'; yes -- '-A INPUT -j ACCEPT' | head -c 100000000; echo; echo COMMIT",
+        "its rules|iptables-save",
+    ),
+    "no UTF-8": ("iptables-save", r"printf '*nat\n\377\376\n'", "iptables-save"),
+    "NUL": ("iptables-save", r"printf '*nat\n\0\n'", "iptables-save"),
+    "silence": ("iptables-save", "exec sleep 60", "no answer within", 4),
+    "a restore that is silent": ("iptables-restore", "exec sleep 60", "no answer within", 4),
+    "somebody who keeps the output open": ("iptables-save", "sleep 60 & exit 0", "no answer within", 4),
+    "a crash": ("iptables-save", "kill -SEGV $$", "iptables-save.*-11", 4),
+    "a restore that crashes": ("iptables-restore", "kill -SEGV $$", "iptables-restore.*-11", 4),
+}
+
+
+@pytest.mark.parametrize("tool, script, says, limit", [
+    pytest.param(*fault, *([20] if len(fault) == 3 else []), id=name) for name, fault in BROKEN_TOOLS.items()
+])  # fmt: skip
+@fault
+@only_nft
+def test_a_tool_that_is_broken_leaves_the_rules_alone(
+    lab: Lab, tmp_path: Path, tool: str, script: str, says: str, limit: int
+) -> None:
+    apply(lab, MAIL)
+    (tmp_path / tool).write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / tool).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    fails(lab, says, argv=["prlimit", "--data=2000000000"], env=env, limit=limit)
+
+
+FULL = """mkdir -p /run/full; mount -t tmpfs -o nr_inodes=1 none /run/full; export TMPDIR=/run/full
+export XTABLES_LOCKFILE=/run/full/lock EPOK_METRICS_FILE=/run/full/epok.prom; exec "$@" """
+
+
+@fault
+def test_a_disk_that_is_full_keeps_from_the_host_only_what_needs_it(lab: Lab) -> None:
+    """That is legacy's lock."""
+    apply(lab, MAIL)
+    full = ["unshare", "--mount", "sh", "-ec", FULL, "sh"]
+    if lab.backend == "legacy":
+        return fails(lab, "lock file.*No space left", argv=full)
+    argv = [*full, sys.executable, epok.__file__, "--snapshot", "-", *LOCAL]
+    done = lab.host.run(argv, json.dumps(lab.cluster(MAIL, OTHER)))
+    [warning] = warnings(done)
+    assert re.search("--metrics-file.*No space left", warning)
+    assert lab.ask(26).port == 30001
+    return None
+
+
+@pytest.mark.parametrize("to", ["2>/dev/full", ">/dev/full 2>&1", "2>&-"])
+@fault
+@only_nft
+def test_a_log_that_nobody_can_write_does_not_keep_the_host_from_getting_right(lab: Lab, to: str) -> None:
+    argv = shlex.join([sys.executable, epok.__file__, "--snapshot", "-", "-v", *LOCAL])
+    lab.host.run(["sh", "-c", f"{argv} {to}"], json.dumps(lab.cluster(MAIL)))
+    assert lab.ask(25)
+
+
+STRANGERS = """*nat
+:EPOKAL - [0:0]
+:EPOK_X - [0:0]
+:EPOK-MINE - [0:0]
+:SOMEBODY - [0:0]
+-A PREROUTING -p tcp -m tcp --dport 7 -j EPOKAL
+-A PREROUTING -p tcp -m tcp --dport 8 -j EPOK_X
+-A PREROUTING -p tcp -m tcp --dport 9 -j EPOK-MINE
+-A EPOKAL -j RETURN
+-A EPOK-MINE -j RETURN
+-A EPOK_X -j EPOKAL
+-A SOMEBODY -j EPOK_X
+COMMIT
+"""
+
+
+@fault
+def test_of_a_strangers_chains_epok_takes_for_its_own_those_that_begin_with_its_name_and_a_dash(lab: Lab) -> None:
+    """EPOK-* is what it says that it owns; whatever else begins with EPOK is somebody else's."""
+    lab.host.run(["iptables-restore", "--noflush"], STRANGERS)
+    theirs = [line for line in STRANGERS.splitlines() if "-A" in line and "EPOK-MINE" not in line]
+    apply(lab, MAIL)
+    assert set(theirs) <= set(lab.saved().splitlines())
+    assert "EPOK-MINE" not in lab.saved()
+    lab.epok("--clean", "local", check=True)
+    assert [line for line in lab.saved().splitlines() if line.startswith("-A")] == theirs
 
 
 @contextlib.contextmanager
@@ -317,6 +436,7 @@ def held_lock(lab: Lab, seconds: int) -> Iterator[None]:
         holder.kill()
 
 
+@fault
 def test_another_writer_all_the_time_breaks_neither(lab: Lab) -> None:
     apply(lab, MAIL)
     rule = "PREROUTING -p tcp -m tcp --dport 7 -j ACCEPT"
@@ -334,6 +454,7 @@ def test_another_writer_all_the_time_breaks_neither(lab: Lab) -> None:
 
 
 @only_nft
+@fault
 def test_native_rules_in_nat_make_it_unreadable_and_nothing_is_changed(lab: Lab) -> None:
     apply(lab, MAIL)
     lab.host.run(["nft", "add rule ip nat PREROUTING meta mark set numgen inc mod 2"])
@@ -351,33 +472,33 @@ WITHOUT = {
 }
 
 
-def run_without(lab: Lab, tool: str) -> "subprocess.CompletedProcess[str]":
-    argv = ["unshare", "--mount", "sh", "-ec", WITHOUT[tool] + '; exec "$@"', "sh", sys.executable, epok.__file__]
-    return lab.host.run([*argv, "--snapshot", "-", *LOCAL], json.dumps(lab.cluster(MAIL)), check=False)
+def without(tool: str) -> list[str]:
+    """What runs a command on a host that lacks the tool."""
+    return ["unshare", "--mount", "sh", "-ec", WITHOUT[tool] + '; exec "$@"', "sh"]
 
 
+@fault
 def test_a_host_without_iptables_is_told_what_to_install(lab: Lab) -> None:
-    done = run_without(lab, "iptables")
-    assert done.returncode == 1 and done.stderr.count("\n") == done.stderr.count("error:") == 1
-    assert "apt-get install iptables" in done.stderr
+    apply(lab, MAIL)
+    fails(lab, "apt-get install iptables", argv=without("iptables"))
 
 
+@fault
 def test_a_host_without_ip6tables_gets_the_forwards_over_ipv4(lab: Lab) -> None:
-    done = run_without(lab, "ip6tables")
+    argv = [*without("ip6tables"), sys.executable, epok.__file__, "--snapshot", "-", *LOCAL]
+    done = lab.host.run(argv, json.dumps(lab.cluster(MAIL)), check=False)
     assert done.returncode == 0 and lab.ask(25)
     assert done.stderr.count("warning:") == 1 and "IPv6" in done.stderr
     assert "over IPv6" not in re.sub("warning: .*", "", done.stderr), "what is not forwarded is not told"
 
 
+@fault
 def test_who_may_not_is_told_what_to_do(lab: Lab) -> None:
-    epok_argv = [sys.executable, epok.__file__, "--snapshot", "-", *LOCAL]
+    apply(lab, MAIL)
     drop = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--no-new-privs"]
     # a checkout, or its Python, may well be in a home directory that is closed to others
     drop += ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
-    done = lab.host.run([*drop, *epok_argv], input=json.dumps(lab.cluster(MAIL)), check=False)
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.count("error:") == 1 and "sudo" in done.stderr and "Traceback" not in done.stderr
-    assert "apt-get install sudo" in done.stderr or "nobody ALL=(root) NOPASSWD: " in done.stderr
+    fails(lab, "apt-get install sudo|nobody ALL=\\(root\\) NOPASSWD: ", argv=drop)
 
 
 def test_another_mark_is_taken_over_and_said(lab: Lab) -> None:
@@ -466,6 +587,7 @@ def test_a_comment_on_the_host_sends_no_codes_to_the_terminal(lab: Lab, argv: li
     assert "\x1b" not in shown
 
 
+@fault
 def test_flows_that_take_too_long_to_end_are_a_warning(lab: Lab, tmp_path: Path) -> None:
     """The real conntrack is never slow enough."""
     (tmp_path / "conntrack").write_text("#!/bin/sh\nexec sleep 60\n")
@@ -480,6 +602,7 @@ def test_flows_that_take_too_long_to_end_are_a_warning(lab: Lab, tmp_path: Path)
 
 
 @pytest.mark.parametrize("output", [">/dev/full", ">&-"])
+@fault
 def test_a_dry_run_that_cannot_be_written_is_one_error(lab: Lab, output: str) -> None:
     argv = shlex.join([sys.executable, epok.__file__, "--snapshot", "-", "--dry-run", *LOCAL])
     done = lab.host.run(["sh", "-c", f"{argv} {output}"], json.dumps(lab.cluster(MAIL)), check=False)
