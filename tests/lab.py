@@ -35,6 +35,8 @@ from echo import INIT, INIT_ACK, KINDS, Sctp, has_sctp, open_raw_sctp, unpacked,
 from objects import node, snapshot
 
 EPOK = Path(__file__).resolve().parent.parent / "epok.py"
+# The folder of iptables-nft, iptables-legacy-save and the rest: test_versions.py has others than the machine's.
+SBIN = os.environ.get("EPOK_TEST_IPTABLES", "/usr/sbin")
 ECHO = Path(__file__).resolve().parent / "echo.py"
 HOST, HOST6 = "192.0.2.1", "2001:db8:1::1"
 CLIENT, CLIENT6 = ("192.0.2.10", "192.0.2.11"), ("2001:db8:1::10", "2001:db8:1::11")
@@ -76,12 +78,12 @@ echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
 """
 # /run is private because legacy's lock file is one for all network namespaces. The alternatives are what the
 # plain names in /usr/sbin point to, so that they mean the backend whatever PATH a process has.
-CHOOSE_BACKEND = """
+CHOOSE_BACKEND = f"""
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p -m 755 /run/lock /run/sshd
 cp -a /etc/alternatives /run/alternatives
 for plain in iptables iptables-save iptables-restore ip6tables ip6tables-save ip6tables-restore; do
-    ln -sfn "/usr/sbin/$(echo "$plain" | sed "s/tables/tables-BACKEND/")" "/run/alternatives/$plain"
+    ln -sfn "{SBIN}/$(echo "$plain" | sed "s/tables/tables-BACKEND/")" "/run/alternatives/$plain"
 done
 mount --bind /run/alternatives /etc/alternatives
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import need, need_lab, until
-from lab import CLIENT, CLIENT6, HOST, HOST6, INSIDE, INSIDE6, Answer, Lab, read_answer
+from lab import CLIENT, CLIENT6, HOST, HOST6, INSIDE, INSIDE6, SBIN, Answer, Lab, read_answer
 
 TESTS = Path(__file__).resolve().parent
 DNAT = {4: ("iptables-restore", "10.0.0.13:2025", HOST), 6: ("ip6tables-restore", "[2001:db8:2::13]:2025", HOST6)}
@@ -132,6 +132,8 @@ def test_rules_stay_within_the_backend(lab: Lab) -> None:
 def test_plain_names_mean_the_backend_whatever_the_path(lab: Lab, tool: str, path: str) -> None:
     version = lab.host.run(["env", "-i", f"PATH={path}:/usr/bin", tool, "-V"]).stdout
     assert {"nft": "(nf_tables)", "legacy": "(legacy)"}[lab.backend] in version
+    asked_for = subprocess.run([f"{SBIN}/iptables-{lab.backend}", "-V"], capture_output=True, text=True).stdout
+    assert version.split()[1:] == asked_for.split()[1:]
 
 
 def test_a_flush_leaves_no_rule_chain_or_policy(lab: Lab) -> None:
