@@ -1765,8 +1765,11 @@ def shares(protocol: str, targets: tuple[Address, ...], known: tuple[Address, ..
     if known and len(targets) > 1:
         owners = buckets_of(tuple(map(str, known)), tuple(map(str, targets)))
         make = type(targets[0])
-        mask = make(len(owners) - 1)
-        return [(n, f"-s {make(bucket)}/{mask} -p {protocol} {ends[n]}") for bucket, n in enumerate(owners)]
+        # once with and once without the first bit: iptables 1.8.7 (nft) makes nothing of a mask that begins with zeros
+        first = 1 << targets[0].max_prefixlen - 1
+        mask = make(first + len(owners) - 1)
+        sources = [(n, make(bit + bucket)) for bucket, n in enumerate(owners) for bit in (0, first)]
+        return [(n, f"-s {source}/{mask} -p {protocol} {ends[n]}") for n, source in sources]
     # 1/left as iptables-save prints it: the kernel keeps 31 bits of a probability
     chances = [f"{int(2**31 / left + 0.5) / 2**31:.11f}" for left in range(len(targets), 1, -1)]
     matches = [f" -m statistic --mode random --probability {chance}" for chance in chances] + [""]

@@ -462,16 +462,18 @@ def test_with_client_affinity_every_address_has_one_node_and_the_nodes_as_many_a
 
 
 def homes(nodes: Sequence[epok.Target], family: epok.Family) -> list[str]:
-    """For each value that the low bits of a client's address can have, where it is sent."""
+    """For each value that the low bits of a client's address can have, where it is sent, whatever its first bit is."""
     one = forward(25, targets=tuple(nodes), known=tuple(node.address for node in nodes))
     nat = epok.render([one], family, options())["nat"]
     leaf = [read(rule) for rules in nat.chains.values() for rule in rules if "DNAT" in rule]
     if len(nodes) == 1:
         return [leaf[0].rest[1]]
     parts = [value.split("/") for rule in leaf for _, option, value in rule.conditions if option == "-s"]
-    assert [int(address(low)) for low, _ in parts] == list(range(len(leaf)))
-    assert {int(address(mask)) for _, mask in parts} == {len(leaf) - 1} and len(leaf).bit_count() == 1
-    return [rule.rest[1] for rule in leaf]
+    count, first = len(leaf) // 2, 1 << address(parts[0][0]).max_prefixlen - 1
+    assert [int(address(low)) for low, _ in parts] == [bit + low for low in range(count) for bit in (0, first)]
+    assert {int(address(mask)) for _, mask in parts} == {first + count - 1} and count.bit_count() == 1
+    assert [rule.rest[1] for rule in leaf[::2]] == [rule.rest[1] for rule in leaf[1::2]]
+    return [rule.rest[1] for rule in leaf[::2]]
 
 
 @FAMILIES
