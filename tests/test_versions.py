@@ -10,10 +10,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conftest import Tally, often
+from container import output
 from lab import EPOK
-from versions import iptables, iptables_version, suites, unpacked
+from versions import iptables, iptables_version, python, pythons, suites, unpacked
 
+# Files, or tests of files; all of them in the whole proof.
 IPTABLES = ("test_iptables.py", "test_lab.py::test_plain_names_mean_the_backend_whatever_the_path")
+KUBERNETES = ("test_apiserver.py", "test_cluster.py", "test_cron.py", "test_kube_proxy.py")
+PYTHON = (
+    "test_options.py",
+    "test_transaction.py",
+    "test_cluster.py::test_the_token_is_sent",
+    "test_ssh.py::test_a_forward_lives_from_annotation_to_clean",
+)
+PYTHON_BIG = tuple(f"test_{name}.py" for name in ("plan", "ruleset", "stages", "iptables", "traffic", "status"))
+PYTHON_BIG += ("test_options.py", "test_transaction.py", "test_cluster.py", "test_ssh.py", "test_gate.py")
+# What Python says will change must not be in epok.py, neither as a program nor as a module.
+STRICT = ",".join(
+    f"error::{kind}:{module}"
+    for kind in ("DeprecationWarning", "PendingDeprecationWarning", "SyntaxWarning")
+    for module in ("__main__", "epok")
+)
 
 
 class Outcome(NamedTuple):
@@ -58,3 +75,30 @@ def test_the_iptables_tests_pass_with_every_iptables(tally: Tally) -> None:
             what = f"a test with iptables {iptables_version(root)}, {backend}"
             tally(what, len(passed) + len(others), len(others))
     all_passed(outcomes)
+
+
+def test_epok_and_its_tests_run_with_every_python(tally: Tally) -> None:
+    """From 3.11, this Python excepted, and what it warns of in epok.py is an error."""
+    roots = [unpacked(suite) for suite in suites()]
+    found = {version: root for root in reversed(roots) for version in pythons(root)}
+    found.pop(f"3.{sys.version_info[1]}", None)
+    interpreters = [python(root, version) for version, root in found.items()]
+    for interpreter in interpreters:
+        output([str(interpreter), "-W", "error", "-c", "import ast; ast.parse(open('epok.py').read(), 'epok.py')"])
+    what = PYTHON_BIG if often(0, 1) else PYTHON
+    outcomes = side_by_side(lambda one: run_tests(what, one, PYTHONWARNINGS=STRICT), interpreters)
+    for version, outcome in zip(found, outcomes, strict=True):
+        tally(f"a test with Python {version}", len(outcome.passed) + len(outcome.others), len(outcome.others))
+    all_passed(outcomes)
+
+
+if often(0, 1):  # no test that is skipped: it takes ten minutes to build
+
+    def test_the_tests_that_need_kubernetes_pass_with_the_oldest(tally: Tally) -> None:
+        """The oldest that can be built; .ci/run has the newest."""
+        output([str(EPOK.parent / "tests" / "setup"), "all", "oldest"])
+        folder = EPOK.parent / ".venv" / "kubernetes-oldest"
+        version = output([str(folder / "kube-apiserver"), "--version"]).split()[1]
+        outcome = run_tests(KUBERNETES, KUBEBUILDER_ASSETS=str(folder))
+        tally(f"a test with Kubernetes {version}", len(outcome.passed) + len(outcome.others), len(outcome.others))
+        all_passed([outcome])

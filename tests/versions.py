@@ -45,27 +45,16 @@ def suites() -> tuple[str, ...]:
 def unpacked(suite: str) -> Path:
     """The root directory with a suite's iptables, its Pythons and what they need, as of this month."""
     own = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    source = next(line for line in apt_sources() if line.split()[2] == own)
-    uri, components = source.split()[1], source.split()[3:]
-    words = [suite, " ".join(["deb", uri, suite, *components])]
-    root = CACHE / f"{suite}-{digest(*UNPACK, *words, time.strftime('%Y-%m'))}"
+    source = next(line for line in apt_sources() if line.split()[2] == own).replace(f" {own} ", f" {suite} ")
+    root = CACHE / f"{suite}-{digest(*UNPACK, source, time.strftime('%Y-%m'))}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with locked(CACHE):
         if not iptables(root).exists():
             for old in CACHE.glob(f"{suite}-*"):
                 shutil.rmtree(old)
+            need(UNPACK[0], f"apt-get install {UNPACK[0]}")
             settings = [f"--aptopt={line}" for line in apt_settings()]
-            output(
-                [
-                    *ALONE,
-                    need(UNPACK[0], "apt-get install mmdebstrap"),
-                    *UNPACK[1:],
-                    *settings,
-                    words[0],
-                    str(root),
-                    words[1],
-                ]
-            )
+            output([*ALONE, *UNPACK, *settings, suite, str(root), source])
             write_iptables(root)
     return root
 
