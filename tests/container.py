@@ -53,15 +53,18 @@ ALONE = [
     "--kill-child",
     "--mount-proc",
 ]
-# How apt reaches this machine's sources must not stay in the archive.
-BASE = [
+# How apt reaches this machine's sources must not stay in what is made.
+SMALL = [
     "mmdebstrap",
     "--mode=root",
     "--variant=essential",
-    "--format=tar",
-    "--include=python3,python3-pip",
     "--keyring=/usr/share/keyrings",
     '--customize-hook=rm -f "$1"/etc/apt/sources.list "$1"/etc/apt/apt.conf.d/99mmdebstrap',
+]
+BASE = [
+    *SMALL,
+    "--format=tar",
+    "--include=python3,python3-pip",
     '--customize-hook=find "$1/usr" -name __pycache__ -prune -exec rm -r {} +',
 ]
 INDEX_SETTINGS = (
@@ -206,7 +209,7 @@ class Store(Made):
         self.folder = self.stack.enter_context(scratch())
         self.stage = self.folder / "container"
         self.stage.mkdir()
-        self.archive = base_archive(self.folder)
+        self.archive = distribution("base", BASE, self.folder)
         self.import_base()
 
     def command(self, *args: str) -> list[str]:
@@ -297,20 +300,21 @@ def locked(folder: Path, flags: int = 0) -> Iterator[None]:
         os.close(descriptor)
 
 
-def base_archive(folder: Path) -> Path:
-    """The base image's files, this month's; made in `folder` when they are not in the cache."""
+def distribution(name: str, mmdebstrap: Sequence[str], folder: Path) -> Path:
+    """What mmdebstrap makes of the machine's own distribution this month: in the cache, or else made in `folder`."""
     release, sources = platform.freedesktop_os_release(), apt_sources()
-    key = hashlib.sha256(" ".join([*BASE, *sources, time.strftime("%Y-%m")]).encode()).hexdigest()
-    archive = CACHE / f"base-{key[:12]}.tar"
+    key = hashlib.sha256(" ".join([*mmdebstrap, *sources, time.strftime("%Y-%m")]).encode()).hexdigest()
+    place = CACHE / f"{name}-{key[:12]}"
     with locked(CACHE):  # another file of tests may be about to make it too
-        if not archive.exists():
-            for old in CACHE.glob("base-*.tar"):
-                old.unlink()
-            made, options = folder / "base.tar", folder / "apt.conf"
+        if not place.exists():
+            for old in CACHE.glob(f"{name}-*"):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            made, options = folder / "made", folder / "apt.conf"
             options.write_text("".join(f"{line}\n" for line in apt_settings()))
-            output([*ALONE, *BASE, f"--aptopt={options}", release["VERSION_CODENAME"], str(made), *sources], folder)
-            made.replace(archive)
-    return archive
+            argv = [*mmdebstrap, f"--aptopt={options}", release["VERSION_CODENAME"], str(made), *sources]
+            output([*ALONE, *argv], folder)
+            made.rename(place)
+    return place
 
 
 def apt_sources() -> list[str]:

@@ -118,12 +118,17 @@ def assert_told(lab: Lab, words: str, *services: dict[str, Any], argv: Sequence[
 
 def assert_mended(lab: Lab, warning: str, to: str = HOST) -> None:
     """By the command in the message, word for word, and another run."""
-    found = re.search(r"(?:: |or )((?:sysctl|nft|ip6?tables)\S* .*?)(?:, and epok's next run.*)?$", warning)
-    assert found, warning
-    lab.host.run(["sh", "-c", found[1]])
+    lab.host.run(["sh", "-c", cure_in(warning)])
     assert not warnings(lab, BOTH)
     assert not status(lab, BOTH)
     assert reaches(lab, to)
+
+
+def cure_in(warning: str) -> str:
+    """The command that the message tells to run."""
+    found = re.search(r"(?:: |or )((?:sysctl|nft|ip6?tables)\S* .*?)(?:, and epok's next run.*)?$", warning)
+    assert found, warning
+    return found[1]
 
 
 # ---- each check with the real thing, and its cure
