@@ -85,6 +85,7 @@ if [ -e TOWN ]; then
     rmdir TOWN
 fi
 """.replace("TOWN", TOWN)
+CONFIGURATION = "etc/firewalld/firewalld.conf"
 SSH, TELNET = 22, 23  # ports of the host with a server on each; firewalls let clients in to the first
 
 
@@ -218,7 +219,7 @@ class Firewalld(Packaged):
         until((self.root / "run/dbus/system_bus_socket").exists, "dbus-daemon", 60)
 
     def configure(self, **settings: str) -> None:
-        file = self.root / "etc/firewalld/firewalld.conf"
+        file = self.root / CONFIGURATION
         lines = [line for line in file.read_text().splitlines() if line.split("=")[0] not in settings]
         file.write_text("\n".join([*lines, *(f"{name}={value}" for name, value in settings.items()), ""]))
 
@@ -233,17 +234,17 @@ class Firewalld(Packaged):
 
     def reload(self) -> None:
         self.run("firewall-cmd", "--reload")
-
-    def stop(self) -> None:
-        self.end("firewalld", self.process)
+        if "StrictForwardPorts=yes" in (self.root / CONFIGURATION).read_text():
+            self.be_strict()
 
     def be_strict(self) -> None:
-        """StrictForwardPorts, which leaves out one rule; releases that do not know it have the rule taken out here."""
-        self.configure(StrictForwardPorts="yes")
-        self.reload()
+        """That setting leaves out one rule; what releases do that do not know it yet is done here."""
         listed = self.run("nft", "-a", "list", "chain", "inet", "firewalld", "filter_FORWARD")
         for handle in re.findall(r"ct status dnat accept # handle (\d+)", listed):
             self.run("nft", "delete", "rule", "inet", "firewalld", "filter_FORWARD", "handle", handle)
+
+    def stop(self) -> None:
+        self.end("firewalld", self.process)
 
 
 class FirewalldOfIptables(Firewalld):

@@ -14,6 +14,7 @@ import pytest
 from conftest import Tally, often
 from lab import HOST, HOST6, Lab, read_answer
 from neighbours import (
+    CONFIGURATION,
     Calico,
     CalicoAtTheEnd,
     Docker,
@@ -245,15 +246,16 @@ def test_a_strict_firewalld_is_told_and_what_the_message_says_opens_it(ground: G
     lab = ground.lab
     with Firewalld(ground) as other:
         other.start()
-        other.be_strict()
+        other.configure(StrictForwardPorts="yes")
+        other.reload()
         told = warnings(lab, MAIL, DNS)
         assert told and all(" by nft table inet firewalld, chain filter_F" in warning for warning in told)
         assert len(not_forwarded(lab, 0.25)) == len(WAYS)
         cure = re.compile(r"(\w+)=(\w+) in /(\S+) lets it pass, after (.+)$")
-        [(name, value, file, command)] = {match for warning in told for match in cure.findall(warning)}
-        assert (other.root / file).exists()
+        [(name, value, *rest)] = {match for warning in told for match in cure.findall(warning)}
+        assert rest == [CONFIGURATION, "firewall-cmd --reload"]
         other.configure(**{name: value})
-        other.run(*command.split())
+        other.reload()
         run(lab)
         assert not not_forwarded(lab) + not_as_usual(other)
 
