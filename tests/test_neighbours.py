@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
-from conftest import Tally, often
+from conftest import BACKENDS, Tally, often
 from lab import HOST, HOST6, Lab, read_answer
 from neighbours import (
     CONFIGURATION,
@@ -51,6 +51,7 @@ OF_IPTABLES = re.compile("ip6? (nat|filter|mangle|raw|security)")
 # those that take long at it, and do it in many steps
 AT_ONCE = KINDS if often(0, big=1) else {name: KINDS[name] for name in ("firewalld with iptables", "ufw")}
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+one_lab = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +243,7 @@ def mend(lab: Lab, told: list[str]) -> None:
         lab.host.run(["sh", "-c", command])
 
 
+@one_lab
 def test_a_strict_firewalld_is_told_and_what_the_message_says_opens_it(ground: Ground) -> None:
     lab = ground.lab
     with Firewalld(ground) as other:
@@ -260,6 +262,7 @@ def test_a_strict_firewalld_is_told_and_what_the_message_says_opens_it(ground: G
         assert not not_forwarded(lab) + not_as_usual(other)
 
 
+@one_lab
 def test_a_rule_in_docker_user_is_told_whenever_docker_put_it_in_front(ground: Ground) -> None:
     lab, wanted, rule = ground.lab, alone(ground, Docker), "DOCKER-USER -i eth0 -j DROP"
     with Docker(ground) as other:
