@@ -27,6 +27,7 @@ from test_transaction import BUILT_IN, OLDER, WRONG_HOOKS, after, is_foreign, re
 
 import epok
 
+pytestmark = pytest.mark.proof
 RECORD = False  # the driver keeps what was sent
 ROUNDS = often(1, big=50)  # Hypothesis remembers all examples of a round; 100,000 in all, with both backends
 

@@ -34,6 +34,7 @@ from test_ssh import SUDOERS
 from test_stages import rules
 from test_traffic import nodes_without, refused
 
+pytestmark = pytest.mark.proof
 once = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 RECORD = False  # a wrapper around iptables-restore would read its input to the end
 SEED = int(os.environ.get("EPOK_TEST_SEED") or random.randrange(1 << 32))

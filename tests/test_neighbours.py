@@ -31,6 +31,7 @@ from objects import port, service
 from test_checks import cure_in, warnings
 from test_iptables import foreign, in_sync
 
+pytestmark = pytest.mark.proof
 LOCAL = ("-i", "eth0", "local")
 DUAL = ("IPv4", "IPv6")
 MAIL = service("mail", "25:2025", [port(25, 2025, "smtp")], families=DUAL)

@@ -27,6 +27,7 @@ from sshd import PLACE, USER, Sshd, make_key
 from test_iptables import foreign
 from test_ssh import SUDOERS, Operator
 
+pytestmark = pytest.mark.proof
 SEED = int(os.environ.get("EPOK_TEST_SEED", "20"))
 RUNS, BIG_RUNS = 12, 1000
 TOOLS = {4: "iptables", 6: "ip6tables"}

@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from conftest import Tally, often
 from container import output
 from lab import EPOK
 from versions import iptables, iptables_version, python, pythons, suites, unpacked
 
+pytestmark = pytest.mark.proof
 # Files, or tests of files; all of them in the whole proof.
 IPTABLES = ("test_iptables.py", "test_lab.py::test_plain_names_mean_the_backend_whatever_the_path")
 KUBERNETES = ("test_apiserver.py", "test_cluster.py", "test_cron.py", "test_kube_proxy.py")
