@@ -118,6 +118,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Ctrl-C during the imports, which take a while, is a traceback
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -3786,11 +3787,10 @@ def show(text: str) -> None:
         raise Fatal("standard output is closed")
     try:
         sys.stdout.buffer.write(f"{text}\n".encode(*CODING) if text else b"")
-        sys.stdout.buffer.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        pass
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise Fatal(f"standard output: {one_line(error)}") from None
 
 
@@ -3958,13 +3958,10 @@ def warn(
 
 
 def surroundings(host: Host, looking: Background | None, deadline: Deadline) -> Surroundings:
-    """What read_surroundings() finds, or has found already, and where it fails nothing but why."""
-    try:
-        looking = looking or Background(persist, deadline, read_surroundings, host, deadline)
-        found: Surroundings = looking.result(deadline, "reading what else is on the host")
-        return found
-    except Fatal as error:
-        return Surroundings(None, None, None, None, [str(error)])
+    """What read_surroundings() finds, or has found already. Raises Fatal."""
+    looking = looking or Background(persist, deadline, read_surroundings, host, deadline)
+    found: Surroundings = looking.result(deadline, f"{host.name}: reading what else is there")
+    return found
 
 
 def all_lives(tables: Found, counted: Found) -> list[Live]:
@@ -3997,7 +3994,11 @@ def look(host: Host, reader: Background, planner: Background, options: Options, 
         if options.explain:
             story.narrow()
             forwards = [f for f in story.plan.forwards if f.service == options.explain] or status.lives
-        view = View(host, options, found, facts, surroundings(host, looking, deadline), deadline)
+        try:
+            around = surroundings(host, looking, deadline)
+        except Fatal as error:
+            around = Surroundings(None, None, None, None, [str(error)])
+        view = View(host, options, found, facts, around, deadline)
         status.checks = list(check_host(view, forwards))
         if options.explain:
             status.checks += check_nodes(host, forwards, deadline)
@@ -4106,7 +4107,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # a short run makes much and drops little: not to look for cycles often, nor at the end, saves a tenth of it
+    # a short run makes much and drops little: not to look for cycles often saves time
     gc.set_threshold(100_000)
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) == signal.SIG_DFL:  # not if it is to be ignored, as of nohup
@@ -4114,5 +4115,6 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # all is done, and the exit status says how
-    gc.freeze()
-    raise SystemExit(status)
+    atexit._run_exitfuncs()  # of kubernetes, which has put keys into files
+    # not SystemExit: Python may crash while it takes down what a thread, which waits for a server, still uses
+    os._exit(status)

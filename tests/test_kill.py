@@ -42,7 +42,7 @@ FORWARDS, SHIFT, FIRST = 64, 6, 10000
 LOCKS = ("run/xtables.lock", "usr/local/sbin/epok-gate")  # legacy's, and the gate's
 RESTORE_SECONDS = 0.03  # what one takes at most; of legacy a tenth, so that most moments come early
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-TOLD = EPOK.read_text().partition("\nimport contextlib\n")[0].count("\n") + 1  # a line of epok.py
+TOLD = EPOK.read_text().partition("\nimport atexit\n")[0].count("\n") + 1  # a line of epok.py
 STAGES = ((), (), ("--batch-size", "9000"), ("--batch-size", "2500"))
 ONE_A_CHAIN = ("--batch-commands", "false")  # which takes seconds
 # Directories of the machine become the host's own, except for the checkout, wherever that is.

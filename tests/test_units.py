@@ -375,7 +375,7 @@ def test_metrics_are_written_where_a_drop_in_allows_it(machine: Machine) -> None
     first = machine.start()
     assert first[:2] == ("success", 0)
     [warning] = problems(first.log)
-    assert warning.startswith(f"warning: --metrics-file {METRICS}: ") and "the host is right" in warning
+    assert warning.startswith(f"warning: --metrics-file {METRICS}: ") and "nothing else depends on it" in warning
     machine.edit(*MAY_WRITE)
     assert problems(machine.start().log) == []
     machine.lab.ask(25)
