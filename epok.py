@@ -2127,7 +2127,10 @@ class SshHost:
             channel.settimeout(deadline.remaining())
             channel.exec_command(shlex.join(argv))
             # all three at once: neither side may wait for the other with full buffers
-            Background(lambda: (channel.sendall(text.encode(*CODING)), channel.shutdown_write()))
+            if text:
+                Background(lambda: (channel.sendall(text.encode(*CODING)), channel.shutdown_write()))
+            else:  # no later: paramiko might tell that there is no more when the channel is gone, and sshd hang up
+                channel.shutdown_write()
             streams = [Background(file.read, OUTPUT_LIMIT) for file in (channel.makefile(), channel.makefile_stderr())]
             out, err = (within_limit(stream.result(deadline, doing), doing) for stream in streams)
             if not channel.status_event.wait(deadline.remaining()):

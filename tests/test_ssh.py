@@ -239,10 +239,12 @@ def server(lab: Lab) -> Sshd:
 
 
 @pytest.fixture
-def ssh(lab: Lab, server: Sshd, keys: dict[str, Path], tmp_path: Path) -> Operator:
+def ssh(lab: Lab, server: Sshd, keys: dict[str, Path], tmp_path: Path) -> Iterator[Operator]:
+    """Somebody whom the host lets in, and whose epok never makes its sshd hang up."""
     server.reset()
     authorize(server, keys)
-    return Operator(lab, server, keys, tmp_path)
+    yield Operator(lab, server, keys, tmp_path)
+    assert "nonexistent channel" not in (server.place / "log").read_text()
 
 
 @pytest.fixture(scope="module")
