@@ -177,7 +177,8 @@ class Run:
 
     def __init__(self, space: Namespace, argv: list[str], env: dict[str, str], text: str = os.devnull) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("EPOK_", "KUBE", "SSH_"))}
-        command = ["setsid", "env", "-C", str(EPOK.parent), sys.executable, str(EPOK), *argv]
+        command = ["setsid", "env", "--default-signal=INT,TERM", "-C", str(EPOK.parent)]
+        command += [sys.executable, str(EPOK), *argv]
         with Path(text).open() as file:
             self.child = space.popen(command, stdin=file, stderr=subprocess.PIPE, env={**kept, **env})
         own = Path(f"/proc/{self.child.pid}/task/{self.child.pid}/children")  # of nsenter, which waits for it alone
