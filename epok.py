@@ -3669,7 +3669,7 @@ class Story:
         lines += [f"warning: {warning}" for warning in self.status.warnings]
         lines = [f"  {line}" for line in lines]
         if mappings := self.mappings():
-            lines += ["Mappings", *aligned([[mapping, fate] for mapping, fate, _ in mappings], "  ")]
+            lines += ["Mappings", *aligned([[printable(mapping), fate] for mapping, fate, _ in mappings], "  ")]
         if self.plan.claims:
             rows = []
             for node, why in self.nodes():

@@ -587,6 +587,14 @@ def test_a_comment_on_the_host_sends_no_codes_to_the_terminal(lab: Lab, argv: li
     assert "\x1b" not in shown
 
 
+@only_nft
+def test_an_annotation_sends_no_codes_to_the_terminal(lab: Lab) -> None:
+    bad = service("mail", "25:\x1b[31mred\x00", [port(25, 2025)])
+    shown = lab.epok("--explain", "default/mail", "-i", "eth0", "local", snapshot=lab.cluster(bad)).stdout
+    assert r"25:\x1b[31mred\x00  rejected" in shown
+    assert not re.search(r"[^ -~\n]", shown)
+
+
 @fault
 def test_flows_that_take_too_long_to_end_are_a_warning(lab: Lab, tmp_path: Path) -> None:
     """The real conntrack is never slow enough."""
