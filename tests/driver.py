@@ -161,9 +161,9 @@ class Host:
             except BaseException:
                 status = -1
                 traceback.print_exc()
-            for thread in threading.enumerate():  # what a run leaves behind must not read what the next one changes
-                if thread is not threading.current_thread():
-                    thread.join()
+            # what a run leaves behind, and what that starts, must not read what the next one changes
+            while others := [each for each in threading.enumerate() if each is not threading.current_thread()]:
+                others[0].join()
         said = out.buffer.getvalue().decode(*self.epok.CODING)
         self.fakes = {}
         return status, said, err.getvalue(), self.calls

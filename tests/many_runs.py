@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,10 +129,12 @@ def children_of(task: str) -> list[str]:
 
 
 def look_when_done() -> dict[str, Any]:
-    """The same after a run: its last threads have a moment to see that they are not needed any more."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(10)
+    """The same after a run: its last threads, and those that they start, have a while to end."""
+    end = time.monotonic() + 60
+    while (others := [each for each in threading.enumerate() if each is not threading.current_thread()]) and (
+        time.monotonic() < end
+    ):
+        others[0].join(1)
     gc.collect()
     return {**look(), "objects": len(gc.get_objects())}
 
