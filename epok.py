@@ -2129,8 +2129,10 @@ class SshHost:
             # all three at once: neither side may wait for the other with full buffers
             if text:
                 Background(lambda: (channel.sendall(text.encode(*CODING)), channel.shutdown_write()))
-            else:  # no later: paramiko might tell that there is no more when the channel is gone, and sshd hang up
-                channel.shutdown_write()
+            else:  # shutdown_write() may come to it when the channel is closed already, and sshd hangs up
+                with channel.lock:
+                    if eof := channel._send_eof():
+                        client.get_transport()._send_user_message(eof)
             streams = [Background(file.read, OUTPUT_LIMIT) for file in (channel.makefile(), channel.makefile_stderr())]
             out, err = (within_limit(stream.result(deadline, doing), doing) for stream in streams)
             if not channel.status_event.wait(deadline.remaining()):
