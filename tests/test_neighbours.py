@@ -230,7 +230,10 @@ def test_a_neighbour_reloads_in_the_middle_of_runs(ground: Ground, kind: type[Ne
                     break
             reload.result()
             run(lab)
-            wrong += unlike(state(lab), wanted["reload"]) + not_forwarded(lab) + not_as_usual(other)
+            differ = unlike(state(lab), wanted["reload"])
+            # firewalld puts its rules in by number, and epok's hook may have come before them meanwhile
+            wrong += [each for each in differ if not (kind.wipes and each.startswith("order: "))]
+            wrong += not_forwarded(lab) + not_as_usual(other)
             tally("a neighbour's reload in the middle of epok's runs", 1, bool(wrong))
             assert not wrong
 
