@@ -2129,10 +2129,8 @@ class SshHost:
             # all three at once: neither side may wait for the other with full buffers
             if text:
                 Background(lambda: (channel.sendall(text.encode(*CODING)), channel.shutdown_write()))
-            else:  # shutdown_write() may come to it when the channel is closed already, and sshd hangs up
-                with channel.lock:
-                    if eof := channel._send_eof():
-                        client.get_transport()._send_user_message(eof)
+            else:
+                end_input(channel)
             streams = [Background(file.read, OUTPUT_LIMIT) for file in (channel.makefile(), channel.makefile_stderr())]
             out, err = (within_limit(stream.result(deadline, doing), doing) for stream in streams)
             if not channel.status_event.wait(deadline.remaining()):
@@ -2215,6 +2213,13 @@ class SshHost:
         """Ends the connection, for commands that still run too, and there will be no other."""
         self.closed = True
         self.drop()
+
+
+def end_input(channel: Any) -> None:
+    """Like shutdown_write(), which may come to it when the channel is closed already: then sshd hangs up."""
+    with channel.lock:
+        if message := channel._send_eof():
+            channel.get_transport()._send_user_message(message)
 
 
 def how_to_make_key(name: str) -> str:

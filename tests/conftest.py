@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -23,7 +23,6 @@ settings.register_profile("epok", deadline=None)  # a busy machine is no failure
 settings.load_profile("epok")
 
 BACKENDS = ("nft", "legacy")
-T = TypeVar("T")
 Tally = Callable[[str, int, int], None]
 
 
