@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `import e
 
 from gateway import gate, must_pass  # noqa: E402
 from lab import Lab  # noqa: E402
+from sshd import Sshd  # noqa: E402
 
 import epok  # noqa: E402
 
@@ -119,6 +120,14 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
                 text = text[: text.rfind("\n") + 1] + "COMMIT\n"
             if text != "COMMIT\n":
                 must_pass(text, 6 if tool.startswith("ip6") else 4)
+
+
+@pytest.fixture(scope="module")
+def server(lab: Lab) -> Sshd:
+    """The sshd of the lab's host; it ends with the lab."""
+    for tool, package in (("sshd", "openssh-server"), ("ssh", "openssh-client"), ("sudo", "sudo")):
+        need(tool, f"apt-get install {package}")
+    return Sshd(lab.host)
 
 
 @pytest.fixture(autouse=True)

@@ -254,18 +254,11 @@ def test_root_without_the_capability_is_told_what_a_container_needs(newcomer: Ne
 # ------------------------------------------------ SSH and sudo
 
 
-@pytest.fixture(scope="module")
-def running(lab: Lab) -> Sshd:
-    for tool, package in (("sshd", "openssh-server"), ("ssh", "openssh-client"), ("sudo", "sudo")):
-        need(tool, f"apt-get install {package}")
-    return Sshd(lab.host)
-
-
 @pytest.fixture
-def server(running: Sshd) -> Sshd:
-    running.reset()
-    running.authorize()
-    return running
+def server(server: Sshd) -> Sshd:
+    server.reset()
+    server.authorize()
+    return server
 
 
 def friend(newcomer: Newcomer, server: Sshd) -> list[str]:

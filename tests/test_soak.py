@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 from changing import NOBODY, Changing, Choice
-from conftest import Tally, need, often, until
+from conftest import Tally, often, until
 from fake_api import FakeApi, answer, cut, failure, hanging_up, write_kubeconfig
 from lab import CHOOSE_BACKEND, EPOK, FORWARDING, HOST, HOST6, TABLES, Lab, Made, Namespace
 from many_runs import AT_ONCE, Held, ManyRuns
@@ -40,14 +40,6 @@ WARNINGS = re.compile(  # that belong to what is changed here
 MAIL = service("mail", "25:2025", [port(25, 2025)], families=("IPv4", "IPv6"))
 Rules = dict[str, list[str]]
 Done = subprocess.CompletedProcess[str]
-
-
-@pytest.fixture(scope="module")
-def server(lab: Lab) -> Sshd:
-    """The sshd of the lab's host; it ends with the lab."""
-    for tool, package in (("sshd", "openssh-server"), ("ssh-keygen", "openssh-client"), ("sudo", "sudo")):
-        need(tool, f"apt-get install {package}")
-    return Sshd(lab.host)
 
 
 @pytest.fixture

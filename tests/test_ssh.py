@@ -230,14 +230,6 @@ def authorize(server: Sshd, keys: dict[str, Path]) -> None:
     server.authorize("# a comment", *(f"restrict {public(keys, name)} {name}" for name in friends))
 
 
-@pytest.fixture(scope="module")
-def server(lab: Lab) -> Sshd:
-    """The sshd of the lab's host; it ends with the lab."""
-    for tool, package in (("sshd", "openssh-server"), ("ssh", "openssh-client"), ("sudo", "sudo")):
-        need(tool, f"apt-get install {package}")
-    return Sshd(lab.host)
-
-
 @pytest.fixture
 def ssh(lab: Lab, server: Sshd, keys: dict[str, Path], tmp_path: Path) -> Iterator[Operator]:
     """Somebody whom the host lets in, and whose epok never makes its sshd hang up."""
