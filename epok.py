@@ -84,12 +84,13 @@ Annotations of a Service of type NodePort or LoadBalancer:
   getbetter.ro/externalport: "25:2025, 53:dns/udp, 8000-8010:30000-30010"
       EXTERNAL [":" TARGET] [":" PROTOCOL | "/" PROTOCOL], separated by commas. EXTERNAL is a port of the
       host or a range; TARGET a NodePort of this Service, a range as long, or the name of a Service port;
-      without it EXTERNAL is a Service port. epok.getbetter.ro/externalport and .../externalports mean
-      the same.
-  epok.getbetter.ro/internal: ""
+      without it EXTERNAL is a Service port. externalports means the same.
+  getbetter.ro/internal: ""
       Not through --external-interface.
-  epok.getbetter.ro/allow-range: "192.0.2.0/24, 2001:db8::/32"
+  getbetter.ro/allow-range: "192.0.2.0/24, 2001:db8::/32"
       For these clients only; without it spec.loadBalancerSourceRanges counts.
+  The prefix epok.getbetter.ro/ is as good for each of them. Another name with one of these prefixes is warned
+  about; one that may be a restriction misspelt keeps the Service from being forwarded.
 A node with the annotation epok.getbetter.ro/exclude or the label epok_exclude gets no traffic.
 
 What it needs: iptables on the host (nft or legacy), and that it forwards packets (sysctl -w net.ipv4.ip_forward=1);
@@ -119,6 +120,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Ctrl-C during the imports, which take a while, is a traceback
 
 import atexit
+import base64
 import contextlib
 import dataclasses
 import datetime
@@ -128,7 +130,7 @@ import hashlib
 import ipaddress
 import itertools
 import json
-import logging.handlers
+import logging
 import os
 import pwd
 import random
@@ -137,36 +139,39 @@ import shlex
 import socket
 import ssl
 import subprocess
+import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 HOW_TO_INSTALL = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, then .venv/bin/python epok.py"
 try:
     import docopt
+    import msgspec
     import tenacity
 except ModuleNotFoundError as error:
     sys.exit(f"error: the Python package {error.name} is missing: {HOW_TO_INSTALL}")
 
 VERSION = "1.0.0"
-PORT_ANNOTATIONS = (
-    "getbetter.ro/externalport",
-    "epok.getbetter.ro/externalport",
-    "epok.getbetter.ro/externalports",
-)
-INTERNAL_ANNOTATION = "epok.getbetter.ro/internal"
-ALLOW_ANNOTATION = "epok.getbetter.ro/allow-range"
-SERVICE_ANNOTATIONS = (*PORT_ANNOTATIONS, INTERNAL_ANNOTATION, ALLOW_ANNOTATION)
-EXCLUDE_ANNOTATION = "epok.getbetter.ro/exclude"
+PREFIXES = ("getbetter.ro/", "epok.getbetter.ro/")  # either is right for every annotation
+PORT_ANNOTATIONS = tuple(prefix + word for word in ("externalport", "externalports") for prefix in PREFIXES)
+INTERNAL_ANNOTATIONS = tuple(prefix + "internal" for prefix in PREFIXES)
+ALLOW_ANNOTATIONS = tuple(prefix + "allow-range" for prefix in PREFIXES)
+SERVICE_ANNOTATIONS = (*PORT_ANNOTATIONS, *INTERNAL_ANNOTATIONS, *ALLOW_ANNOTATIONS)
+EXCLUDE_ANNOTATIONS = tuple(prefix + "exclude" for prefix in PREFIXES)
 EXCLUDE_LABEL = "epok_exclude"
 STANDARD_EXCLUDE_LABEL = "node.kubernetes.io/exclude-from-external-load-balancers"
 AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 PROTOCOLS = ("tcp", "udp", "sctp")
+MAX_STRANGE = 10  # annotations of one Service that epok does not know
+MAX_NAME = 63  # characters of an annotation's name, behind the slash
 MAX_MAPPINGS = 1000  # of one Service, so that none can keep the others waiting
 MAX_SOURCES = 50_000  # of one Service, in the rules of all its ports
 MAIL_PORTS = (25, 465, 587)
+CONNECT_SECONDS = 5  # to each address of an API server: of several, the first may drop all packets
 LOOK_SECONDS = 10  # that --status and --explain wait for the cluster, or for the nodes
 ANSWER_LIMIT = 1 << 27  # bytes; a page has 500 objects, and each may have 256 KiB of annotations
 EVENT_SECONDS = 5  # for all Events of a run, so that many rejections cannot make it a long one
@@ -218,7 +223,7 @@ def printable(text: str) -> str:
     return re.sub(r"[^ -~]", lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-# ------------------------------------------------ time: deadline, retries, threads
+# ------------------------------------------------ time: deadline, retries, threads, programs
 
 
 class Deadline:
@@ -292,6 +297,93 @@ class Background(threading.Thread):
         if self.error is not None:
             raise self.error
         return self.value
+
+
+CODING = ("utf-8", "surrogateescape")  # a foreign comment may have any bytes, and they must come back as they were
+OUTPUT_LIMIT = 1 << 28  # bytes: a host that sends without end must not fill the memory
+
+
+class Result(NamedTuple):
+    """What a command left: its exit status (127: not found) and both outputs."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        return one_line(self.err or self.out or f"exit status {self.status}")
+
+
+def within_limit(output: bytes, doing: str) -> str:
+    """What a command printed. Raises Fatal where it was cut off at the limit."""
+    if len(output) == OUTPUT_LIMIT:
+        raise Fatal(f"{doing}: it prints more than {OUTPUT_LIMIT >> 20} MiB")
+    return output.decode(*CODING)
+
+
+def drain(file: Any) -> bytes:
+    """All that a command prints, up to the limit; piece by piece, since one read would ask for that much memory."""
+    pieces: list[bytes] = []
+    with file:
+        while len(pieces) << 20 < OUTPUT_LIMIT and (piece := file.read(1 << 20)):
+            pieces.append(piece)
+    return b"".join(pieces)
+
+
+def feed(file: Any, data: bytes) -> None:
+    """Writes all of a command's input, or what it wants to read of it."""
+    with contextlib.suppress(OSError), file:
+        file.write(data)
+
+
+def execute(
+    argv: Sequence[str],
+    data: bytes,
+    env: Mapping[str, str],
+    deadline: Deadline,
+    doing: str,
+    group: bool = False,
+    terminal: bool = False,
+) -> Result:
+    """Runs a program with an input, or at the terminal, until the deadline; then Fatal, and it is killed.
+
+    With `group` all that it has started is killed too, also when epok itself is ended.
+    """
+    pipe = subprocess.PIPE
+    stdin, stderr = (None, None) if terminal else (pipe, pipe)
+    alone = group and not terminal  # another session could not read from the terminal
+    try:
+        child = subprocess.Popen(argv, stdin=stdin, stdout=pipe, stderr=stderr, env=env, start_new_session=alone)
+    except FileNotFoundError:
+        return Result(127, "", f"{argv[0]}: command not found")
+    except OSError as error:  # it may not be run
+        return Result(126, "", f"{argv[0]}: {error.strerror}")
+
+    def stop() -> None:
+        with contextlib.suppress(OSError):  # sudo may not be killed
+            if alone:
+                os.killpg(child.pid, signal.SIGKILL)
+            else:
+                child.kill()
+
+    if group:
+        atexit.register(stop)
+    # not communicate(), which takes whatever comes
+    if child.stdin:
+        Background(feed, child.stdin, data)
+    streams = [Background(drain, file) for file in (child.stdout, child.stderr) if file]
+    try:
+        texts = [within_limit(stream.result(deadline, doing, 0), doing) for stream in streams]
+        return Result(child.wait(deadline.remaining()), texts[0], "".join(texts[1:]))
+    except subprocess.TimeoutExpired:
+        stop()
+        raise deadline.missed(doing) from None
+    except Fatal:
+        stop()
+        raise
+    finally:
+        atexit.unregister(stop)
 
 
 # ------------------------------------------------ options: argv, environment -> Options
@@ -404,6 +496,11 @@ def to_host_keys(text: str) -> tuple[str, ...]:
     return tuple(items(text))
 
 
+def to_files(text: str) -> tuple[str, ...]:
+    """The files that KUBECONFIG names, with colons between."""
+    return tuple(dict.fromkeys(filter(None, text.split(os.pathsep))))
+
+
 def to_service_name(text: str) -> str:
     if text and not re.fullmatch(r"[A-Za-z0-9.-]{1,253}/[A-Za-z0-9.-]{1,253}", text):
         raise ValueError("accepted is namespace/name of a Service, like default/mail")
@@ -434,7 +531,7 @@ class Options:
     max_nodes: int = setting("EPOK_MAX_NODES", "16", number_of("nodes"))
     masquerade: str = setting("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
     mark: Mark = setting("EPOK_MARK", "0x30000000", to_mark)
-    kubeconfig: str = setting("KUBECONFIG", "", str)
+    kubeconfig: tuple[str, ...] = setting("KUBECONFIG", "", to_files)
     context: str = setting("EPOK_CONTEXT", "", str)
     snapshot: str = setting("EPOK_SNAPSHOT", "", str)
     timeout: float = setting("EPOK_TIMEOUT", "50", to_seconds)
@@ -485,6 +582,8 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
             values[setting.option.strip("-").replace("-", "_")] = setting.convert(text)
         except ValueError as error:
             raise Fatal(f"{source}: {quoted(text)}: {error}", 2) from None
+    if words["--kubeconfig"]:  # one file, as for kubectl, whatever is in its name
+        values["kubeconfig"] = (words["--kubeconfig"],)
     values["host"] = tuple(login._replace(port=login.port or values["port"]) for login in values["host"])
     executor = "ssh" if words["ssh"] else "local"
     flags = {name: words[f"--{name.replace('_', '-')}"] for name in ("dry_run", "clean", "status")}
@@ -543,6 +642,533 @@ def check_combination(options: Options) -> None:
         raise Fatal("--status, --explain and --dry-run or --clean show different things; give one of them", 2)
     if options.output == "json" and not (options.looks or options.dry_run):
         raise Fatal("--output json is for --status, --explain and --dry-run; a run itself prints nothing", 2)
+
+
+# ------------------------------------------------ access: kubeconfigs, or a pod's account -> Access
+
+
+# What kubectl reads of a kubeconfig: k8s.io/client-go/tools/clientcmd/api/v1. What stands nowhere is empty.
+class ClusterEntry(msgspec.Struct, rename="kebab"):
+    server: str = ""
+    tls_server_name: str = ""
+    insecure_skip_tls_verify: bool = False
+    certificate_authority: str = ""
+    certificate_authority_data: str = ""
+    proxy_url: str = ""
+    extensions: list[dict[str, Any]] = []
+
+
+class PluginVariable(msgspec.Struct):
+    name: str = ""
+    value: str = ""
+
+
+class Plugin(msgspec.Struct, rename="camel"):
+    """A program that makes credentials: client.authentication.k8s.io."""
+
+    command: str = ""
+    args: list[str] = []
+    env: list[PluginVariable] = []
+    api_version: str = ""
+    provide_cluster_info: bool = False
+    interactive_mode: str = ""
+
+
+class UserEntry(msgspec.Struct, rename="kebab"):
+    client_certificate: str = ""
+    client_certificate_data: str = ""
+    client_key: str = ""
+    client_key_data: str = ""
+    token: str = ""
+    token_file: str = msgspec.field(name="tokenFile", default="")
+    impersonate: str = msgspec.field(name="as", default="")
+    as_uid: str = ""
+    as_groups: list[str] = []
+    as_user_extra: dict[str, list[str]] = {}
+    username: str = ""
+    password: str = ""
+    auth_provider: dict[str, Any] | None = None
+    exec: Plugin | None = None
+
+
+class ContextEntry(msgspec.Struct):
+    cluster: str = ""
+    user: str = ""
+    namespace: str = ""
+
+
+class NamedCluster(msgspec.Struct):
+    name: str = ""
+    cluster: ClusterEntry = msgspec.field(default_factory=ClusterEntry)
+
+
+class NamedUser(msgspec.Struct):
+    name: str = ""
+    user: UserEntry = msgspec.field(default_factory=UserEntry)
+
+
+class NamedContext(msgspec.Struct):
+    name: str = ""
+    context: ContextEntry = msgspec.field(default_factory=ContextEntry)
+
+
+class KubeconfigFile(msgspec.Struct, rename="kebab"):
+    kind: Literal["Config", ""] = ""
+    api_version: Literal["v1", ""] = msgspec.field(name="apiVersion", default="")
+    current_context: str = ""
+    clusters: list[NamedCluster] = []
+    users: list[NamedUser] = []
+    contexts: list[NamedContext] = []
+
+
+class Kubeconfig(NamedTuple):
+    """Some files as one: of each name, and of the current context, the first file's."""
+
+    current_context: str
+    clusters: Mapping[str, ClusterEntry]
+    users: Mapping[str, UserEntry]
+    contexts: Mapping[str, ContextEntry]
+
+
+@dataclass(frozen=True)
+class Access:
+    """Where a cluster is, how its server is known, and as whom to ask it.
+
+    For messages: `origin` is where all this stands, `file` the name of that if it is one file, and
+    `kubectl` the command that goes the same way. `ca` is PEM, empty for the system's own
+    authorities, and `certificate` a chain and its key, in PEM.
+    """
+
+    origin: str
+    server: str
+    kubectl: str = ""
+    file: str = ""
+    ca: str = ""
+    verify: bool = True
+    server_name: str = ""
+    proxy: str = ""
+    certificate: tuple[str, str] | None = None
+    headers: Sequence[tuple[str, str]] = ()
+
+    @property
+    def shows(self) -> str:
+        """By what the server may know who asks; empty when by nothing."""
+        words = dict(self.headers).get("Authorization", dict(self.headers).get("authorization", ""))
+        kinds = {"Basic": "password", "Bearer": "token", "bearer": "token"}
+        return kinds.get(words.partition(" ")[0], "client certificate" if self.certificate else "")
+
+
+def yaml_loader() -> Any:
+    """PyYAML's SafeLoader, but one that leaves times the texts that they are in JSON."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
+    return Loader
+
+
+def without_nulls(value: Any) -> Any:
+    """The value less all fields that are null, which to Kubernetes are absent."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [without_nulls({} if each is None else each) for each in value]
+    return value
+
+
+def read_kubeconfig(file: str) -> KubeconfigFile | None:
+    """One file, its paths made absolute; None when it is not there. Raises Fatal."""
+    import yaml
+
+    try:
+        with open(file, "rb") as opened:
+            document: Any = next(yaml.load_all(opened.read(), yaml_loader()), {})
+        found: KubeconfigFile = msgspec.convert(without_nulls(document), KubeconfigFile)
+        for entries in (found.clusters, found.users, found.contexts):
+            names = [entry.name for entry in entries]
+            if len(set(names)) < len(names):
+                raise ValueError(f"a name stands twice in one list: {enumerated(map(quoted, sorted(names)))}")
+    except FileNotFoundError:
+        return None
+    except PermissionError:  # as k3s and kubeadm make it
+        copy = f"sudo install -m 600 -o {os.geteuid()} {shlex.quote(file)} kubeconfig"
+        how = f"run epok as root, or: {copy}, and give --kubeconfig kubeconfig"
+        raise Fatal(f"kubeconfig {file}: only root may read it; {how}") from None
+    except (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError) as error:
+        raise Fatal(f"kubeconfig {file}: {one_line(error)}; kubectl config view shows what is one") from None
+    folder = os.path.dirname(os.path.abspath(file))
+    for cluster in found.clusters:
+        resolve(cluster.cluster, folder, "certificate_authority")
+    for user in found.users:
+        resolve(user.user, folder, "client_certificate", "client_key", "token_file")
+        if user.user.exec and "/" in user.user.exec.command:
+            resolve(user.user.exec, folder, "command")
+    return found
+
+
+def resolve(entry: Any, folder: str, *fields: str) -> None:
+    """Paths in a kubeconfig are relative to its own folder."""
+    for name in fields:
+        if path := getattr(entry, name):
+            setattr(entry, name, os.path.normpath(os.path.join(folder, path)))
+
+
+def merged(files: Sequence[KubeconfigFile]) -> Kubeconfig:
+    backwards = files[::-1]  # so that what the first has comes last, and stays
+    return Kubeconfig(
+        next((file.current_context for file in files if file.current_context), ""),
+        {entry.name: entry.cluster for file in backwards for entry in file.clusters},
+        {entry.name: entry.user for file in backwards for entry in file.users},
+        {entry.name: entry.context for file in backwards for entry in file.contexts},
+    )
+
+
+def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
+    """What the kubeconfigs say, read as kubectl reads them. Raises Fatal for what epok cannot do as kubectl does."""
+    files = [os.path.expanduser(file) for file in options.kubeconfig or ("~/.kube/config",)]
+    origin = f"kubeconfig {os.pathsep.join(options.kubeconfig) or files[0]}"
+    found = [read for file in files if (read := read_kubeconfig(file))]
+    if not found:
+        places = "k3s has --kubeconfig /etc/rancher/k3s/k3s.yaml, kubeadm --kubeconfig /etc/kubernetes/admin.conf"
+        raise Fatal(f"{origin}: there is no such file; {places}; or give --snapshot to do without")
+    everything = merged(found)
+    file = files[0] if len(files) == 1 else ""
+    kubectl = ["kubectl", *(["--kubeconfig", file] if file else [])]
+    kubectl += ["--context", options.context] * bool(options.context)
+    try:
+        name = options.context or everything.current_context
+        context = chosen(everything.contexts, name, "context", "give --context")
+        cluster = chosen(everything.clusters, context.cluster, "cluster", f"context {quoted(name)} names it")
+        access = cluster_access(cluster, Access(origin, server_url(cluster.server), shlex.join(kubectl), file))
+        user = everything.users.get(context.user, UserEntry())
+        if not identifies(user) and access.server.startswith("https:"):  # plain http: kubectl proxy, say
+            why = "has none" if context.user in everything.users else "is not among its users"
+            raise ValueError(
+                f"there are no credentials: user {quoted(context.user)} of context {quoted(name)} {why}; "
+                "give it a token, tokenFile, client-certificate or exec"
+            )
+        return user_access(user, cluster, access, deadline)
+    except OSError as error:
+        raise Fatal(f"{origin}: {one_line(error)}") from None
+    except ValueError as error:
+        raise Fatal(f"{origin}: {one_line(error)}") from None
+
+
+def chosen(entries: Mapping[str, T], name: str, what: str, hint: str) -> T:
+    if name not in entries:
+        there = f"there are {enumerated(map(quoted, entries))}" if entries else "there are none at all"
+        which = f"there is no {what} {quoted(name)}" if name else f"no {what} is named"
+        raise ValueError(f"{which}; {hint}; {there}")
+    return entries[name]
+
+
+def decoded(data: str, what: str) -> str:
+    """The text of a field in base64."""
+    try:
+        return base64.b64decode(re.sub(r"[\r\n]", "", data), validate=True).decode("latin-1")
+    except ValueError:
+        raise ValueError(f"{what} is not base64") from None
+
+
+def data_or_file(entry: Any, name: str) -> str:
+    """What stands in a field itself, in base64, or in the file that it names. Raises ValueError, OSError."""
+    data, file = getattr(entry, f"{name}_data"), getattr(entry, name)
+    if data and file:
+        word = name.replace("_", "-")
+        raise ValueError(f"there are both {word} and {word}-data; take one of them out")
+    if file:
+        with open(file, encoding="latin-1") as opened:
+            return opened.read()
+    return decoded(data, f"{name.replace('_', '-')}-data")
+
+
+def server_url(server: str) -> str:
+    """The address of an API server as it stands in a kubeconfig; without a scheme it is one of plain http."""
+    if not server:
+        raise ValueError("the cluster has no server")
+    url = urllib.parse.urlsplit(server if "://" in server else f"http://{server}")
+    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc:
+        raise ValueError(f"server {quoted(server)}: accepted are addresses like https://192.0.2.1:6443")
+    return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}"
+
+
+def cluster_access(cluster: ClusterEntry, access: Access) -> Access:
+    """Adds the server's authority and the way to it. Raises ValueError, OSError."""
+    ca = data_or_file(cluster, "certificate_authority")
+    if ca and cluster.insecure_skip_tls_verify:
+        raise ValueError("there are both a certificate-authority and insecure-skip-tls-verify; take one of them out")
+    proxy = cluster.proxy_url
+    if proxy and urllib.parse.urlsplit(proxy).scheme not in ("http", "https", "socks5"):
+        raise ValueError(f"proxy-url {quoted(hidden(proxy))}: accepted are http://, https:// and socks5:// addresses")
+    return dataclasses.replace(
+        access,
+        ca=ca,
+        verify=not cluster.insecure_skip_tls_verify,
+        server_name=cluster.tls_server_name,
+        proxy=proxy or proxy_for(access.server, os.environ),
+    )
+
+
+def proxy_for(server: str, environ: Mapping[str, str]) -> str:
+    """The proxy that the environment has for a server: never one for the machine's own addresses, as in Go.
+
+    Source: golang.org/x/net/http/httpproxy.
+    """
+    url = urllib.parse.urlsplit(server)
+    names = [f"{url.scheme}_proxy".upper(), f"{url.scheme}_proxy"]
+    proxy = next((environ[name] for name in names if environ.get(name)), "")
+    host, port = (url.hostname or "").lower(), url.port or {"http": 80, "https": 443}[url.scheme]
+    address = to_address(host)
+    if not proxy or host == "localhost" or (address and address.is_loopback):
+        return ""
+    without = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
+    if any(spares(entry.strip().lower(), host, port) for entry in without.split(",")):
+        return ""
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def spares(entry: str, host: str, port: int) -> bool:
+    """Whether an entry of NO_PROXY means a host: *, an address, a CIDR, or a domain with all below; maybe a port."""
+    if entry == "*":
+        return True
+    address = to_address(host)
+    if "/" in entry:
+        try:
+            return bool(address) and address in ipaddress.ip_network(entry, strict=False)
+        except ValueError:
+            return False
+    name, _, only = entry, "", ""
+    if match := re.fullmatch(r"(?:\[(.*)\]|([^:]*)):([^:]*)", entry):
+        name, only = match[1] or match[2], match[3]
+    if not name or only not in ("", str(port)):
+        return False
+    if address or to_address(name):
+        return address == to_address(name)
+    name = name.removeprefix("*")
+    return host.endswith(name) if name.startswith(".") else host == name or host.endswith(f".{name}")
+
+
+def identifies(user: UserEntry) -> bool:
+    """Whether there are credentials, of whatever kind."""
+    certificate = user.client_certificate or user.client_certificate_data
+    words = (user.token, user.token_file, certificate, user.username, user.password, user.auth_provider, user.exec)
+    return any(words)
+
+
+def user_access(user: UserEntry, cluster: ClusterEntry, access: Access, deadline: Deadline) -> Access:
+    """Adds who epok is. Raises Fatal, ValueError, OSError."""
+    if user.auth_provider:
+        name = quoted(user.auth_provider.get("name", ""))
+        raise ValueError(f"auth-provider {name} is not one of epok's; give the user a token, or a login plugin (exec)")
+    token, basic = bearer_token(user), bool(user.username or user.password)
+    if token and basic:
+        raise ValueError("there are both a token and a username; take one of them out")
+    certificate = None
+    if user.client_certificate or user.client_certificate_data:
+        certificate = data_or_file(user, "client_certificate"), data_or_file(user, "client_key")
+        if not certificate[1]:
+            raise ValueError("there is a client-certificate, but no client-key")
+    if user.exec and not (token or basic or certificate):
+        token, certificate = run_plugin(user.exec, cluster, access, deadline)
+    headers = [("Authorization", f"Bearer {token}")] if token else []
+    if basic:
+        headers = [("Authorization", basic_words(user.username, user.password))]
+    headers += impersonation(user)
+    return dataclasses.replace(access, certificate=certificate, headers=headers)
+
+
+def bearer_token(user: UserEntry) -> str:
+    """That of the file, which somebody renews, before the one that stands beside it. Raises OSError, ValueError."""
+    if not user.token_file:
+        return user.token
+    try:
+        with open(user.token_file, encoding="utf-8") as file:
+            token = file.read().strip()
+    except OSError:
+        if user.token:
+            return user.token
+        raise
+    if not (token or user.token):
+        raise ValueError(f"tokenFile {user.token_file} is empty")
+    return token or user.token
+
+
+def basic_words(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def impersonation(user: UserEntry) -> list[tuple[str, str]]:
+    """The headers for whom the user wants to be taken. Raises ValueError."""
+    if not user.impersonate:
+        if user.as_uid or user.as_groups or user.as_user_extra:
+            raise ValueError("there is as-uid, as-groups or as-user-extra, but no as")
+        return []
+    headers = [("Impersonate-User", user.impersonate)]
+    headers += [("Impersonate-Uid", user.as_uid)] * bool(user.as_uid)
+    headers += [("Impersonate-Group", group) for group in user.as_groups]
+    for key, values in user.as_user_extra.items():
+        # what no name of a header can have is escaped: "Impersonate-Extra-" in Kubernetes' documentation
+        name = urllib.parse.quote(key, safe="!#$&'*+^`|")
+        headers += [(f"Impersonate-Extra-{name}", value) for value in values]
+    return headers
+
+
+PLUGIN_VERSIONS = ("client.authentication.k8s.io/v1", "client.authentication.k8s.io/v1beta1")
+
+
+def run_plugin(
+    plugin: Plugin, cluster: ClusterEntry, access: Access, deadline: Deadline
+) -> tuple[str, tuple[str, str] | None]:
+    """The token, and the certificate and key, that a login plugin makes. Raises Fatal, ValueError."""
+    mode = plugin.interactive_mode or ("IfAvailable" if plugin.api_version.endswith("v1beta1") else "")
+    if not plugin.command or plugin.api_version not in PLUGIN_VERSIONS:
+        raise ValueError(f"exec needs a command, and an apiVersion: {' or '.join(PLUGIN_VERSIONS)}")
+    if mode not in ("Never", "IfAvailable", "Always") or not all(variable.name for variable in plugin.env):
+        raise ValueError("exec needs interactiveMode Never, IfAvailable or Always, and a name for each variable of env")
+    doing = f"{access.origin}: its login plugin {quoted(plugin.command)}"
+    instead = f"check it with {access.kubectl} get nodes; a token needs no plugin: kubectl create token"
+    terminal = mode != "Never" and sys.stdin is not None and sys.stdin.isatty()
+    if mode == "Always" and not terminal:
+        raise Fatal(f"{doing} asks a person, and there is no terminal (interactiveMode Always); {instead}")
+    spec: dict[str, Any] = {"interactive": terminal}
+    if plugin.provide_cluster_info:
+        spec["cluster"] = plugin_cluster(cluster, access)
+    asked = {"apiVersion": plugin.api_version, "kind": "ExecCredential", "spec": spec}
+    variables = {variable.name: variable.value for variable in plugin.env}
+    env = {**os.environ, **variables, "KUBERNETES_EXEC_INFO": json.dumps(asked)}
+    try:
+        done = execute([plugin.command, *plugin.args], b"", env, deadline, doing, True, terminal)
+    except Fatal as error:
+        raise Fatal(f"{error}; does it wait for a person? {instead}") from None
+    if done.status:
+        raise Fatal(f"{doing} failed, {done.said}; {instead}")
+    try:
+        answer = json.loads(done.out)
+        made = without_nulls(answer["status"])
+        if answer["apiVersion"] != plugin.api_version:
+            raise ValueError(f"apiVersion {quoted(answer['apiVersion'])}")
+        pair = made.get("clientCertificateData", ""), made.get("clientKeyData", "")
+        token = made.get("token", "")
+        if not all(isinstance(text, str) for text in (token, *pair)) or bool(pair[0]) != bool(pair[1]):
+            raise ValueError("half of a pair of certificate and key")
+        if not (token or pair[0]):
+            raise ValueError("neither a token nor a certificate")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Fatal(f"{doing} prints no credentials: {one_line(error)}; {instead}") from None
+    return token, pair if pair[0] else None
+
+
+def plugin_cluster(cluster: ClusterEntry, access: Access) -> dict[str, Any]:
+    """What a plugin that wants to know is told about the cluster."""
+    told = {
+        "server": cluster.server,
+        "tls-server-name": cluster.tls_server_name,
+        "insecure-skip-tls-verify": cluster.insecure_skip_tls_verify,
+        "certificate-authority-data": base64.b64encode(access.ca.encode("latin-1")).decode(),
+        "proxy-url": cluster.proxy_url,
+    }
+    key = "client.authentication.k8s.io/exec"
+    config = next((entry.get("extension") for entry in cluster.extensions if entry.get("name") == key), None)
+    return {name: value for name, value in {**told, "config": config}.items() if value}
+
+
+def pod_access() -> Access:
+    """The account of the pod that epok runs in. Raises Fatal."""
+    from kubernetes import client, config
+
+    pod = client.Configuration()
+    try:
+        config.load_incluster_config(client_configuration=pod)
+        with open(pod.ssl_ca_cert, encoding="latin-1") as file:
+            ca = file.read()
+    except (config.ConfigException, OSError, ValueError) as error:
+        what = one_line(error).rstrip(".")
+        raise Fatal(f"the pod's account: {what}; give --kubeconfig, or --snapshot to do without") from None
+    headers = [(each["key"], each["value"].strip()) for each in pod.auth_settings().values()]
+    return Access("the pod's account", pod.host, ca=ca, proxy=proxy_for(pod.host, os.environ), headers=headers)
+
+
+def tls_context(access: Access) -> ssl.SSLContext:
+    """What the server is checked by, and how epok shows who it is. Raises Fatal.
+
+    Any certificate of the authorities is trusted by itself, be it a root or not, as kubectl does
+    it; and not all that Python 3.13 asks of certificates is asked, since not every cluster's have it.
+    """
+    import urllib3
+
+    context = urllib3.util.ssl_.create_urllib3_context()
+    context.check_hostname = access.verify
+    context.verify_mode = ssl.CERT_REQUIRED if access.verify else ssl.CERT_NONE
+    context.verify_flags = context.verify_flags & ~ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
+    pem = re.findall("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", access.ca, re.DOTALL)
+    try:
+        if access.ca:
+            context.load_verify_locations(cadata="\n".join(pem))
+        else:
+            context.load_default_certs()
+    except (ssl.SSLError, ValueError):
+        raise Fatal(f"{access.origin}: there is no certificate in its certificate-authority") from None
+    if access.certificate:
+        try:
+            with private_file(access.certificate[0]) as chain, private_file(access.certificate[1]) as key:
+                context.load_cert_chain(chain, key, password=lambda: "")
+        except (ssl.SSLError, ValueError) as error:
+            why = "client-certificate and client-key are no pair of PEM files without a password"
+            raise Fatal(f"{access.origin}: its {why} ({one_line(error)})") from None
+    return context
+
+
+@contextlib.contextmanager
+def private_file(text: str) -> Iterator[str]:
+    """The path of a file that has no name, so that nothing can leave it behind."""
+    with tempfile.TemporaryFile() as file:
+        file.write(text.encode("latin-1"))
+        file.flush()
+        file.seek(0)
+        yield f"/dev/fd/{file.fileno()}"
+
+
+def connections(access: Access) -> Any:
+    """The client's pool of connections to the cluster's server."""
+    from kubernetes import client
+    from kubernetes.client.rest import RESTClientObject
+
+    configuration = client.Configuration(host=access.server, proxy="", no_proxy="")
+    configuration.retries = False  # or urllib3 tries again by itself, unseen
+    configuration.tls_server_name = access.server_name or None
+    configuration.verify_ssl = access.verify
+    context = tls_context(access)
+    if access.proxy:
+        configuration.proxy, configuration.proxy_headers = proxy_of(access)
+        configuration.proxy_ssl_context = context
+    pool = RESTClientObject(configuration).pool_manager
+    pool.connection_pool_kw["ssl_context"] = context
+    return pool
+
+
+def proxy_of(access: Access) -> tuple[str, dict[str, str]]:
+    """The proxy's address as urllib3 wants it, and what to tell the proxy. Raises Fatal."""
+    try:
+        url = urllib.parse.urlsplit(access.proxy)
+        host = url.hostname or ""
+        place = (f"[{host}]" if ":" in host else host) + (f":{url.port}" if url.port else "")
+    except ValueError:
+        url, host, place = urllib.parse.urlsplit(""), "", ""
+    if not host or url.scheme not in ("http", "https", "socks5", "socks5h"):
+        what = f"proxy {quoted(hidden(access.proxy))}"
+        raise Fatal(f"{access.origin}: {what}: accepted are addresses like http://192.0.2.1:3128, https and socks5 too")
+    login = f"{url.username or ''}:{url.password or ''}" if "@" in url.netloc else ""
+    if url.scheme.startswith("socks5"):  # h: as Go has it, the proxy looks the name up
+        return f"socks5h://{login and login + '@'}{place}", {}
+    words = {"Proxy-Authorization": basic_words(*map(urllib.parse.unquote, login.split(":", 1)))} if login else {}
+    return f"{url.scheme}://{place}", words
+
+
+def hidden(url: str) -> str:
+    """An address without the password that may be in it."""
+    return re.sub(r"(//[^/@]*):[^/@]*@", r"\1:...@", url)
 
 
 # ------------------------------------------------ cluster: Kubernetes API or file -> Snapshot
@@ -667,7 +1293,7 @@ def to_service(item: Any, always: str = "") -> Service | None:
     meta, key = object_name("Service", item)
     annotations = meta.inner("annotations")
     known = {name: annotations.get(name, "") for name, value in annotations.value.items()
-            if isinstance(name, str) and "getbetter.ro/" in name and value is not None}  # fmt: skip
+            if isinstance(name, str) and name.startswith(PREFIXES) and value is not None}  # fmt: skip
     if key != always and not known.keys() & set(PORT_ANNOTATIONS):
         return None
     spec = Fields(Fields(item, f"Service {key}").get("spec", {}), f"Service {key} spec")
@@ -709,7 +1335,7 @@ def to_node(item: Any) -> Node:
     labels, annotations = meta.inner("labels").value, meta.inner("annotations").value
     tainted = any(taint.get("key", "") == AUTOSCALER_TAINT for taint in spec.each("taints"))
     marks = {
-        f"annotation {EXCLUDE_ANNOTATION}": EXCLUDE_ANNOTATION in annotations,
+        **{f"annotation {name}": name in annotations for name in EXCLUDE_ANNOTATIONS},
         f"label {EXCLUDE_LABEL}": EXCLUDE_LABEL in labels,
         f"taint {AUTOSCALER_TAINT}": tainted,
     }
@@ -776,12 +1402,8 @@ class SnapshotFile:
             pass
         import yaml
 
-        class Loader(yaml.SafeLoader):
-            """SafeLoader that leaves times the texts that they are in JSON."""
-
-        Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
         try:
-            return list(yaml.load_all(text, Loader))
+            return list(yaml.load_all(text, yaml_loader()))
         except (yaml.YAMLError, ValueError, LookupError) as error:  # the last for !!int and !!bool of what is none
             raise Fatal(f"{self.name} is neither JSON nor YAML: {one_line(error)}; {HOW_TO_WRITE}") from None
 
@@ -807,6 +1429,14 @@ def flatten(documents: Iterable[Any]) -> Iterator[dict[str, Any]]:
             yield from flatten([{"kind": kind.removesuffix("List"), **Fields(item, "snapshot item").value}])
 
 
+class Answer(NamedTuple):
+    """What the API server answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    data: bytes
+
+
 class Event(NamedTuple):
     """News about a Service, as `kubectl describe service` shows them."""
 
@@ -820,40 +1450,14 @@ class Cluster:
     """The Kubernetes API, with plain JSON: typed models cost a second of start-up."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
-        from kubernetes import client, config
-        from kubernetes.client.api_client import ApiClient
-
         self.deadline = deadline
-        configuration = client.Configuration()
-        in_cluster = os.environ.get("KUBERNETES_SERVICE_HOST") and not (options.kubeconfig or options.context)
-        file = options.kubeconfig or "~/.kube/config"
-        origin = "the pod's account" if in_cluster else f"kubeconfig {file}"
-        self.file = "" if in_cluster else file
-        heard = logging.handlers.BufferingHandler(1000)
-        logging.getLogger().addHandler(heard)
-        try:
-            if in_cluster:
-                config.load_incluster_config(client_configuration=configuration)
-            else:
-                config.load_kube_config(file, context=options.context or None, client_configuration=configuration)
-            configuration.retries = False  # or urllib3 tries again by itself, unseen
-            self.client = ApiClient(configuration)
-            self.client.rest_client.pool_manager.connection_pool_kw["ssl_context"] = tls_context(configuration)
-        except (config.ConfigException, OSError, ValueError) as error:
-            raise Fatal(f"{origin}: {how_to_log_in(error, self.file)}") from None
-        except Exception as error:  # its loader trips over whatever is not as it expects
-            raise Fatal(
-                f"{origin} is not understood ({type(error).__name__}); check it with kubectl get nodes"
-            ) from None
-        finally:
-            logging.getLogger().removeHandler(heard)
-        # the loader logs, by the root logger, that a login plugin failed, and goes on without credentials
-        for record in heard.buffer:
-            if record.levelno >= logging.ERROR and record.name == "root":
-                failure = one_line(record.getMessage())
-                raise Fatal(f"{origin}: its login plugin failed, {failure}; check it with kubectl get nodes")
-        self.name = configuration.host
-        if not configuration.verify_ssl:
+        in_pod = os.environ.get("KUBERNETES_SERVICE_HOST") and not (options.kubeconfig or options.context)
+        self.access = pod_access() if in_pod else kubeconfig_access(options, deadline)
+        self.pool = connections(self.access)
+        self.name = self.access.server
+        if self.access.proxy:
+            self.name += f" by proxy {hidden(self.access.proxy)}"
+        if not self.access.verify:
             log.warning("%s: its certificate is not checked (insecure-skip-tls-verify)", self.name)
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
@@ -896,40 +1500,46 @@ class Cluster:
 
     def request(
         self, method: str, path: str, deadline: Deadline, query: Mapping[str, str] | None = None, body: Any = None
-    ) -> Any:
-        """The answer: status, headers, data. `body` is for PATCH the fields to merge in. Raises Transient or Fatal."""
+    ) -> Answer:
+        """The answer: status, headers, body. `body` is for PATCH the fields to merge in. Raises Transient or Fatal."""
         import urllib3
-        from kubernetes.client.exceptions import ApiException
 
-        content = {"Content-Type": "application/merge-patch+json" if method == "PATCH" else "application/json"}
-        request = self.client.param_serialize(
-            method,
-            path,
-            query_params=list((query or {}).items()),
-            header_params={"Accept": "application/json", **(content if body is not None else {})},
-            body=body,
-            auth_settings=["BearerToken"],
-        )
-        for header in list(request[2]):
-            request[2][header] = request[2][header].strip()  # a token file may end in a newline
+        headers = urllib3.HTTPHeaderDict(self.access.headers)
+        headers["Accept"] = "application/json"
+        headers["User-Agent"] = f"epok/{VERSION}"
+        headers["Content-Type"] = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        url = f"{self.access.server}{path}" + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        data = None if body is None else json.dumps(body).encode()
+        left = deadline.remaining()
+        timeout = urllib3.Timeout(connect=min(CONNECT_SECONDS, left), read=left)
         try:
-            answer = self.client.call_api(*request, _request_timeout=deadline.remaining())
-            answer.data = self.body_of(answer)
+            answer = self.pool.request(
+                method, url, body=data, headers=headers, timeout=timeout, redirect=False, preload_content=False
+            )
+            content = self.body_of(answer)
+        except urllib3.exceptions.SSLError as error:
+            if "EOF" in str(error):  # a load balancer, say, whose API server is about to come back
+                raise Transient(f"{self.name}: {one_line(error)}") from None
+            raise Fatal(f"{self.name}: {one_line(error)}: {tls_trouble(error)}{self.how_to_reach()}") from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach()) from None
-        except ApiException as error:  # TLS
-            if "EOF" in str(error.reason):  # a load balancer, say, whose API server is about to come back
-                raise Transient(f"{self.name}: {one_line(error.reason)}") from None
-            raise Fatal(f"{self.name}: {one_line(error.reason)}; check the cluster's address and CA") from None
+            raise self.unreachable(error) from None
         except ValueError:  # its text would show the token
             raise Fatal(f"{self.name}: the address or the token has characters that no request can have") from None
-        log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, len(answer.data))
-        return answer
+        log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, len(content))
+        return Answer(answer.status, answer.headers, content)
+
+    def unreachable(self, error: Exception) -> Exception:
+        """What a connection that was not made, or that broke, means."""
+        refused = re.search(r"Tunnel connection failed: (4[0-9][0-9])", str(error))
+        if refused:
+            why = "user:password@ in its address is missing or wrong" if refused[1] == "407" else "its rules forbid it"
+            return Fatal(f"{self.name}: the proxy answers {refused[1]}: {why}; see proxy-url, or HTTPS_PROXY")
+        return Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach())
 
     def body_of(self, answer: Any) -> bytes:
         """All of an answer's body, unpacked. Raises OSError where it breaks off, and Fatal where it does not end."""
         try:
-            body: bytes = answer.response.read(ANSWER_LIMIT)
+            body: bytes = answer.read(ANSWER_LIMIT)
         except ValueError as error:  # the length of a chunk is less than nothing, say
             raise OSError(one_line(error)) from None
         if len(body) == ANSWER_LIMIT:
@@ -942,24 +1552,27 @@ class Cluster:
         if answer.status == 429 or answer.status >= 500:
             return Transient(told, retry_after(answer.headers.get("Retry-After", "")))
         if answer.status == 401:
-            renew = "renew the token or certificate of the account"
-            if self.file:
+            if not self.access.shows:
+                return Fatal(f"{told}: no credentials were sent, since {self.access.origin} has none")
+            renew = f"the {self.access.shows} is not accepted; renew it"
+            if self.access.kubectl:
                 renew += "; k3s: copy /etc/rancher/k3s/k3s.yaml anew; kubeadm: kubeadm certs renew admin.conf"
-            return Fatal(f"{told}: the credentials are not accepted; {renew}")
+            return Fatal(f"{told}: {renew}")
         if answer.status == 403:
             allow = f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
-            return Fatal(f"{told}: {allow}{how_to_allow(verb, status_message(answer.data))}")
+            return Fatal(f"{told}: {how_to_allow(verb, status_message(answer.data), allow, self.access)}")
         return Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
 
     def how_to_reach(self) -> str:
         """What to do about an API server that does not answer."""
-        if not self.file or os.pathsep in self.file:
-            return "; check it with kubectl get nodes" if self.file else ""
-        file = shlex.quote(os.path.expanduser(self.file))
-        local = re.fullmatch(r"https?://(localhost|127\.[0-9.]+)(:[0-9]+)?/*", self.name or "")
-        if local:  # of a kubeconfig that was copied from where the server is: k3s makes it so
-            return f"; if the cluster is on another machine, give its address: sed -i s/{local[1]}/ADDRESS/ {file}"
-        return f"; check it with kubectl --kubeconfig {file} get nodes"
+        if not self.access.kubectl:
+            return ""
+        local = re.fullmatch(r"https?://(localhost|127\.[0-9.]+)(:[0-9]+)?/*", self.access.server)
+        if local and self.access.file and not self.access.proxy:
+            # of a kubeconfig that was copied from where the server is: k3s makes it so
+            edit = f"sed -i s/{local[1]}/ADDRESS/ {shlex.quote(self.access.file)}"
+            return f"; if the cluster is on another machine, give its address: {edit}"
+        return f"; check it with {self.access.kubectl} get nodes"
 
     def uid_of(self, namespace: str, service: str, deadline: Deadline) -> str:
         """The uid of a Service, empty when it is gone. Raises Transient or Fatal."""
@@ -1022,43 +1635,38 @@ class Cluster:
             raise Fatal(f"{self.name} answers no JSON, but {quoted(status_message(body))}") from None
 
 
-def how_to_log_in(error: Exception, file: str) -> str:
-    """Why a kubeconfig, or without a file the account of a pod, is of no use, and what to do."""
-    path = os.path.expanduser(file)
-    if "No configuration found" in str(error):
-        places = "k3s has --kubeconfig /etc/rancher/k3s/k3s.yaml, kubeadm --kubeconfig /etc/kubernetes/admin.conf"
-        return f"there is no such file; {places}; or give --snapshot to do without"
-    if isinstance(error, PermissionError) and error.filename == path:  # as k3s and kubeadm make it
-        copy = f"sudo install -m 600 -o {os.geteuid()} {shlex.quote(path)} kubeconfig"
-        return f"only root may read it; run epok as root, or: {copy}, and give --kubeconfig kubeconfig"
-    return f"{one_line(error).rstrip('.')}; give --kubeconfig, or --snapshot to do without"
-
-
-def how_to_allow(verb: str, message: str) -> str:
-    """The commands that give a user the permission that an answer with status 403 says it lacks."""
-    user = re.search(r'User "([A-Za-z0-9:@._-]{1,253})" cannot', message)
-    if not user:
-        return "; cron/cronjob.yaml has all that it needs"
+def how_to_allow(verb: str, message: str, allow: str, access: Access) -> str:
+    """What to do about an answer with status 403: who lacks which permission, and the commands that give it."""
+    match = re.search(r'User "([A-Za-z0-9:@._-]{1,253})" cannot (\w+)', message)
+    if not match:
+        return f"{allow}; cron/cronjob.yaml has all that it needs"
+    user, what = match.groups()
+    if user in ("system:anonymous", "system:unauthenticated"):  # who are everybody: nothing may be granted to them
+        if not access.shows:
+            return f"no credentials were sent, since {access.origin} has none"
+        return f"the {access.shows} of {access.origin} did not arrive; is there something in between that ends TLS?"
+    if what == "impersonate":
+        return f"{quoted(user)} may not be somebody else; take as, as-uid, as-groups out of {access.origin}"
     events = verb != "list"
     name, verbs = ("epok-events", "create,patch") if events else ("epok-list", "list")
     resources = "events" if events else "services,nodes,endpointslices.discovery.k8s.io"
     role = f"kubectl create clusterrole {name} --verb={verbs} --resource={resources}"
-    return f": {role} && kubectl create clusterrolebinding {name} --clusterrole={name} --user={user[1]}"
+    return f"{allow}: {role} && kubectl create clusterrolebinding {name} --clusterrole={name} --user={user}"
 
 
-def tls_context(configuration: Any) -> ssl.SSLContext:
-    """What the client checks a server by, less what Python 3.13 asks of certificates and kubectl does not.
+# What OpenSSL says, and what is wrong then.
+TLS_TROUBLES = (
+    ("certificate has expired", "the server's certificate has expired, or this machine's clock is wrong"),
+    ("not yet valid", "this machine's clock is behind, or the server's certificate is for later"),
+    ("mismatch", "the server's certificate is for other names than the one in server, or in tls-server-name"),
+    ("verify failed", "the server's certificate is not by the certificate-authority that is given"),
+    ("WRONG_VERSION_NUMBER|record layer|HTTP_REQUEST", "what answers there speaks no TLS"),
+    ("alert", "the server, or what is before it, refuses to talk to a client with this certificate, or with none"),
+)
 
-    That is all of RFC 5280's extensions, which not every cluster's have.
-    """
-    import urllib3
 
-    context = urllib3.util.ssl_.create_urllib3_context()
-    context.check_hostname = configuration.verify_ssl
-    if not (configuration.ssl_ca_cert or configuration.ca_cert_data):
-        context.load_default_certs()  # which urllib3 does only for a context of its own
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    return context
+def tls_trouble(error: Exception) -> str:
+    return next((why for pattern, why in TLS_TROUBLES if re.search(pattern, str(error))), "TLS failed")
 
 
 def status_message(body: bytes) -> str:
@@ -1086,7 +1694,7 @@ class Reader:
     def __init__(self, options: Options, deadline: Deadline) -> None:
         self.deadline = deadline
         login = Background(*((SnapshotFile, options.snapshot) if options.snapshot else (Cluster, options, deadline)))
-        self.source = login.result(deadline, "logging in to the cluster, or reading the snapshot")
+        self.source = login.result(deadline, "logging in to the cluster, or reading the snapshot", 1)
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
         reading = Background(self.source.read, kind, selector)
@@ -1193,12 +1801,13 @@ def brief(rejections: Iterable[Rejection]) -> Iterator[Rejection]:
 class Plan:
     """What shall be forwarded, what cannot be, and what a person should know.
 
-    `claims` and `places` are those of the Service that is explained.
+    `unknown` are annotations that stop nothing; `claims` and `places` are those of the Service that is explained.
     """
 
     forwards: list[Forward] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    unknown: list[Rejection] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
 
@@ -1324,12 +1933,40 @@ def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
         yield from (Claim(text, mapping.external.first + offset, port) for offset, port in found)
 
 
+def check_annotations(service: Service, plan: Plan) -> None:
+    """Finds annotations that epok does not know. Raises ValueError where one may be a restriction, misspelt."""
+    strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
+    if not strange or not service.annotations.keys() & set(PORT_ANNOTATIONS):
+        return
+    if len(strange) > MAX_STRANGE:
+        raise ValueError(f"has {len(strange)} annotations that epok does not know, like {quoted(strange[0])}")
+    for name in strange:
+        meant = nearest(name)
+        what = f"epok knows no annotation {quoted(name)}; is {meant} meant?"
+        if meant in (*INTERNAL_ANNOTATIONS, *ALLOW_ANNOTATIONS):
+            raise ValueError(f"{what} It is not forwarded until that is mended or removed")
+        plan.unknown.append(Rejection(service.key, "", what))
+
+
+def nearest(name: str) -> str:
+    """The annotation that looks most like one that is none, with the same prefix."""
+    import difflib
+
+    prefix, _, word = name.partition("/")
+    letters = re.sub("[^a-z]", "", word[:MAX_NAME].lower())
+    known = [each for each in SERVICE_ANNOTATIONS[::-1] if each.startswith(f"{prefix}/")]
+    return max(known, key=lambda each: difflib.SequenceMatcher(None, letters, each.partition("/")[2]).ratio())
+
+
 def allowed_sources(service: Service) -> tuple[Network, ...] | None:
     """The networks that may use a Service, None for everybody. Raises ValueError: in doubt nobody may."""
-    text = service.annotations.get(ALLOW_ANNOTATION)
+    given = [name for name in ALLOW_ANNOTATIONS if name in service.annotations]
+    if len({service.annotations[name] for name in given}) > 1:
+        raise ValueError(f"{' and '.join(given)} say different things; until one of them is gone nobody may")
+    text = service.annotations[given[0]] if given else None
     if text is None and not service.source_ranges:
         return None
-    name = "spec.loadBalancerSourceRanges" if text is None else ALLOW_ANNOTATION
+    name = given[0] if given else "spec.loadBalancerSourceRanges"
     text = ",".join(service.source_ranges) if text is None else text.strip(" \t\r\n,")
     if text.count(",") >= MAX_SOURCES:
         raise ValueError(f"{name} has more than {MAX_SOURCES} networks; until then nobody may")
@@ -1468,6 +2105,7 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
     # the older Service wins a port that two ask for
     for service in sorted(snapshot.services, key=lambda service: (service.created or "~", service.key)):
         try:
+            check_annotations(service, plan)
             sources = allowed_sources(service)
         except ValueError as error:
             plan.rejections.append(Rejection(service.key, "", str(error)))
@@ -1542,7 +2180,7 @@ def forward_of(
         targets=tuple(target for place in places if place.live and (target := place.target(claim.port)).port),
         direct=direct,
         masquerade=options.masquerade == "always" or (options.masquerade == "auto" and not service.local),
-        internal=INTERNAL_ANNOTATION in service.annotations,
+        internal=any(name in service.annotations for name in INTERNAL_ANNOTATIONS),
         sources=sources,
         known=tuple(place.address for place in places if place.first) if service.sticky else (),
     )
@@ -1980,48 +2618,12 @@ def hook_changes(chain: str, wanted: list[str], found: list[str]) -> list[str]:
 # ------------------------------------------------ hosts: the only part that runs anything
 
 
-CODING = ("utf-8", "surrogateescape")  # a foreign comment may have any bytes, and they must come back as they were
-OUTPUT_LIMIT = 1 << 28  # bytes: a host that sends without end must not fill the memory
 REACH_SECONDS = 2
 WITH_SUDO = (
     *(f"{tool}-save -t {table}" for tool in ("iptables", "ip6tables") for table in ("nat", "filter")),
     *(f"{tool}-restore --noflush --wait 5" for tool in ("iptables", "ip6tables")),
 )
 SYSCTLS = ("/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding")
-
-
-class Result(NamedTuple):
-    """What a command left: its exit status (127: not found) and both outputs."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> str:
-        return one_line(self.err or self.out or f"exit status {self.status}")
-
-
-def within_limit(output: bytes, doing: str) -> str:
-    """What a command printed. Raises Fatal where it was cut off at the limit."""
-    if len(output) == OUTPUT_LIMIT:
-        raise Fatal(f"{doing}: it prints more than {OUTPUT_LIMIT >> 20} MiB")
-    return output.decode(*CODING)
-
-
-def drain(file: Any) -> bytes:
-    """All that a command prints, up to the limit; piece by piece, since one read would ask for that much memory."""
-    pieces: list[bytes] = []
-    with file:
-        while len(pieces) << 20 < OUTPUT_LIMIT and (piece := file.read(1 << 20)):
-            pieces.append(piece)
-    return b"".join(pieces)
-
-
-def feed(file: Any, data: bytes) -> None:
-    """Writes all of a command's input, or what it wants to read of it."""
-    with contextlib.suppress(OSError), file:
-        file.write(data)
 
 
 class LocalHost:
@@ -2051,27 +2653,10 @@ class LocalHost:
     def run(self, argv: Sequence[str], text: str, deadline: Deadline) -> Result:
         path = os.pathsep.join(filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin", "/usr/bin", "/bin")))
         doing = f"{self.name}: {shlex.join(argv)}"
-        env, pipe = {**os.environ, "LC_ALL": "C", "PATH": path}, subprocess.PIPE
-        try:
-            child = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, env=env)
-        except FileNotFoundError:
-            return Result(127, "", f"{argv[0]}: command not found")
-        except OSError as error:  # it may not be run
-            return Result(126, "", f"{argv[0]}: {error.strerror}")
-        # not communicate(), which takes whatever comes
-        Background(feed, child.stdin, text.encode(*CODING))
-        streams = [Background(drain, file) for file in (child.stdout, child.stderr)]
-        try:
-            out, err = (within_limit(stream.result(deadline, doing, 0), doing) for stream in streams)
-            status = child.wait(deadline.remaining())
-        except subprocess.TimeoutExpired:
-            raise deadline.missed(doing) from None
-        finally:
-            if child.poll() is None:
-                with contextlib.suppress(OSError):  # sudo may not be killed
-                    child.kill()
-        log.debug("%s: exit status %d", doing, status)
-        return Result(status, out, err)
+        env = {**os.environ, "LC_ALL": "C", "PATH": path}
+        done = execute(argv, text.encode(*CODING), env, deadline, doing)
+        log.debug("%s: exit status %d", doing, done.status)
+        return done
 
     def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
         """Whether a TCP port answers: "" when it does, else why not; None when that cannot be tried."""
@@ -3863,6 +4448,9 @@ class Planner:
     def announce(self, plan: Plan) -> None:
         for warning in plan.warnings:
             log.warning("%s", warning)
+        for remark in plan.unknown:
+            log.warning("%s", remark)
+            self.untold.append(Event(remark.service, "Warning", "UnknownAnnotation", remark.message))
         for rejection in brief(plan.rejections):
             log.warning("rejected: %s", rejection)
             self.untold.append(Event(rejection.service, "Warning", "ExternalPortRejected", rejection.message))
@@ -3996,7 +4584,8 @@ def look(host: Host, reader: Background, planner: Background, options: Options, 
             story.plan = known.plan(facts)
             story.snapshot, story.on_node = known.snapshot, bool(known.own(facts))
             status.pending = changes_between(found, rendered(story.plan, options))
-            status.rejections, status.warnings = story.plan.rejections, story.plan.warnings
+            status.rejections = story.plan.rejections
+            status.warnings = [*story.plan.warnings, *map(str, story.plan.unknown)]
             status.cluster = f"compared with {known.reader.source.name}"
         except Fatal as error:
             status.cluster = f"not compared with the cluster: {error}"
