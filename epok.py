@@ -784,8 +784,8 @@ def read_kubeconfig(file: str) -> KubeconfigFile | None:
 
     try:
         with open(file, "rb") as opened:
-            document: Any = next(yaml.load_all(opened.read(), yaml_loader()), {})
-        found: KubeconfigFile = msgspec.convert(without_nulls(document), KubeconfigFile)
+            document: Any = next(yaml.load_all(opened.read(), yaml_loader()), None)
+        found: KubeconfigFile = msgspec.convert({} if document is None else without_nulls(document), KubeconfigFile)
         for entries in (found.clusters, found.users, found.contexts):
             names = [entry.name for entry in entries]
             if len(set(names)) < len(names):
@@ -1532,7 +1532,11 @@ class Cluster:
         """What a connection that was not made, or that broke, means."""
         refused = re.search(r"Tunnel connection failed: (4[0-9][0-9])", str(error))
         if refused:
-            why = "user:password@ in its address is missing or wrong" if refused[1] == "407" else "its rules forbid it"
+            why = (
+                "user:password@ in its address is missing or wrong"
+                if refused[1] in ("401", "407")
+                else "its rules forbid it"
+            )
             return Fatal(f"{self.name}: the proxy answers {refused[1]}: {why}; see proxy-url, or HTTPS_PROXY")
         return Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach())
 

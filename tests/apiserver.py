@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,13 +72,16 @@ def asset(name: str) -> str:
 class ApiServer:
     """Runs until its namespace ends; `folder` takes its certificates and logs."""
 
-    def __init__(self, space: Namespace, folder: Path) -> None:
+    def __init__(
+        self, space: Namespace, folder: Path, names: Sequence[str] = (), addresses: Sequence[str] = ()
+    ) -> None:
+        """With more names and addresses than 127.0.0.1 it listens at all of them."""
         self.space, self.folder = space, folder
         self.programs = {name: asset(name) for name in ("kube-apiserver", "etcd", "kubectl")}
         self.authority = Authority()
         self.account_key = rsa.generate_private_key(65537, 2048)
         self.ca = self.write("ca.pem", self.authority.pem)
-        server = self.write("server.pem", self.authority.issue("kube-apiserver", address=ADDRESS))
+        server = self.write("server.pem", self.authority.issue("kube-apiserver", ADDRESS, *addresses, names=names))
         self.admin = self.write("admin.pem", self.authority.issue("admin", organisation="system:masters"))
         self.flags = FLAGS | {
             "client-ca-file": self.ca,
@@ -88,10 +92,14 @@ class ApiServer:
             "audit-policy-file": self.write("audit.json", AUDIT.encode()),
             "audit-log-path": str(folder / "audit.log"),
         }
+        if addresses:
+            self.flags["bind-address"] = "0.0.0.0"
         self.pool = urllib3.HTTPSConnectionPool(
             ADDRESS, PORT, maxsize=8, ca_certs=self.ca, cert_file=self.admin, key_file=self.admin, retries=False
         )
         self.start_program("etcd", "--data-dir", "/run/etcd")
+        # kube-apiserver waits no more than 20 seconds for it
+        until(lambda: "ready to serve" in (folder / "etcd.log").read_text(), f"etcd serves, see {folder}", 300)
         self.start()
 
     def write(self, name: str, data: bytes) -> str:
@@ -105,7 +113,7 @@ class ApiServer:
     def start(self) -> None:
         """Returns when the server answers."""
         self.process = self.start_program("kube-apiserver", *(f"--{flag}={self.flags[flag]}" for flag in self.flags))
-        until(self.ready, f"kube-apiserver is ready, see {self.folder}", 90)
+        until(self.ready, f"kube-apiserver is ready, see {self.folder}", 300)
 
     def ready(self) -> bool:
         assert self.process.poll() is None, (self.folder / "kube-apiserver.log").read_text()[-2000:]

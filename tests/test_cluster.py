@@ -556,7 +556,7 @@ def certificate(
     authority = Authority(strict)
     file, server = directory / "ca.pem", directory / "server.pem"
     file.write_bytes(authority.pem)
-    server.write_bytes(authority.issue("server", address=name, days=days))
+    server.write_bytes(authority.issue("server", name, days=days))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(server)
     return str(file), context

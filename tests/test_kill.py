@@ -346,7 +346,7 @@ def test_an_iptables_restore_that_is_killed_is_made_good_in_the_same_run(settled
 def test_an_interrupted_run_leaves_no_key_of_the_cluster_behind(settled: Host, tally: Tally, tmp_path: Path) -> None:
     """The kubernetes package keeps what a kubeconfig has of them in files of their own."""
     host, authority = settled, Authority()
-    (tmp_path / "server").write_bytes(authority.issue("api", address="127.0.0.1"))
+    (tmp_path / "server").write_bytes(authority.issue("api", "127.0.0.1"))
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(tmp_path / "server")
     data = {
