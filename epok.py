@@ -496,11 +496,6 @@ def to_host_keys(text: str) -> tuple[str, ...]:
     return tuple(items(text))
 
 
-def to_files(text: str) -> tuple[str, ...]:
-    """The files that KUBECONFIG names, with colons between."""
-    return tuple(dict.fromkeys(filter(None, text.split(os.pathsep))))
-
-
 def to_service_name(text: str) -> str:
     if text and not re.fullmatch(r"[A-Za-z0-9.-]{1,253}/[A-Za-z0-9.-]{1,253}", text):
         raise ValueError("accepted is namespace/name of a Service, like default/mail")
@@ -531,7 +526,7 @@ class Options:
     max_nodes: int = setting("EPOK_MAX_NODES", "16", number_of("nodes"))
     masquerade: str = setting("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
     mark: Mark = setting("EPOK_MARK", "0x30000000", to_mark)
-    kubeconfig: tuple[str, ...] = setting("KUBECONFIG", "", to_files)
+    kubeconfig: str = setting("KUBECONFIG", "", str)
     context: str = setting("EPOK_CONTEXT", "", str)
     snapshot: str = setting("EPOK_SNAPSHOT", "", str)
     timeout: float = setting("EPOK_TIMEOUT", "50", to_seconds)
@@ -582,8 +577,6 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
             values[setting.option.strip("-").replace("-", "_")] = setting.convert(text)
         except ValueError as error:
             raise Fatal(f"{source}: {quoted(text)}: {error}", 2) from None
-    if words["--kubeconfig"]:  # one file, as for kubectl, whatever is in its name
-        values["kubeconfig"] = (words["--kubeconfig"],)
     values["host"] = tuple(login._replace(port=login.port or values["port"]) for login in values["host"])
     executor = "ssh" if words["ssh"] else "local"
     flags = {name: words[f"--{name.replace('_', '-')}"] for name in ("dry_run", "clean", "status")}
@@ -827,8 +820,11 @@ def merged(files: Sequence[KubeconfigFile]) -> Kubeconfig:
 
 def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
     """What the kubeconfigs say, read as kubectl reads them. Raises Fatal for what epok cannot do as kubectl does."""
-    files = [os.path.expanduser(file) for file in options.kubeconfig or ("~/.kube/config",)]
-    origin = f"kubeconfig {os.pathsep.join(options.kubeconfig) or files[0]}"
+    names = options.kubeconfig or "~/.kube/config"
+    # the variable is a list; the option names one file, whatever is in its name
+    several = names == os.environ.get("KUBECONFIG")
+    files = [os.path.expanduser(file) for file in (names.split(os.pathsep) if several else [names]) if file]
+    origin = f"kubeconfig {names if several else files[0]}"
     found = [read for file in files if (read := read_kubeconfig(file))]
     if not found:
         places = "k3s has --kubeconfig /etc/rancher/k3s/k3s.yaml, kubeadm --kubeconfig /etc/kubernetes/admin.conf"
@@ -1130,12 +1126,11 @@ def private_file(text: str) -> Iterator[str]:
         yield f"/dev/fd/{file.fileno()}"
 
 
-def connections(access: Access) -> Any:
-    """The client's pool of connections to the cluster's server."""
-    from kubernetes import client
+def connections(access: Access, configuration: Any) -> Any:
+    """The client's pool of connections to the cluster's server; fills in the client's configuration."""
     from kubernetes.client.rest import RESTClientObject
 
-    configuration = client.Configuration(host=access.server, proxy="", no_proxy="")
+    configuration.host = access.server
     configuration.retries = False  # or urllib3 tries again by itself, unseen
     configuration.tls_server_name = access.server_name or None
     configuration.verify_ssl = access.verify
@@ -1450,10 +1445,13 @@ class Cluster:
     """The Kubernetes API, with plain JSON: typed models cost a second of start-up."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
+        from kubernetes import client
+
         self.deadline = deadline
+        configuration = client.Configuration(proxy="", no_proxy="")
         in_pod = os.environ.get("KUBERNETES_SERVICE_HOST") and not (options.kubeconfig or options.context)
         self.access = pod_access() if in_pod else kubeconfig_access(options, deadline)
-        self.pool = connections(self.access)
+        self.pool = connections(self.access, configuration)
         self.name = self.access.server
         if self.access.proxy:
             self.name += f" by proxy {hidden(self.access.proxy)}"
@@ -1563,8 +1561,9 @@ class Cluster:
                 renew += "; k3s: copy /etc/rancher/k3s/k3s.yaml anew; kubeadm: kubeadm certs renew admin.conf"
             return Fatal(f"{told}: {renew}")
         if answer.status == 403:
+            said = status_message(answer.data)
             allow = f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
-            return Fatal(f"{told}: {how_to_allow(verb, status_message(answer.data), allow, self.access)}")
+            return Fatal(f"{told}: {mistaken(said, self.access) or allow + how_to_allow(verb, said)}")
         return Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
 
     def how_to_reach(self) -> str:
@@ -1639,23 +1638,27 @@ class Cluster:
             raise Fatal(f"{self.name} answers no JSON, but {quoted(status_message(body))}") from None
 
 
-def how_to_allow(verb: str, message: str, allow: str, access: Access) -> str:
-    """What to do about an answer with status 403: who lacks which permission, and the commands that give it."""
-    match = re.search(r'User "([A-Za-z0-9:@._-]{1,253})" cannot (\w+)', message)
-    if not match:
-        return f"{allow}; cron/cronjob.yaml has all that it needs"
-    user, what = match.groups()
-    if user in ("system:anonymous", "system:unauthenticated"):  # who are everybody: nothing may be granted to them
+def mistaken(message: str, access: Access) -> str:
+    """Why the server takes epok for nobody, or for somebody else than it may be, if an answer with 403 says so."""
+    if re.search('User "system:(anonymous|unauthenticated)"', message):  # who are everybody: never grant them anything
         if not access.shows:
             return f"no credentials were sent, since {access.origin} has none"
         return f"the {access.shows} of {access.origin} did not arrive; is there something in between that ends TLS?"
-    if what == "impersonate":
-        return f"{quoted(user)} may not be somebody else; take as, as-uid, as-groups out of {access.origin}"
+    if "cannot impersonate" in message:
+        return f"take as, as-uid, as-groups and as-user-extra out of {access.origin}"
+    return ""
+
+
+def how_to_allow(verb: str, message: str) -> str:
+    """The commands that give a user the permission that an answer with status 403 says it lacks."""
+    user = re.search(r'User "([A-Za-z0-9:@._-]{1,253})" cannot', message)
+    if not user:
+        return "; cron/cronjob.yaml has all that it needs"
     events = verb != "list"
     name, verbs = ("epok-events", "create,patch") if events else ("epok-list", "list")
     resources = "events" if events else "services,nodes,endpointslices.discovery.k8s.io"
     role = f"kubectl create clusterrole {name} --verb={verbs} --resource={resources}"
-    return f"{allow}: {role} && kubectl create clusterrolebinding {name} --clusterrole={name} --user={user}"
+    return f": {role} && kubectl create clusterrolebinding {name} --clusterrole={name} --user={user[1]}"
 
 
 # What OpenSSL says, and what is wrong then.

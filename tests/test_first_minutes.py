@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from apiserver import ApiServer
@@ -171,7 +172,9 @@ def test_a_kubeconfig_that_root_alone_may_read_is_copied(tmp_path: Path) -> None
     need("sudo", "apt-get install sudo")
     file = tmp_path / "it's k3s.yaml"
     file.write_text("config")
-    advice = epok.how_to_log_in(PermissionError(13, "Permission denied", str(file)), str(file))
+    with patch("builtins.open", side_effect=PermissionError), pytest.raises(epok.Fatal) as raised:
+        epok.read_kubeconfig(str(file))
+    advice = str(raised.value)
     command, name = re.findall(r"or: (sudo .*), and give --kubeconfig (\S+)$", advice)[0]
     subprocess.run(["sh", "-ec", command], cwd=tmp_path, check=True)
     assert (tmp_path / name).read_text() == "config"
