@@ -199,13 +199,16 @@ def files(ground: Ground, tmp: Path) -> "st.SearchStrategy[list[Object | str | N
             "contexts": entries("context", contexts),
         }
     )
+    pair = {"client-certificate": admin, "client-key": admin}
+    more = of_these({"as": some(["jane", ""]), "as-groups": some([[], ["one"]]), "token": some(["", good, stale])})
+    right = st.builds(lambda one, extra: {**one, **extra}, some([{"token": good}, {"tokenFile": "token"}, pair]), more)
     # one that is likely to work, with anything in addition
     works = st.builds(
         lambda user, current: {
             **config({"server": f"https://{ADDRESS}:{PORT}", "certificate-authority": ground.server.ca}, user, "a"),
             "current-context": current,
         },
-        users,
+        st.one_of(right, right, users),
         some(["a", "a", "b", ""]),
     )
     odd: st.SearchStrategy[Any] = some([None, "", "{}", "[]", "a: [", "current-context: b\n"])
