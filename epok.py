@@ -74,8 +74,8 @@ Options for ssh:
                                hosts, which all get the same rules. [EPOK_SSH_HOST]
   -p, --port=<port>            Port of the SSH server, 22 unless given. [EPOK_SSH_PORT]
   -k, --key=<file>             Private key. Without it the agent's and those in ~/.ssh. [EPOK_SSH_KEY]
-  --known-hosts=<file>         Keys of known hosts, ~/.ssh/known_hosts unless given.
-                               [EPOK_SSH_KNOWN_HOSTS]
+  --known-hosts=<file>         Keys of known hosts, as ssh reads them; ~/.ssh/known_hosts and
+                               /etc/ssh/ssh_known_hosts unless given. [EPOK_SSH_KNOWN_HOSTS]
   --host-key=<key>             Accept this host key alone: an "ssh-ed25519 AAAA..." line or a "SHA256:..."
                                fingerprint, several with commas between; "any" turns the check off.
                                [EPOK_SSH_HOST_KEY]
@@ -124,6 +124,7 @@ import base64
 import contextlib
 import dataclasses
 import datetime
+import fnmatch
 import functools
 import gc
 import hashlib
@@ -398,8 +399,9 @@ def connect(host: str, port: int, deadline: Deadline) -> socket.socket:
     look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     found = Background(look_up).result(deadline, f"looking up {host}")
     race = aiohappyeyeballs.start_connection(found, happy_eyeballs_delay=0.25)
+    patience = max(deadline.remaining() - 0.5, deadline.remaining() / 2)  # the rest is for saying what it was
     try:
-        connection = asyncio.run(asyncio.wait_for(race, deadline.remaining()))
+        connection = asyncio.run(asyncio.wait_for(race, patience))
         connection.settimeout(deadline.remaining())
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # paramiko does not: 40 ms a channel
         return connection
@@ -505,10 +507,14 @@ def to_address(text: str) -> Address | None:
 def to_logins(text: str) -> tuple[Login, ...]:
     logins = []
     for item in items(text):
-        match = re.fullmatch(r"([\w.-]+)@(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?", item, re.ASCII)
-        if not match or (match[2] and not to_address(match[2])):
+        ipv6, zone = "[0-9A-Fa-f:.]+", r"%[\w.-]+"
+        host = rf"(?:\[({ipv6}(?:{zone})?)\]|([\w.-]+)|({ipv6}{zone})$)"
+        match = re.fullmatch(rf"([\w.-]+)@{host}(?::([0-9]{{1,5}}))?", item, re.ASCII)
+        user, bracketed, name, bare, port = match.groups() if match else (None,) * 5
+        address = bracketed or bare
+        if not match or (address and not to_address(address)):
             raise ValueError(f"{quoted(item)}: accepted are user@host, user@host:port and user@[IPv6]:port")
-        logins.append(Login(match[1], match[2] or match[3], to_port(match[4]) if match[4] else 0))
+        logins.append(Login(user or "", address or name or "", to_port(port) if port else 0))
     return tuple(logins)
 
 
@@ -557,7 +563,7 @@ class Options:
     host: tuple[Login, ...] = setting("EPOK_SSH_HOST", "", to_logins)
     port: int = setting("EPOK_SSH_PORT", "22", to_port)
     key: str = setting("EPOK_SSH_KEY", "", os.path.expanduser)
-    known_hosts: str = setting("EPOK_SSH_KNOWN_HOSTS", "~/.ssh/known_hosts", os.path.expanduser)
+    known_hosts: str = setting("EPOK_SSH_KNOWN_HOSTS", "", os.path.expanduser)
     host_key: tuple[str, ...] = setting("EPOK_SSH_HOST_KEY", "", to_host_keys)
 
     @property
@@ -2711,6 +2717,8 @@ class SshHost:
         self.opening = threading.Lock()
         self.sessions = threading.Semaphore(2)  # as many as most hosts with a low MaxSessions allow
         self.closed = False
+        self.gated = False  # whether the key has a command of its own, by sudo
+        self.slow = ""  # why its sudo takes long
 
     def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
         result = self.run(("nc", "-nvz", "-w", str(REACH_SECONDS), address, str(port)), "", deadline)
@@ -2734,11 +2742,12 @@ class SshHost:
         try:
             with self.opening:  # one at a time: paramiko mixes up why they failed
                 if deadline.remaining() <= 0.001:
-                    raise deadline.missed(doing)
+                    raise self.missed(deadline, doing)
                 if self.closed:
                     raise Fatal(f"{doing}: not needed any more")
                 client = self.client = self.client or self.connect(deadline)
                 channel = client.get_transport().open_session(timeout=deadline.remaining())
+            began = time.monotonic()
             channel.settimeout(deadline.remaining())
             channel.exec_command(shlex.join(argv))
             # all three at once: neither side may wait for the other with full buffers
@@ -2749,11 +2758,12 @@ class SshHost:
             streams = [Background(file.read, OUTPUT_LIMIT) for file in (channel.makefile(), channel.makefile_stderr())]
             out, err = (within_limit(stream.result(deadline, doing), doing) for stream in streams)
             if not channel.status_event.wait(deadline.remaining()):
-                raise deadline.missed(doing)
+                raise self.missed(deadline, doing)
             if channel.exit_status == -1:
                 raise EOFError("the connection was lost before the exit status came")
             channel.close()
             log.debug("%s: exit status %d", doing, channel.exit_status)
+            self.note(argv, err, time.monotonic() - began)
             return Result(channel.exit_status, out, err)
         except paramiko.ChannelException as error:  # more sessions than it allows, most likely
             raise Transient(f"{doing}: {one_line(error)}") from None
@@ -2761,62 +2771,118 @@ class SshHost:
             with self.opening:
                 if client is self.client:  # or another thread has a new one already
                     self.drop()
+            if deadline.remaining() <= 0.1:  # it was epok that broke off
+                raise self.missed(deadline, doing) from None
             kind = Fatal if self.closed else Transient  # by close() nobody waits for it any more
             raise kind(f"{doing}: {one_line(error)}") from None
-        except ValueError as error:  # a host name that is none, a key in ~/.ssh that is no text
-            raise Fatal(f"{doing}: {one_line(error)}; check --host, and give a key with --key") from None
+
+    def missed(self, deadline: Deadline, doing: str) -> Fatal:
+        return Fatal(f"{deadline.missed(doing)}{self.slow}")
+
+    def note(self, argv: Sequence[str], err: str, seconds: float) -> None:
+        """Learns from what sudo says, also before the command of a key that has one."""
+        self.gated = self.gated or (argv[0] != "sudo" and bool(re.search("(?m)^sudo: (?!unable to resolve)", err)))
+        name = re.search(r"(?m)^sudo: unable to resolve host ([\w.-]+)", err)
+        if name and seconds > 2 and not self.slow:
+            self.slow = f"; sudo takes {seconds:.0f} s there, since {name[1]} does not know its own name: as root on "
+            self.slow += f"the host run: echo 127.0.1.1 {name[1]} >>/etc/hosts"
+            log.warning("%s%s", self.name, self.slow.replace(";", ":", 1))
 
     def connect(self, deadline: Deadline) -> Any:
-        """Logs in. Raises Fatal for what will not change: a key refused, a host key wrong or unknown."""
+        """Logs in. Raises Fatal for what will not change, like a key that is refused, and Transient for the rest."""
         import paramiko
 
         check: Any = HostKeyCheck(self.login, self.options)
         key = load_key(self.options.key)
-        for key_types in check.attempts():
+        for algorithms in check.attempts():
             client = paramiko.SSHClient()
             client.set_missing_host_key_policy(check)
             try:
-                self.log_in(client, key, key_types, deadline)
+                self.log_in(client, key, algorithms, deadline)
                 return client
             except check.Refused:
                 client.close()
-            except paramiko.SSHException as error:
+            except socket.gaierror as error:
+                what = f"{self.name}: {quoted(self.login.host)} does not resolve ({error.strerror})"
+                advice = "; give an address, or a name that means one where epok runs; ~/.ssh/config is not read"
+                if error.errno == socket.EAI_AGAIN and not self.closed:
+                    raise Transient(what, attempts=3, advice=advice) from None
+                raise Fatal(what + advice) from None
+            except paramiko.ssh_exception.IncompatiblePeer as error:
+                client.close()
+                if "host key" not in str(error) or not check.pins:
+                    raise Fatal(f"{self.name}: {how_to_agree(error)}") from None
+            except (paramiko.SSHException, OSError, EOFError) as error:
                 transport = client.get_transport()
                 alive = transport is not None and transport.is_active()
                 client.close()
                 # paramiko's own limits go by a clock that may have been set meanwhile
                 late = re.search("(?i)timeout|no existing session", str(error))
-                if alive and not late and deadline.remaining() > 0.01:  # not the connection's fault, so the login's
-                    raise Fatal(self.how_to_let_in(key, error)) from None
-                if isinstance(error, paramiko.ssh_exception.IncompatiblePeer) and "host key" in str(error):
-                    continue
-                raise
+                login = isinstance(error, paramiko.SSHException) and alive and not late
+                if login and deadline.remaining() > 0.01:  # not the connection's fault, so the login's
+                    raise Fatal(f"{self.name}: {self.how_to_let_in(key, error, transport)}") from None
+                if self.closed:
+                    raise Fatal(f"{self.name}: {one_line(error)}") from None
+                where = "" if transport is None else f"{self.login.host} port {self.login.port}: "
+                raise Transient(f"{self.name}: {where}{one_line(error)}", advice=HOW_TO_REACH) from None
+            except ValueError as error:  # a host name that is none, a key in ~/.ssh that is no text
+                raise Fatal(f"{self.name}: {one_line(error)}; check --host, and give a key with --key") from None
         raise Fatal(check.advice())
 
-    def log_in(self, client: Any, key: Any, key_types: Sequence[str], deadline: Deadline) -> None:
+    def log_in(self, client: Any, key: Any, algorithms: Sequence[str], deadline: Deadline) -> None:
         import paramiko
 
-        preferred: Sequence[str] = vars(paramiko.Transport)["_preferred_keys"]
-        unwanted = [name for name in preferred if key_types and name not in key_types]
-        connection = connect(self.login.host, self.login.port, deadline)
+        class Transport(paramiko.Transport):
+            def auth_publickey(transport, *args: Any) -> list[str]:  # noqa: N805
+                if wanted := super().auth_publickey(*args):  # paramiko would ask for it at the terminal
+                    raise Fatal(f"{self.name}: {self.how_to_need_no_more(wanted)}")
+                return []
+
+        def open_transport(connection: socket.socket, **kw: Any) -> Transport:
+            transport = Transport(connection, **kw)
+            offered = transport.get_security_options()
+            offered.key_types = [name for name in algorithms if name in offered.key_types]
+            return transport
+
         limits = ("timeout", "banner_timeout", "auth_timeout", "channel_timeout")
         client.connect(
             *(self.login.host, self.login.port, self.login.user),
-            sock=connection,
+            sock=connect(self.login.host, self.login.port, deadline),
             pkey=key,
             allow_agent=key is None,
             look_for_keys=key is None,
-            disabled_algorithms={"keys": unwanted},
+            transport_factory=open_transport,
             **dict.fromkeys(limits, deadline.remaining()),
         )
 
-    def how_to_let_in(self, key: Any, error: Exception) -> str:
+    def how_to_let_in(self, key: Any, error: Exception, transport: Any) -> str:
+        import paramiko
+
+        if isinstance(error, paramiko.BadAuthenticationType) and "publickey" not in error.allowed_types:
+            kinds = ", ".join(error.allowed_types)
+            return f"sshd lets {self.user} in by {kinds} alone; {how_to_ask_for_keys(self.user)}"
         if key is None:
             made = how_to_make_key(os.path.expanduser("~/.ssh/epok"))
-            return f"{self.name}: no key was accepted ({one_line(error)}); give one with --key; {made}"
-        line = f"restrict {key.get_name()} {key.get_base64()}"
-        add = f"mkdir -p -m 700 ~/.ssh && echo '{line}' >>~/.ssh/authorized_keys"
-        return f"{self.name}: the key {self.options.key} is refused; as {self.user} on the host run: {add}"
+            return f"no key was accepted ({one_line(error)}); give one with --key; {made}"
+        refused = f"the key {self.options.key} is refused"
+        taken = (transport.server_extensions.get("server-sig-algs") or b"").decode(*CODING).split(",")
+        signs = {"ssh-rsa": {"rsa-sha2-512", "rsa-sha2-256"}}.get(key.get_name(), {key.get_name()})
+        if taken != [""] and not signs & set(taken):
+            plain = ", ".join(name for name in taken if "@" not in name)
+            return f"{refused}, since sshd takes no {key.get_name()} keys (PubkeyAcceptedAlgorithms); it takes {plain}"
+        if in_pod():
+            return f"{refused}; {RENEW}"
+        line = f"echo '{key.get_name()} {key.get_base64()}' >epok.pub && cron/setup-host --public-key epok.pub"
+        return (
+            f"{refused}; as root on the host, where cron/setup-host is, run: {line}; epok then logs in with it as user "
+            "epok, behind a gate, and another key that did so no more"
+        )
+
+    def how_to_need_no_more(self, wanted: Sequence[str]) -> str:
+        more = " or ".join(wanted)
+        return (
+            f"sshd accepts the key, but wants {more} as well, which epok cannot give; {how_to_ask_for_keys(self.user)}"
+        )
 
     def drop(self) -> None:
         if self.client is not None:
@@ -2836,7 +2902,47 @@ def end_input(channel: Any) -> None:
             channel.get_transport()._send_user_message(message)
 
 
+RENEW = "run cron/setup-host on the host, and replace the Secret by what it prints"
+HOW_TO_REACH = "; is the address right, sshd running there, and no firewall between?"
+KNOWN_HOSTS = ("~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts")
+HOST_KEY_TYPES: tuple[Sequence[str], ...] = (  # in the order that ssh prefers
+    ("ssh-ed25519",),
+    ("ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521"),
+    ("rsa-sha2-512", "rsa-sha2-256"),
+)
+# paramiko's word for what cannot be agreed on, sshd's, and one of those that epok has
+NEGOTIATED = {
+    "kex": ("key exchange", "KexAlgorithms", "ecdh-sha2-nistp256"),
+    "host key": ("host key", "HostKeyAlgorithms, and a key of it (ssh-keygen -A makes one)", "ssh-ed25519"),
+    "ciphers": ("cipher", "Ciphers", "aes256-gcm@openssh.com"),
+    "macs": ("MAC", "MACs", "hmac-sha2-256-etm@openssh.com"),
+}
+
+
+def in_pod() -> bool:
+    """Whether files are those of a Secret, which nobody can write to."""
+    return bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
+
+
+def how_to_agree(error: Exception) -> str:
+    """What a server lacks with which nothing can be negotiated."""
+    for word, (what, setting, example) in NEGOTIATED.items():
+        if f"acceptable {word}" in str(error):
+            return f"sshd has no {what} that epok has: on the host add {example} to {setting} in /etc/ssh/sshd_config"
+    return one_line(error)
+
+
+def how_to_ask_for_keys(user: str) -> str:
+    """The setting of sshd with which a key is enough, for a user that can do nothing but epok's work."""
+    if user != "epok":
+        return "let cron/setup-host make a user for epok on the host, and log in as that"
+    setting = "Match User epok\\n    PubkeyAuthentication yes\\n    AuthenticationMethods publickey\\n"
+    return f"as root on the host run: printf '{setting}' >>/etc/ssh/sshd_config, and reload sshd"
+
+
 def how_to_make_key(name: str) -> str:
+    if in_pod():
+        return RENEW
     make = f"{into_directory(name)}ssh-keygen -q -t ed25519 -N '' -f {shlex.quote(name)}"
     return f"to make one, run cron/setup-host on the host, or: {make}"
 
@@ -2854,104 +2960,194 @@ def load_key(name: str) -> Any:
     if not name:
         return None
     try:
-        return paramiko.PKey.from_path(name)
+        try:
+            return paramiko.PKey.from_path(name)
+        except paramiko.SSHException:
+            return load_pkcs8(name)
     except (paramiko.PasswordRequiredException, TypeError):  # TypeError is what cryptography raises for it
         away = f"ssh-keygen -p -N '' -f {shlex.quote(name)}"
         raise Fatal(f"--key {name} has a passphrase; take it away: {away}, or use ssh-agent and no --key") from None
     except FileNotFoundError:
         raise Fatal(f"--key {name}: there is no such file; {how_to_make_key(name)}") from None
+    except OSError as error:
+        raise Fatal(
+            f"--key {name}: {error.strerror}; give a file that user {os.geteuid()}, who runs epok, may read"
+        ) from None
     except Exception as error:  # what its parsers raise is not documented
-        raise Fatal(f"--key {name}: {one_line(error)}; give a private key that ssh-keygen made") from None
+        raise Fatal(f"--key {name}: {how_to_convert(name, error)}") from None
 
 
-HOST_KEY_TYPES: tuple[Sequence[str], ...] = (
-    ("ssh-ed25519",),
-    ("ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521"),
-    ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa"),
-)
+def load_pkcs8(name: str) -> Any:
+    """A private key in the form that OpenSSL writes, which paramiko itself cannot read."""
+    import io
+
+    import paramiko
+    from cryptography.hazmat.primitives import serialization as form
+
+    with open(name, "rb") as file:
+        key = form.load_pem_private_key(file.read(), None)
+    text = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption()).decode()
+    kind = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH).split()[0]
+    classes: dict[bytes, Any] = {b"ssh-rsa": paramiko.RSAKey, b"ssh-ed25519": paramiko.Ed25519Key}
+    return classes.get(kind, paramiko.ECDSAKey).from_private_key(io.StringIO(text))
+
+
+def how_to_convert(name: str, error: Exception) -> str:
+    """What is in a file that is no private key for epok, and the command that makes one of it."""
+    if in_pod():
+        return f"{one_line(error)}; {RENEW}"
+    with open(name, "rb") as file:
+        head = file.read(300)
+    old, new = shlex.quote(name), shlex.quote(name + ".openssh")
+    if head.startswith(b"PuTTY-User-Key-File"):
+        return (
+            f"it is a key of PuTTY's; to convert it: puttygen {old} -O private-openssh -o {new}, and give --key {new}"
+        )
+    if head.startswith(b"\x30"):
+        return f"it is not PEM; to convert it: openssl pkey -inform DER -in {old} -out {new}, and give --key {new}"
+    if head.startswith(b"---- BEGIN SSH2"):
+        return f"to convert it: (umask 077; ssh-keygen -i -f {old} >{new}), and give --key {new}"
+    if re.match(rb"(ssh|ecdsa|sk)-[\w@.-]+ AAAA", head):
+        return "it is a public key; give the private one, which is mostly the file without .pub"
+    return f"{one_line(error)}; give a private key that ssh-keygen made; {how_to_make_key(name + '.new')}"
+
+
+class KnownKey(NamedTuple):
+    """A line of a known_hosts file: where it stands, its mark (@revoked), its names, and its key."""
+
+    file: str
+    number: int
+    mark: str
+    names: str
+    key: Any
+
+
+def known_keys(files: Iterable[str], name: str) -> list[KnownKey]:
+    """The lines that name the host, as ssh reads them: what is no line or no key counts for nothing."""
+    import paramiko
+
+    found = []
+    for file in files:
+        try:
+            with open(file, encoding="latin-1", newline="\n") as opened:
+                lines = opened.read().split("\n")
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.warning("%s: %s; so epok knows none of the hosts in it", file, error.strerror)
+            continue
+        for number, line in enumerate(lines, 1):
+            words = re.split("[ \t]+", line.partition("\0")[0].strip(" \t"))
+            mark = words.pop(0) if words[0] in ("@cert-authority", "@revoked") else ""
+            if len(words) < 3 or not is_named(name, words[0]):
+                continue
+            kind, text = words[1], words[2].rstrip("\r")
+            with contextlib.suppress(Exception):  # what its parsers raise is not documented
+                key = paramiko.PKey.from_type_string(kind, base64.b64decode(text))
+                if key.get_base64() == text and kind in (key.get_name(), "rsa-sha2-256", "rsa-sha2-512"):
+                    found.append(KnownKey(file, number, mark, words[0], key))
+    return found
+
+
+def is_named(name: str, names: str) -> bool:
+    """Whether that field of known_hosts stands for the host: a hash, or patterns of which none with ! may fit."""
+    import paramiko
+
+    if names.startswith("|"):
+        with contextlib.suppress(AssertionError, ValueError):  # it is no hash
+            return bool(paramiko.HostKeys.hash_host(name, names) == names)
+        return False
+    patterns = names.lower().replace("[", "[[]").split(",")  # what stands in brackets is the name, no choice of letters
+    if any(fnmatch.fnmatchcase(name, pattern[1:]) for pattern in patterns if pattern.startswith("!")):
+        return False
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns if not pattern.startswith("!"))
 
 
 class HostKeyCheck:
-    """Decides whether a host key is the right one; a policy for paramiko that also knows --host-key."""
+    """Decides, as ssh does, whether a host key is the right one; a policy for paramiko that also knows --host-key."""
 
     class Refused(Exception):
         """The server has another key than those that are accepted."""
 
     def __init__(self, login: Login, options: Options) -> None:
-        self.login, self.pins, self.file = login, options.host_key, options.known_hosts
-        name = login.host.lower()  # as ssh does
-        self.name = name if login.port == 22 else f"[{name}]:{login.port}"
+        self.login, self.pins = login, options.host_key
+        self.files = (
+            [options.known_hosts] if options.known_hosts else [os.path.expanduser(file) for file in KNOWN_HOSTS]
+        )
+        host = login.host.lower()
+        self.name = host if login.port == 22 else f"[{host}]:{login.port}"
         self.seen: list[Any] = []
-        self.accepted: set[str] = set()  # keys in base64, and fingerprints
-        self.revoked: set[str] = set()
-        self.types: set[str] = set()
-        for words in (pin.split() for pin in self.pins):
-            self.accepted.add(words[-1 if len(words) == 1 else 1].rstrip("="))
-            self.types.update(words[:1] if len(words) > 1 else itertools.chain.from_iterable(HOST_KEY_TYPES))
-        if not self.pins:
-            self.read_known_hosts()
+        # where no line has the name with the port, that without it counts too
+        names = [] if self.pins else dict.fromkeys([self.name, host])
+        self.known = [known_keys(self.files, name) for name in names]
 
-    def read_known_hosts(self) -> None:
-        try:
-            with open(self.file, encoding="utf-8", errors="replace") as file:
-                lines = file.read().splitlines()
-        except OSError:
-            return
-        for words in (line.split() for line in lines):
-            mark = words.pop(0) if words and words[0].startswith("@") else ""
-            if len(words) < 3:
-                continue
-            if mark == "@revoked":
-                self.revoked.add(words[2].rstrip("="))
-            elif not mark and any(self.names(hostname) for hostname in words[0].split(",")):
-                self.accepted.add(words[2].rstrip("="))
-                self.types.add(words[1])
+    def attempts(self) -> list[list[str]]:
+        """The algorithms of host keys to ask for, one list a connection, the preferred ones first."""
+        flat = list(itertools.chain(*HOST_KEY_TYPES))
+        words = [pin.split() for pin in self.pins]
+        if self.pins and "any" not in self.pins:  # a fingerprint does not say of what kind its key is
+            kinds = {word[0].replace("ssh-rsa", "rsa-sha2-512") for word in words if len(word) > 1}
+            return [list(some) for some in HOST_KEY_TYPES if len(kinds) < len(words) or kinds & set(some)]
+        kinds = {line.key.get_name() for lines in self.known[:1] for line in lines if not line.mark}
+        if "ssh-ed25519" in kinds:  # the best is known, so ssh leaves the order as it is
+            return [flat]
+        return [sorted(flat, key=lambda name: re.sub("rsa-sha2-.*", "ssh-rsa", name) not in kinds)]
 
-    def names(self, hostname: str) -> bool:
-        import paramiko
-
-        if not hostname.startswith("|1|"):
-            return hostname == self.name
-        with contextlib.suppress(AssertionError, ValueError):  # it is no hash
-            return paramiko.HostKeys.hash_host(self.name, hostname) == hostname
-        return False
-
-    def attempts(self) -> list[Sequence[str]]:
-        """The host key types to ask for, one set a connection; an empty one is whatever the server likes."""
-        return [types for types in HOST_KEY_TYPES if "any" not in self.pins and self.types & set(types)] or [()]
+    def verdict(self, key: Any) -> tuple[str, KnownKey | None]:
+        """What known_hosts says of a key, and the line that says it."""
+        for lines in self.known:
+            same = [line for line in lines if line.key.get_base64() == key.get_base64()]
+            for mark, told in (("@revoked", "revoked"), ("", "known")):
+                if line := next((line for line in same if line.mark == mark), None):
+                    return told, line
+            if line := next((line for line in lines if not line.mark), None):
+                return "changed", line
+        authority = next((line for line in itertools.chain(*self.known) if line.mark == "@cert-authority"), None)
+        return "unknown", authority
 
     def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
         """paramiko calls this for each connection, since it was given no keys to know."""
-        text = key.get_base64().rstrip("=")
         self.seen.append(key)
         if "any" in self.pins:
             log.warning("%s: its host key is not checked (--host-key any); pin %s", self.login, key.fingerprint)
-        elif text in self.revoked or not {text, key.fingerprint} & self.accepted:
+        elif self.pins:
+            pinned = {pin.split()[:2][-1].rstrip("=") for pin in self.pins}
+            if not {key.get_base64().rstrip("="), key.fingerprint} & pinned:
+                raise self.Refused
+        elif self.verdict(key)[0] != "known":
             raise self.Refused
 
     def advice(self) -> str:
         """What is wrong with the host's key, and the line that would accept it."""
         if not self.seen:
-            types = ", ".join(sorted(self.types))
-            return f"{self.login}: it has no host key of the known kind ({types}); check --host-key or {self.file}"
-        key = self.seen[0]
-        # the blank does no harm, and who looks for the line finds its first word alone
-        add = f"echo ' {self.name} {key.get_name()} {key.get_base64()}' >>{shlex.quote(self.file)}"
+            return f"{self.login}: it has no host key of the kind of --host-key; check that"
+        key, file = self.seen[0], self.files[0]
+        told = f"{self.login}: its host key {key.get_name()} {key.fingerprint}"
         kind = next((kind for kind in ("ed25519", "ecdsa", "rsa") if kind in key.get_name()), "*")
         compare = f"on the host: ssh-keygen -lf /etc/ssh/ssh_host_{kind}_key.pub"
-        if key.get_base64().rstrip("=") in self.revoked:
-            what = f"is marked @revoked in {self.file}; connect to no such host"
-        elif self.pins:
-            what = "is not the one of --host-key; if the host was reinstalled and this is its new key: "
-            what += f'--host-key "{key.get_name()} {key.get_base64()}"'
-        elif self.accepted:
-            what = f"is not the one in {self.file}: somebody may be in between; "
-            forget = f"ssh-keygen -R {shlex.quote(self.name)} -f {shlex.quote(self.file)}"
-            what += f"only if the host was reinstalled and has this key ({compare}), run: {forget} && {add}"
+        if self.pins:
+            new = f'--host-key "{key.get_name()} {key.get_base64()}"'
+            told += (
+                " is not the one of --host-key: somebody may be in between; only if the host was reinstalled and has "
+            )
+            return f"{told}this key ({compare}), give {new}"
+        verdict, line = self.verdict(key)
+        if line and verdict == "revoked":
+            return f"{told} is marked @revoked in {line.file}; connect to no such host"
+        # the blank does no harm, and who looks for the line finds its first word alone
+        add = f"{into_directory(file)}echo ' {self.name} {key.get_name()} {key.get_base64()}' >>{shlex.quote(file)}"
+        if line and verdict == "changed":
+            told += (
+                f" is not the one in {line.file}, line {line.number}: somebody may be in between; only if the host was"
+            )
+            if line.file == file and not re.search("[*?]", line.names):  # or the line is also for other hosts
+                add = f"ssh-keygen -R {shlex.quote(self.name)} -f {shlex.quote(file)} && {add}"
+            return f"{told} reinstalled and has this key ({compare}), {RENEW if in_pod() else f'run: {add}'}"
+        if line:
+            told += f" is not in {line.file}, and epok cannot check a certificate by its @cert-authority"
         else:
-            what = f"is unknown; compare it with that {compare}, and if it is the same, run: "
-            what += f"{into_directory(self.file)}{add}"
-        return f"{self.login}: its host key {key.get_name()} {key.fingerprint} {what}"
+            told += f" is unknown to {file}"
+        return f"{told}; {RENEW if in_pod() else f'compare it with that {compare}, and if it is the same, run: {add}'}"
 
 
 Host = LocalHost | SshHost
@@ -3044,20 +3240,16 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
         return Transient(f"{failed}; native nft rules share the table: move them to a table of their own", attempts=3)
     if result.status == 127 or "command not found" in result.err:
         lacks_sudo = re.search(r"\bsudo: (command )?not found", result.err)
-        package = f"sudo, or {how_to_be_root(host, 'su -c')}" if lacks_sudo else "iptables"
+        package = "sudo" + f", or {how_to_be_root('su -c')}" * isinstance(host, LocalHost) if lacks_sudo else "iptables"
         return Fatal(f"{failed}; install it on the host: apt-get install {package}")
     if "epok-gate: " in result.err:
         return Fatal(f"{failed}; run cron/setup-host of this epok on the host, with --mark if epok has that option")
     if "sudo" in argv and ("sudo:" in result.err or "not allowed" in result.err):
-        commands = dict.fromkeys([shlex.join(argv[2:]), *WITH_SUDO])
-        line = f"{host.user} ALL=(root) NOPASSWD: " + ", ".join(f"/usr/sbin/{words}" for words in commands)
-        first = f"{how_to_be_root(host, 'sudo -E')}; or " if isinstance(host, LocalHost) else ""
-        return Fatal(f"{failed}; {first}as root on the host run visudo -f /etc/sudoers.d/epok and add: {line}")
+        return Fatal(f"{failed}; {how_to_allow_sudo(host, argv, result)}")
     if "must be root" in result.err or "Permission denied" in result.err or "not permitted" in result.err:
-        lacking = "; root lacks CAP_NET_ADMIN here, which a container gets by --cap-add NET_ADMIN --network host"
-        is_root = isinstance(host, LocalHost) and os.geteuid() == 0
-        advice = lacking if is_root else "; run epok as root, or let it log in as a user that may use sudo"
-        return Fatal(f"{failed}{advice}")
+        lacking = "; root lacks CAP_NET_ADMIN there, which a container gets by --cap-add NET_ADMIN --network host"
+        is_root = isinstance(host, SshHost) or host.sudo or os.geteuid() == 0
+        return Fatal(f"{failed}{lacking if is_root else '; ' + how_to_be_root('sudo -E')}")
     if "temporarily unavailable" in result.err or "xtables lock" in result.err or result.status < 0:
         return Transient(failed)
     named = re.search(r"line:? (\d+)", result.err)
@@ -3070,10 +3262,23 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
     return Transient(failed, attempts=3)
 
 
-def how_to_be_root(host: Host, by: str) -> str:
-    """What does without sudo -n: to log in as root, or to run epok as root, by a command that takes its words."""
-    if isinstance(host, SshHost):
-        return f"log in as root: --host {host.login._replace(user='root')}"
+def how_to_allow_sudo(host: Host, argv: Sequence[str], result: Result) -> str:
+    """What lets a user run by sudo what epok needs, and no more than it has where the gate stands."""
+    visudo = "as root on the host run visudo -f /etc/sudoers.d/epok and add: "
+    commands = dict.fromkeys([shlex.join(argv[2:]), *WITH_SUDO])
+    line = f"{visudo}{host.user} ALL=(root) NOPASSWD: " + ", ".join(f"/usr/sbin/{words}" for words in commands)
+    if isinstance(host, LocalHost):
+        return f"{how_to_be_root('sudo -E')}; or {line}"
+    if host.gated or host.user == "epok":
+        return "run cron/setup-host on the host again, with the options that it was given"
+    if "must have a tty" in result.err:
+        return f"{visudo}Defaults:{host.user} !requiretty"
+    safe = "run cron/setup-host on the host, which makes a user epok with a gate, and log in as that"
+    return f"{safe}; or, if whoever has the key may change all of the firewall, {line}"
+
+
+def how_to_be_root(by: str) -> str:
+    """How to do without sudo -n: by a command that takes epok's words."""
     words = shlex.join([sys.executable, *sys.argv])
     return f"run epok as root: {by} {shlex.quote(words) if by == 'su -c' else words}"
 
