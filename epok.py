@@ -2820,7 +2820,7 @@ class SshHost:
                 late = re.search("(?i)timeout|no existing session", str(error))
                 login = isinstance(error, paramiko.SSHException) and alive and not late
                 if login and deadline.remaining() > 0.01:  # not the connection's fault, so the login's
-                    raise Fatal(f"{self.name}: {self.how_to_let_in(key, error, transport)}") from None
+                    raise Fatal(f"{self.name}: {self.how_to_let_in(key, error)}") from None
                 if self.closed:
                     raise Fatal(f"{self.name}: {one_line(error)}") from None
                 where = "" if transport is None else f"{self.login.host} port {self.login.port}: "
@@ -2855,7 +2855,7 @@ class SshHost:
             **dict.fromkeys(limits, deadline.remaining()),
         )
 
-    def how_to_let_in(self, key: Any, error: Exception, transport: Any) -> str:
+    def how_to_let_in(self, key: Any, error: Exception) -> str:
         import paramiko
 
         if isinstance(error, paramiko.BadAuthenticationType) and "publickey" not in error.allowed_types:
@@ -2865,11 +2865,6 @@ class SshHost:
             made = how_to_make_key(os.path.expanduser("~/.ssh/epok"))
             return f"no key was accepted ({one_line(error)}); give one with --key; {made}"
         refused = f"the key {self.options.key} is refused"
-        taken = (transport.server_extensions.get("server-sig-algs") or b"").decode(*CODING).split(",")
-        signs = {"ssh-rsa": {"rsa-sha2-512", "rsa-sha2-256"}}.get(key.get_name(), {key.get_name()})
-        if taken != [""] and not signs & set(taken):
-            plain = ", ".join(name for name in taken if "@" not in name)
-            return f"{refused}, since sshd takes no {key.get_name()} keys (PubkeyAcceptedAlgorithms); it takes {plain}"
         if in_pod():
             return f"{refused}; {RENEW}"
         line = f"echo '{key.get_name()} {key.get_base64()}' >epok.pub && cron/setup-host --public-key epok.pub"
@@ -2963,7 +2958,7 @@ def load_key(name: str) -> Any:
         try:
             return paramiko.PKey.from_path(name)
         except paramiko.SSHException:
-            return load_pkcs8(name)
+            return convert_key(name)
     except (paramiko.PasswordRequiredException, TypeError):  # TypeError is what cryptography raises for it
         away = f"ssh-keygen -p -N '' -f {shlex.quote(name)}"
         raise Fatal(f"--key {name} has a passphrase; take it away: {away}, or use ssh-agent and no --key") from None
@@ -2977,19 +2972,26 @@ def load_key(name: str) -> Any:
         raise Fatal(f"--key {name}: {how_to_convert(name, error)}") from None
 
 
-def load_pkcs8(name: str) -> Any:
-    """A private key in the form that OpenSSL writes, which paramiko itself cannot read."""
+def convert_key(name: str) -> Any:
+    """A private key that paramiko itself cannot read: one of OpenSSL's (PKCS#8), or one whose comment is empty."""
     import io
 
     import paramiko
     from cryptography.hazmat.primitives import serialization as form
 
     with open(name, "rb") as file:
-        key = form.load_pem_private_key(file.read(), None)
-    text = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption()).decode()
-    kind = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH).split()[0]
-    classes: dict[bytes, Any] = {b"ssh-rsa": paramiko.RSAKey, b"ssh-ed25519": paramiko.Ed25519Key}
-    return classes.get(kind, paramiko.ECDSAKey).from_private_key(io.StringIO(text))
+        data = file.read()
+    key: Any
+    try:
+        key = form.load_ssh_private_key(data, None)
+    except ValueError:
+        key = form.load_pem_private_key(data, None)
+    public = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
+    old, new = form.PrivateFormat.TraditionalOpenSSL, form.PrivateFormat.OpenSSH
+    kinds: dict[bytes, Any] = {b"ssh-rsa": (paramiko.RSAKey, old), b"ssh-ed25519": (paramiko.Ed25519Key, new)}
+    made, written = kinds.get(public.split()[0], (paramiko.ECDSAKey, old))
+    text = key.private_bytes(form.Encoding.PEM, written, form.NoEncryption()).decode()
+    return made.from_private_key(io.StringIO(text))
 
 
 def how_to_convert(name: str, error: Exception) -> str:
