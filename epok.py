@@ -2867,11 +2867,9 @@ class SshHost:
         refused = f"the key {self.options.key} is refused"
         if in_pod():
             return f"{refused}; {RENEW}"
-        line = f"echo '{key.get_name()} {key.get_base64()}' >epok.pub && cron/setup-host --public-key epok.pub"
-        return (
-            f"{refused}; as root on the host, where cron/setup-host is, run: {line}; epok then logs in with it as user "
-            "epok, behind a gate, and another key that did so no more"
-        )
+        run = f"echo '{key.get_name()} {key.get_base64()}' >epok.pub && cron/setup-host --public-key epok.pub"
+        then = f"--host {self.login._replace(user='epok')}, where this key alone works then, behind a gate"
+        return f"{refused}; as root on the host, in a clone of epok's repository, run: {run}; then give {then}"
 
     def how_to_need_no_more(self, wanted: Sequence[str]) -> str:
         more = " or ".join(wanted)
@@ -2897,7 +2895,8 @@ def end_input(channel: Any) -> None:
             channel.get_transport()._send_user_message(message)
 
 
-RENEW = "run cron/setup-host on the host, and replace the Secret by what it prints"
+AGAIN = "run cron/setup-host on the host, with the options that it had before"
+RENEW = AGAIN + ", and replace the Secret by what it prints"
 HOW_TO_REACH = "; is the address right, sshd running there, and no firewall between?"
 KNOWN_HOSTS = ("~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts")
 HOST_KEY_TYPES: tuple[Sequence[str], ...] = (  # in the order that ssh prefers
@@ -3272,7 +3271,7 @@ def how_to_allow_sudo(host: Host, argv: Sequence[str], result: Result) -> str:
     if isinstance(host, LocalHost):
         return f"{how_to_be_root('sudo -E')}; or {line}"
     if host.gated or host.user == "epok":
-        return "run cron/setup-host on the host again, with the options that it was given"
+        return AGAIN
     if "must have a tty" in result.err:
         return f"{visudo}Defaults:{host.user} !requiretty"
     safe = "run cron/setup-host on the host, which makes a user epok with a gate, and log in as that"
@@ -4201,8 +4200,9 @@ def end_flows(host: Host, version: int, address: str, port: int, reply: str, dea
     if result.status == 0 or (result.status == 1 and "0 flow entries have been deleted" in result.err):
         return True
     log.warning(
-        "%s: %s: %s; old UDP flows may stay where they were: apt-get install conntrack, and allow it in sudoers",
+        "%s: %s: %s; old UDP flows may stay where they were: %s",
         host.name, shlex.join(argv), result.said,
+        "apt-get install conntrack" if result.status == 127 else "let it run as cron/setup-host does",
     )  # fmt: skip
     return False
 
