@@ -388,7 +388,7 @@ def execute(
 
 
 def connect(host: str, port: int, deadline: Deadline) -> socket.socket:
-    """A TCP connection to that address of the host which first takes one; a dead one costs a quarter of a second.
+    """A TCP connection to the first address of the host that takes one; a dead one costs 0.25 s.
 
     Raises OSError that names addresses and port, or socket.gaierror when the name has no address.
     """
@@ -399,16 +399,19 @@ def connect(host: str, port: int, deadline: Deadline) -> socket.socket:
     look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     found = Background(look_up).result(deadline, f"looking up {host}")
     race = aiohappyeyeballs.start_connection(found, happy_eyeballs_delay=0.25)
-    patience = max(deadline.remaining() - 0.5, deadline.remaining() / 2)  # the rest is for saying what it was
+    left = deadline.remaining()
+    patience = max(left - 0.5, left / 2)  # or who waits for it all knows no cause
     try:
         connection = asyncio.run(asyncio.wait_for(race, patience))
         connection.settimeout(deadline.remaining())
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # paramiko does not: 40 ms a channel
+        # paramiko does not, which costs 40 ms a channel
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
     except OSError as error:
         addresses = " and ".join(dict.fromkeys(address[0] for *_, address in found))
-        why = dict.fromkeys(os.strerror(int(number)) for number in re.findall(r"\[Errno (\d+)\]", str(error)))
-        raise OSError(f"{addresses} port {port}: {', '.join(why) or 'no answer'}") from None
+        numbers = dict.fromkeys(re.findall(r"\[Errno (\d+)\]", str(error)))
+        why = ", ".join(os.strerror(int(number)) for number in numbers) or "no answer"
+        raise OSError(f"{addresses} port {port}: {why}") from None
 
 
 # ------------------------------------------------ options: argv, environment -> Options
@@ -2781,15 +2784,17 @@ class SshHost:
 
     def note(self, argv: Sequence[str], err: str, seconds: float) -> None:
         """Learns from what sudo says, also before the command of a key that has one."""
-        self.gated = self.gated or (argv[0] != "sudo" and bool(re.search("(?m)^sudo: (?!unable to resolve)", err)))
+        if argv[0] != "sudo" and re.search("(?m)^sudo: (?!unable to resolve)", err):
+            self.gated = True
         name = re.search(r"(?m)^sudo: unable to resolve host ([\w.-]+)", err)
         if name and seconds > 2 and not self.slow:
-            self.slow = f"; sudo takes {seconds:.0f} s there, since {name[1]} does not know its own name: as root on "
-            self.slow += f"the host run: echo 127.0.1.1 {name[1]} >>/etc/hosts"
-            log.warning("%s%s", self.name, self.slow.replace(";", ":", 1))
+            slow = f"sudo takes {seconds:.0f} s there, since {name[1]} does not know its own name"
+            slow += f": as root on the host run: echo 127.0.1.1 {name[1]} >>/etc/hosts"
+            self.slow = f"; {slow}"
+            log.warning("%s: %s", self.name, slow)
 
     def connect(self, deadline: Deadline) -> Any:
-        """Logs in. Raises Fatal for what will not change, like a key that is refused, and Transient for the rest."""
+        """Logs in. Raises Fatal for what will not change, Transient for the rest."""
         import paramiko
 
         check: Any = HostKeyCheck(self.login, self.options)
@@ -2804,7 +2809,8 @@ class SshHost:
                 client.close()
             except socket.gaierror as error:
                 what = f"{self.name}: {quoted(self.login.host)} does not resolve ({error.strerror})"
-                advice = "; give an address, or a name that means one where epok runs; ~/.ssh/config is not read"
+                advice = "; give an address, or a name that has one where epok runs; "
+                advice += "~/.ssh/config is not read"
                 if error.errno == socket.EAI_AGAIN and not self.closed:
                     raise Transient(what, attempts=3, advice=advice) from None
                 raise Fatal(what + advice) from None
@@ -2819,14 +2825,16 @@ class SshHost:
                 # paramiko's own limits go by a clock that may have been set meanwhile
                 late = re.search("(?i)timeout|no existing session", str(error))
                 login = isinstance(error, paramiko.SSHException) and alive and not late
-                if login and deadline.remaining() > 0.01:  # not the connection's fault, so the login's
+                if login and deadline.remaining() > 0.01:  # not the connection's fault
                     raise Fatal(f"{self.name}: {self.how_to_let_in(key, error)}") from None
                 if self.closed:
                     raise Fatal(f"{self.name}: {one_line(error)}") from None
                 where = "" if transport is None else f"{self.login.host} port {self.login.port}: "
-                raise Transient(f"{self.name}: {where}{one_line(error)}", advice=HOW_TO_REACH) from None
+                what = f"{self.name}: {where}{one_line(error)}"
+                raise Transient(what, advice=HOW_TO_REACH) from None
             except ValueError as error:  # a host name that is none, a key in ~/.ssh that is no text
-                raise Fatal(f"{self.name}: {one_line(error)}; check --host, and give a key with --key") from None
+                what = f"{self.name}: {one_line(error)}"
+                raise Fatal(f"{what}; check --host, and give a key with --key") from None
         raise Fatal(check.advice())
 
     def log_in(self, client: Any, key: Any, algorithms: Sequence[str], deadline: Deadline) -> None:
@@ -2834,8 +2842,10 @@ class SshHost:
 
         class Transport(paramiko.Transport):
             def auth_publickey(transport, *args: Any) -> list[str]:  # noqa: N805
-                if wanted := super().auth_publickey(*args):  # paramiko would ask for it at the terminal
-                    raise Fatal(f"{self.name}: {self.how_to_need_no_more(wanted)}")
+                if wanted := super().auth_publickey(*args):  # paramiko would ask at the terminal
+                    more = " or ".join(wanted)
+                    told = f"{self.name}: sshd accepts the key, but wants {more} as well"
+                    raise Fatal(f"{told}; {how_to_ask_for_keys(self.user)}")
                 return []
 
         def open_transport(connection: socket.socket, **kw: Any) -> Transport:
@@ -2856,26 +2866,21 @@ class SshHost:
         )
 
     def how_to_let_in(self, key: Any, error: Exception) -> str:
-        import paramiko
-
-        if isinstance(error, paramiko.BadAuthenticationType) and "publickey" not in error.allowed_types:
-            kinds = ", ".join(error.allowed_types)
-            return f"sshd lets {self.user} in by {kinds} alone; {how_to_ask_for_keys(self.user)}"
+        allowed = getattr(error, "allowed_types", ["publickey"])
+        if "publickey" not in allowed:
+            told = f"sshd lets {self.user} in by {', '.join(allowed)} alone"
+            return f"{told}; {how_to_ask_for_keys(self.user)}"
         if key is None:
             made = how_to_make_key(os.path.expanduser("~/.ssh/epok"))
             return f"no key was accepted ({one_line(error)}); give one with --key; {made}"
         refused = f"the key {self.options.key} is refused"
         if in_pod():
             return f"{refused}; {RENEW}"
-        run = f"echo '{key.get_name()} {key.get_base64()}' >epok.pub && cron/setup-host --public-key epok.pub"
-        then = f"--host {self.login._replace(user='epok')}, where this key alone works then, behind a gate"
-        return f"{refused}; as root on the host, in a clone of epok's repository, run: {run}; then give {then}"
-
-    def how_to_need_no_more(self, wanted: Sequence[str]) -> str:
-        more = " or ".join(wanted)
-        return (
-            f"sshd accepts the key, but wants {more} as well, which epok cannot give; {how_to_ask_for_keys(self.user)}"
-        )
+        run = f"echo '{key.get_name()} {key.get_base64()}' >epok.pub"
+        run += " && cron/setup-host --public-key epok.pub"
+        then = f"--host {self.login._replace(user='epok')}, where this key alone works then"
+        where = "as root on the host, in a clone of epok's repository"
+        return f"{refused}; {where}, run: {run}; then give {then}, behind a gate"
 
     def drop(self) -> None:
         if self.client is not None:
@@ -2898,7 +2903,7 @@ def end_input(channel: Any) -> None:
 AGAIN = "run cron/setup-host on the host, with the options that it had before"
 RENEW = AGAIN + ", and replace the Secret by what it prints"
 HOW_TO_REACH = "; is the address right, sshd running there, and no firewall between?"
-KNOWN_HOSTS = ("~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts")
+KNOWN_HOSTS = ["~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts"]
 HOST_KEY_TYPES: tuple[Sequence[str], ...] = (  # in the order that ssh prefers
     ("ssh-ed25519",),
     ("ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521"),
@@ -2906,8 +2911,8 @@ HOST_KEY_TYPES: tuple[Sequence[str], ...] = (  # in the order that ssh prefers
 )
 # paramiko's word for what cannot be agreed on, sshd's, and one of those that epok has
 NEGOTIATED = {
-    "kex": ("key exchange", "KexAlgorithms", "ecdh-sha2-nistp256"),
-    "host key": ("host key", "HostKeyAlgorithms, and a key of it (ssh-keygen -A makes one)", "ssh-ed25519"),
+    "kex": ("key exchange", "KexAlgorithms", "curve25519-sha256@libssh.org"),
+    "host key": ("host key", "HostKeyAlgorithms (ssh-keygen -A makes the key)", "ssh-ed25519"),
     "ciphers": ("cipher", "Ciphers", "aes256-gcm@openssh.com"),
     "macs": ("MAC", "MACs", "hmac-sha2-256-etm@openssh.com"),
 }
@@ -2922,15 +2927,16 @@ def how_to_agree(error: Exception) -> str:
     """What a server lacks with which nothing can be negotiated."""
     for word, (what, setting, example) in NEGOTIATED.items():
         if f"acceptable {word}" in str(error):
-            return f"sshd has no {what} that epok has: on the host add {example} to {setting} in /etc/ssh/sshd_config"
+            told = f"sshd has no {what} that epok has: on the host"
+            return f"{told} add {example} to {setting} in /etc/ssh/sshd_config"
     return one_line(error)
 
 
 def how_to_ask_for_keys(user: str) -> str:
-    """The setting of sshd with which a key is enough, for a user that can do nothing but epok's work."""
+    """The setting of sshd with which a key is enough, for a user that has a gate."""
     if user != "epok":
-        return "let cron/setup-host make a user for epok on the host, and log in as that"
-    setting = "Match User epok\\n    PubkeyAuthentication yes\\n    AuthenticationMethods publickey\\n"
+        return "run cron/setup-host on the host, which makes a user epok, and log in as that"
+    setting = "Match User epok\\nPubkeyAuthentication yes\\nAuthenticationMethods publickey\\n"
     return f"as root on the host run: printf '{setting}' >>/etc/ssh/sshd_config, and reload sshd"
 
 
@@ -2958,21 +2964,22 @@ def load_key(name: str) -> Any:
             return paramiko.PKey.from_path(name)
         except paramiko.SSHException:
             return convert_key(name)
-    except (paramiko.PasswordRequiredException, TypeError):  # TypeError is what cryptography raises for it
-        away = f"ssh-keygen -p -N '' -f {shlex.quote(name)}"
-        raise Fatal(f"--key {name} has a passphrase; take it away: {away}, or use ssh-agent and no --key") from None
+    except (paramiko.PasswordRequiredException, TypeError):  # TypeError is of cryptography
+        away = f"take it away: ssh-keygen -p -N '' -f {shlex.quote(name)}"
+        away += ", or use ssh-agent and no --key"
+        raise Fatal(f"--key {name} has a passphrase; {RENEW if in_pod() else away}") from None
     except FileNotFoundError:
         raise Fatal(f"--key {name}: there is no such file; {how_to_make_key(name)}") from None
     except OSError as error:
-        raise Fatal(
-            f"--key {name}: {error.strerror}; give a file that user {os.geteuid()}, who runs epok, may read"
-        ) from None
+        may = f"a file that user {os.geteuid()}, who runs epok, may read"
+        cure = "take fsGroup from cron/cronjob.yaml" if in_pod() else f"give {may}"
+        raise Fatal(f"--key {name}: {error.strerror}; {cure}") from None
     except Exception as error:  # what its parsers raise is not documented
         raise Fatal(f"--key {name}: {how_to_convert(name, error)}") from None
 
 
 def convert_key(name: str) -> Any:
-    """A private key that paramiko itself cannot read: one of OpenSSL's (PKCS#8), or one whose comment is empty."""
+    """A private key that paramiko cannot read: in PKCS#8, or OpenSSH's without a comment."""
     import io
 
     import paramiko
@@ -2986,9 +2993,10 @@ def convert_key(name: str) -> Any:
     except ValueError:
         key = form.load_pem_private_key(data, None)
     public = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
-    old, new = form.PrivateFormat.TraditionalOpenSSL, form.PrivateFormat.OpenSSH
-    kinds: dict[bytes, Any] = {b"ssh-rsa": (paramiko.RSAKey, old), b"ssh-ed25519": (paramiko.Ed25519Key, new)}
-    made, written = kinds.get(public.split()[0], (paramiko.ECDSAKey, old))
+    made: Any = paramiko.RSAKey if public.startswith(b"ssh-rsa ") else paramiko.ECDSAKey
+    written = form.PrivateFormat.TraditionalOpenSSL
+    if public.startswith(b"ssh-ed25519 "):
+        made, written = paramiko.Ed25519Key, form.PrivateFormat.OpenSSH
     text = key.private_bytes(form.Encoding.PEM, written, form.NoEncryption()).decode()
     return made.from_private_key(io.StringIO(text))
 
@@ -3000,21 +3008,21 @@ def how_to_convert(name: str, error: Exception) -> str:
     with open(name, "rb") as file:
         head = file.read(300)
     old, new = shlex.quote(name), shlex.quote(name + ".openssh")
-    if head.startswith(b"PuTTY-User-Key-File"):
-        return (
-            f"it is a key of PuTTY's; to convert it: puttygen {old} -O private-openssh -o {new}, and give --key {new}"
-        )
-    if head.startswith(b"\x30"):
-        return f"it is not PEM; to convert it: openssl pkey -inform DER -in {old} -out {new}, and give --key {new}"
-    if head.startswith(b"---- BEGIN SSH2"):
-        return f"to convert it: (umask 077; ssh-keygen -i -f {old} >{new}), and give --key {new}"
+    for begin, command in (
+        (b"PuTTY-User-Key-File", f"puttygen {old} -O private-openssh -o {new}"),
+        (b"---- BEGIN SSH2", f"(umask 077; ssh-keygen -i -f {old} >{new})"),
+        (b"0", f"openssl pkey -inform DER -in {old} -out {new}"),
+    ):
+        if head.startswith(begin):
+            return f"it is not of OpenSSH's form; to convert it: {command}, and give --key {new}"
     if re.match(rb"(ssh|ecdsa|sk)-[\w@.-]+ AAAA", head):
         return "it is a public key; give the private one, which is mostly the file without .pub"
-    return f"{one_line(error)}; give a private key that ssh-keygen made; {how_to_make_key(name + '.new')}"
+    make = how_to_make_key(name + ".new")
+    return f"{one_line(error)}; give a private key that ssh-keygen made; {make}"
 
 
 class KnownKey(NamedTuple):
-    """A line of a known_hosts file: where it stands, its mark (@revoked), its names, and its key."""
+    """A line of known_hosts: where it stands, its mark (@revoked), its names, and its key."""
 
     file: str
     number: int
@@ -3024,7 +3032,7 @@ class KnownKey(NamedTuple):
 
 
 def known_keys(files: Iterable[str], name: str) -> list[KnownKey]:
-    """The lines that name the host, as ssh reads them: what is no line or no key counts for nothing."""
+    """The lines that name the host, as ssh reads them; what is none, or has no key, is skipped."""
     import paramiko
 
     found = []
@@ -3045,36 +3053,35 @@ def known_keys(files: Iterable[str], name: str) -> list[KnownKey]:
             kind, text = words[1], words[2].rstrip("\r")
             with contextlib.suppress(Exception):  # what its parsers raise is not documented
                 key = paramiko.PKey.from_type_string(kind, base64.b64decode(text))
-                if key.get_base64() == text and kind in (key.get_name(), "rsa-sha2-256", "rsa-sha2-512"):
+                kinds = (key.get_name(), "rsa-sha2-256", "rsa-sha2-512")
+                if key.get_base64() == text and kind in kinds:
                     found.append(KnownKey(file, number, mark, words[0], key))
     return found
 
 
 def is_named(name: str, names: str) -> bool:
-    """Whether that field of known_hosts stands for the host: a hash, or patterns of which none with ! may fit."""
+    """Whether that field of known_hosts means the host: a hash, or patterns, of which no ! fits."""
     import paramiko
 
     if names.startswith("|"):
         with contextlib.suppress(AssertionError, ValueError):  # it is no hash
             return bool(paramiko.HostKeys.hash_host(name, names) == names)
         return False
-    patterns = names.lower().replace("[", "[[]").split(",")  # what stands in brackets is the name, no choice of letters
-    if any(fnmatch.fnmatchcase(name, pattern[1:]) for pattern in patterns if pattern.startswith("!")):
-        return False
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns if not pattern.startswith("!"))
+    patterns = names.lower().replace("[", "[[]").split(",")  # brackets are those of [host]:port
+    fitting = [each for each in patterns if fnmatch.fnmatchcase(name, each.removeprefix("!"))]
+    return bool(fitting) and not any(pattern.startswith("!") for pattern in fitting)
 
 
 class HostKeyCheck:
-    """Decides, as ssh does, whether a host key is the right one; a policy for paramiko that also knows --host-key."""
+    """Decides, as ssh does or by --host-key, whether a host key is right; a policy for paramiko."""
 
     class Refused(Exception):
         """The server has another key than those that are accepted."""
 
     def __init__(self, login: Login, options: Options) -> None:
         self.login, self.pins = login, options.host_key
-        self.files = (
-            [options.known_hosts] if options.known_hosts else [os.path.expanduser(file) for file in KNOWN_HOSTS]
-        )
+        self.files = [options.known_hosts] if options.known_hosts else KNOWN_HOSTS
+        self.files = [os.path.expanduser(file) for file in self.files]
         host = login.host.lower()
         self.name = host if login.port == 22 else f"[{host}]:{login.port}"
         self.seen: list[Any] = []
@@ -3083,12 +3090,13 @@ class HostKeyCheck:
         self.known = [known_keys(self.files, name) for name in names]
 
     def attempts(self) -> list[list[str]]:
-        """The algorithms of host keys to ask for, one list a connection, the preferred ones first."""
+        """The algorithms of host keys to ask for, one list a connection, the best first."""
         flat = list(itertools.chain(*HOST_KEY_TYPES))
-        words = [pin.split() for pin in self.pins]
-        if self.pins and "any" not in self.pins:  # a fingerprint does not say of what kind its key is
-            kinds = {word[0].replace("ssh-rsa", "rsa-sha2-512") for word in words if len(word) > 1}
-            return [list(some) for some in HOST_KEY_TYPES if len(kinds) < len(words) or kinds & set(some)]
+        if self.pins and "any" not in self.pins:
+            kinds = {pin.split()[0].replace("ssh-rsa", "rsa-sha2-512") for pin in self.pins}
+            # a fingerprint does not say of what kind its key is
+            every = any(kind.startswith("SHA256:") for kind in kinds)
+            return [list(some) for some in HOST_KEY_TYPES if every or kinds & set(some)] or [flat]
         kinds = {line.key.get_name() for lines in self.known[:1] for line in lines if not line.mark}
         if "ssh-ed25519" in kinds:  # the best is known, so ssh leaves the order as it is
             return [flat]
@@ -3103,8 +3111,8 @@ class HostKeyCheck:
                     return told, line
             if line := next((line for line in lines if not line.mark), None):
                 return "changed", line
-        authority = next((line for line in itertools.chain(*self.known) if line.mark == "@cert-authority"), None)
-        return "unknown", authority
+        lines = [line for lines in self.known for line in lines if line.mark == "@cert-authority"]
+        return "unknown", lines[0] if lines else None
 
     def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
         """paramiko calls this for each connection, since it was given no keys to know."""
@@ -3126,29 +3134,28 @@ class HostKeyCheck:
         told = f"{self.login}: its host key {key.get_name()} {key.fingerprint}"
         kind = next((kind for kind in ("ed25519", "ecdsa", "rsa") if kind in key.get_name()), "*")
         compare = f"on the host: ssh-keygen -lf /etc/ssh/ssh_host_{kind}_key.pub"
+        between = "somebody may be in between; only if the host was reinstalled and has this key"
+        between += f" ({compare})"
         if self.pins:
             new = f'--host-key "{key.get_name()} {key.get_base64()}"'
-            told += (
-                " is not the one of --host-key: somebody may be in between; only if the host was reinstalled and has "
-            )
-            return f"{told}this key ({compare}), give {new}"
+            return f"{told} is not the one of --host-key: {between}, give {new}"
         verdict, line = self.verdict(key)
         if line and verdict == "revoked":
             return f"{told} is marked @revoked in {line.file}; connect to no such host"
         # the blank does no harm, and who looks for the line finds its first word alone
-        add = f"{into_directory(file)}echo ' {self.name} {key.get_name()} {key.get_base64()}' >>{shlex.quote(file)}"
+        add = f"echo ' {self.name} {key.get_name()} {key.get_base64()}' >>{shlex.quote(file)}"
         if line and verdict == "changed":
-            told += (
-                f" is not the one in {line.file}, line {line.number}: somebody may be in between; only if the host was"
-            )
-            if line.file == file and not re.search("[*?]", line.names):  # or the line is also for other hosts
+            told += f" is not the one in {line.file}, line {line.number}: {between}"
+            # a pattern is for other hosts too, and the system's file for other users
+            if line.file == file and not re.search("[*?]", line.names):
                 add = f"ssh-keygen -R {shlex.quote(self.name)} -f {shlex.quote(file)} && {add}"
-            return f"{told} reinstalled and has this key ({compare}), {RENEW if in_pod() else f'run: {add}'}"
+            return f"{told}, {RENEW if in_pod() else f'run: {add}'}"
+        told += f" is unknown to {file}" if line is None else f" is not in {line.file}"
         if line:
-            told += f" is not in {line.file}, and epok cannot check a certificate by its @cert-authority"
-        else:
-            told += f" is unknown to {file}"
-        return f"{told}; {RENEW if in_pod() else f'compare it with that {compare}, and if it is the same, run: {add}'}"
+            told += ", and epok cannot check a certificate by its @cert-authority"
+        add = into_directory(file) + add
+        same = f"compare it with that {compare}, and if it is the same, run: {add}"
+        return f"{told}; {RENEW if in_pod() else same}"
 
 
 Host = LocalHost | SshHost
@@ -3241,16 +3248,19 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
         return Transient(f"{failed}; native nft rules share the table: move them to a table of their own", attempts=3)
     if result.status == 127 or "command not found" in result.err:
         lacks_sudo = re.search(r"\bsudo: (command )?not found", result.err)
-        package = "sudo" + f", or {how_to_be_root('su -c')}" * isinstance(host, LocalHost) if lacks_sudo else "iptables"
+        package = "sudo" if lacks_sudo else "iptables"
+        if lacks_sudo and isinstance(host, LocalHost):
+            package += f", or {how_to_be_root('su -c')}"
         return Fatal(f"{failed}; install it on the host: apt-get install {package}")
     if "epok-gate: " in result.err:
         return Fatal(f"{failed}; run cron/setup-host of this epok on the host, with --mark if epok has that option")
     if "sudo" in argv and ("sudo:" in result.err or "not allowed" in result.err):
         return Fatal(f"{failed}; {how_to_allow_sudo(host, argv, result)}")
     if "must be root" in result.err or "Permission denied" in result.err or "not permitted" in result.err:
-        lacking = "; root lacks CAP_NET_ADMIN there, which a container gets by --cap-add NET_ADMIN --network host"
+        lacking = "root lacks CAP_NET_ADMIN there, which a container gets by --cap-add NET_ADMIN"
+        lacking += " --network host"
         is_root = isinstance(host, SshHost) or host.sudo or os.geteuid() == 0
-        return Fatal(f"{failed}{lacking if is_root else '; ' + how_to_be_root('sudo -E')}")
+        return Fatal(f"{failed}; {lacking if is_root else how_to_be_root('sudo -E')}")
     if "temporarily unavailable" in result.err or "xtables lock" in result.err or result.status < 0:
         return Transient(failed)
     named = re.search(r"line:? (\d+)", result.err)
@@ -3264,18 +3274,19 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
 
 
 def how_to_allow_sudo(host: Host, argv: Sequence[str], result: Result) -> str:
-    """What lets a user run by sudo what epok needs, and no more than it has where the gate stands."""
+    """What lets a user run by sudo what epok needs, and no more where the gate stands."""
     visudo = "as root on the host run visudo -f /etc/sudoers.d/epok and add: "
     commands = dict.fromkeys([shlex.join(argv[2:]), *WITH_SUDO])
-    line = f"{visudo}{host.user} ALL=(root) NOPASSWD: " + ", ".join(f"/usr/sbin/{words}" for words in commands)
+    paths = ", ".join(f"/usr/sbin/{words}" for words in commands)
+    line = f"{visudo}{host.user} ALL=(root) NOPASSWD: {paths}"
     if isinstance(host, LocalHost):
         return f"{how_to_be_root('sudo -E')}; or {line}"
     if host.gated or host.user == "epok":
         return AGAIN
     if "must have a tty" in result.err:
         return f"{visudo}Defaults:{host.user} !requiretty"
-    safe = "run cron/setup-host on the host, which makes a user epok with a gate, and log in as that"
-    return f"{safe}; or, if whoever has the key may change all of the firewall, {line}"
+    safe = "run cron/setup-host on the host, which makes a user epok with a gate, and log in as it"
+    return f"{safe}; or, if who has the key may change all of the firewall, {line}"
 
 
 def how_to_be_root(by: str) -> str:
