@@ -3143,7 +3143,8 @@ class HostKeyCheck:
         if line and verdict == "revoked":
             return f"{told} is marked @revoked in {line.file}; connect to no such host"
         # the blank does no harm, and who looks for the line finds its first word alone
-        add = f"echo ' {self.name} {key.get_name()} {key.get_base64()}' >>{shlex.quote(file)}"
+        add = f"{into_directory(file)}echo ' {self.name} {key.get_name()} {key.get_base64()}'"
+        add += f" >>{shlex.quote(file)}"
         if line and verdict == "changed":
             told += f" is not the one in {line.file}, line {line.number}: {between}"
             # a pattern is for other hosts too, and the system's file for other users
@@ -3153,7 +3154,6 @@ class HostKeyCheck:
         told += f" is unknown to {file}" if line is None else f" is not in {line.file}"
         if line:
             told += ", and epok cannot check a certificate by its @cert-authority"
-        add = into_directory(file) + add
         same = f"compare it with that {compare}, and if it is the same, run: {add}"
         return f"{told}; {RENEW if in_pod() else same}"
 
