@@ -1188,6 +1188,8 @@ def proxy_of(access: Access) -> tuple[str, dict[str, str]]:
         raise Fatal(f"{access.origin}: {what}: accepted are addresses like http://192.0.2.1:3128, https and socks5 too")
     login = f"{url.username or ''}:{url.password or ''}" if "@" in url.netloc else ""
     if url.scheme.startswith("socks5"):  # h: as Go has it, the proxy looks the name up
+        import socks  # noqa: F401 (urllib3 needs it, and does not say so well)
+
         return f"socks5h://{login and login + '@'}{place}", {}
     words = {"Proxy-Authorization": basic_words(*map(urllib.parse.unquote, login.split(":", 1)))} if login else {}
     return f"{url.scheme}://{place}", words
