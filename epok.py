@@ -1319,8 +1319,9 @@ def to_service(item: Any, always: str = "") -> Service | None:
     """Reads a Service; None when it carries no mapping and is not the one that matters `always`."""
     meta, key = object_name("Service", item)
     annotations = meta.inner("annotations")
-    known = {name: annotations.get(name, "") for name, value in annotations.value.items()
-            if isinstance(name, str) and name.startswith(PREFIXES) and value is not None}  # fmt: skip
+    # null is "" to the API server too: an annotation that is there
+    known = {name: annotations.get(name, "") for name in annotations.value
+            if isinstance(name, str) and name.startswith(PREFIXES)}  # fmt: skip
     if key != always and not known.keys() & set(PORT_ANNOTATIONS):
         return None
     spec = Fields(Fields(item, f"Service {key}").get("spec", {}), f"Service {key} spec")
