@@ -797,6 +797,10 @@ def yaml_loader() -> Any:
 def without_nulls(value: Any) -> Any:
     """The value less all fields that are null, which to Kubernetes are absent."""
     if isinstance(value, dict):
+    @property
+    def shows_nothing(self) -> str:
+        why = f"{self.origin} has none" if self.server.startswith("https:") else "its server is not one of https://"
+        return f"no credentials were sent, since {why}"
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
     if isinstance(value, list):
         return [without_nulls({} if each is None else each) for each in value]
@@ -871,7 +875,9 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
         cluster = chosen(everything.clusters, context.cluster, "cluster", f"context {quoted(name)} names it")
         access = cluster_access(cluster, Access(origin, server_url(cluster.server), shlex.join(kubectl), file))
         user = everything.users.get(context.user, UserEntry())
-        if not identifies(user) and access.server.startswith("https:"):  # plain http: kubectl proxy, say
+        if access.server.startswith("http:"):  # kubectl proxy, say; in the clear no token is sent
+            return dataclasses.replace(access, headers=impersonation(user))
+        if not identifies(user):
             why = "has none" if context.user in everything.users else "is not among its users"
             raise ValueError(
                 f"there are no credentials: user {quoted(context.user)} of context {quoted(name)} {why}; "
@@ -1588,7 +1594,7 @@ class Cluster:
             return Transient(told, retry_after(answer.headers.get("Retry-After", "")))
         if answer.status == 401:
             if not self.access.shows:
-                return Fatal(f"{told}: no credentials were sent, since {self.access.origin} has none")
+                return Fatal(f"{told}: {self.access.shows_nothing}")
             renew = f"the {self.access.shows} is not accepted; renew it"
             if self.access.kubectl:
                 renew += "; k3s: copy /etc/rancher/k3s/k3s.yaml anew; kubeadm: kubeadm certs renew admin.conf"
@@ -1675,7 +1681,9 @@ def mistaken(message: str, access: Access) -> str:
     """Why the server takes epok for nobody, or for somebody else than it may be, if an answer with 403 says so."""
     if re.search('User "system:(anonymous|unauthenticated)"', message):  # who are everybody: never grant them anything
         if not access.shows:
-            return f"no credentials were sent, since {access.origin} has none"
+            return access.shows_nothing
+        if access.shows == "password":
+            return f"API servers take no username and password any more; give {access.origin} a token"
         return f"the {access.shows} of {access.origin} did not arrive; is there something in between that ends TLS?"
     if "cannot impersonate" in message:
         return f"take as, as-uid, as-groups and as-user-extra out of {access.origin}"
