@@ -1156,8 +1156,9 @@ def tls_context(access: Access) -> ssl.SSLContext:
 
 @contextlib.contextmanager
 def private_file(text: str) -> Iterator[str]:
-    """The path of a file that has no name, so that nothing can leave it behind."""
-    with tempfile.TemporaryFile() as file:
+    """The path of a file without a name, which nothing can leave behind; in memory, since a pod may have no /tmp."""
+    memory = getattr(os, "memfd_create", None)  # Linux has it
+    with open(memory("epok"), "wb") if memory else tempfile.TemporaryFile() as file:
         file.write(text.encode("latin-1"))
         file.flush()
         file.seek(0)
@@ -4964,12 +4965,13 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     # a short run makes much and drops little: not to look for cycles often saves time
     gc.set_threshold(100_000)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ends:
         if signal.getsignal(number) == signal.SIG_DFL:  # not if it is to be ignored, as of nohup
             signal.signal(number, signal.default_int_handler)
     status = main(sys.argv[1:])
-    for number in (signal.SIGINT, signal.SIGTERM):
+    ends = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    for number in ends:
         signal.signal(number, signal.SIG_IGN)  # all is done, and the exit status says how
-    atexit._run_exitfuncs()  # of kubernetes, which has put keys into files
+    atexit._run_exitfuncs()  # ends a login plugin that still runs
     # not SystemExit: Python may crash while it takes down what a thread, which waits for a server, still uses
     os._exit(status)
