@@ -1998,13 +1998,19 @@ def check_annotations(service: Service, plan: Plan) -> None:
 
 
 def nearest(name: str) -> str:
-    """The annotation that looks most like one that is none, with the same prefix."""
+    """The annotation that looks most like one that is none, with the same prefix; a restriction if that is in it."""
     import difflib
 
     prefix, _, word = name.partition("/")
     letters = re.sub("[^a-z]", "", word[:MAX_NAME].lower())
     known = [each for each in SERVICE_ANNOTATIONS[::-1] if each.startswith(f"{prefix}/")]
-    return max(known, key=lambda each: difflib.SequenceMatcher(None, letters, each.partition("/")[2]).ratio())
+
+    def likeness(each: str) -> tuple[bool, float]:
+        word = each.partition("/")[2]
+        within = each not in PORT_ANNOTATIONS and word.replace("-", "") in letters
+        return within, difflib.SequenceMatcher(None, letters, word).ratio()
+
+    return max(known, key=likeness)
 
 
 def allowed_sources(service: Service) -> tuple[Network, ...] | None:

@@ -316,6 +316,7 @@ def test_an_annotation_that_is_none_is_warned_about_with_the_one_that_is_meant(
     ("intrenal", "internal"), ("Internal", "internal"), ("internal-only", "internal"), ("private", "internal"),
     ("allow-ranges", "allow-range"), ("allowRange", "allow-range"), ("allow_range", "allow-range"),
     ("allowed", "allow-range"), ("source-ranges", "allow-range"), ("restrict", "allow-range"), ("", "allow-range"),
+    ("internalport", "internal"), ("internal-ports", "internal"), ("externalport.internal", "internal"),
 ])  # fmt: skip
 def test_a_restriction_that_may_be_misspelt_opens_nothing(prefix: str, name: str, meant: str) -> None:
     plan = mapped("25", annotations={f"{prefix}/{name}": "192.0.2.0/24"})
