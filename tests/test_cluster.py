@@ -1287,10 +1287,12 @@ def test_a_kubeconfig_that_is_none_fails(
     assert not api.requests
 
 
-def test_a_token_that_no_header_can_carry_is_not_shown(lab: Lab, api: FakeApi, before: str, tmp_path: Path) -> None:
-    where = f"https://{api.address}"
-    config = write_kubeconfig(tmp_path / "config", where, user={"token": f"{TOKEN}\nX: y"})
-    assert_failed(lab, run(lab, "--kubeconfig", config, timeout=HOPELESS), before)
+def test_a_token_that_no_header_can_carry_is_not_shown(lab: Lab, before: str, tmp_path: Path) -> None:
+    file, context = certificate(tmp_path)
+    with FakeApi(lab.host, *NODES, MAIL, tls=context) as api:
+        user, authority = {"token": f"{TOKEN}\nX: y"}, {"certificate-authority": file}
+        config = write_kubeconfig(tmp_path / "config", api.url, user=user, cluster=authority)
+        assert_failed(lab, run(lab, "--kubeconfig", config, timeout=HOPELESS), before, "token")
 
 
 def test_an_unknown_context_fails(lab: Lab, two: str, before: str) -> None:
@@ -1395,7 +1397,7 @@ def test_a_mapping_that_yaml_takes_for_a_number_is_named(lab: Lab, before: str) 
 
 @pytest.mark.parametrize(
     "make",
-    [lambda file: None, Path.mkdir, lambda file: file.write_bytes(b"\xff\xfe\x00{")],
+    [lambda file: None, Path.mkdir, lambda file: file.write_bytes(b"\x00\xff{")],
     ids=["missing", "a directory", "binary"],
 )
 def test_a_snapshot_file_that_cannot_be_read_is_named(
