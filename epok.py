@@ -793,9 +793,8 @@ class Access:
     @property
     def shows(self) -> str:
         """By what the server may know who asks; empty when by nothing."""
-        words = dict(self.headers).get("Authorization", "")
-        kinds = {"Basic": "password", "Bearer": "token"}
-        return kinds.get(words.partition(" ")[0], "client certificate" if self.certificate else "")
+        kind = dict(self.headers).get("Authorization", "").partition(" ")[0].lower()  # a pod's is bearer
+        return {"basic": "password", "bearer": "token"}.get(kind, "client certificate" if self.certificate else "")
 
     @property
     def shows_nothing(self) -> str:

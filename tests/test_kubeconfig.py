@@ -789,3 +789,11 @@ def test_a_plugin_may_print_yaml_and_have_a_path_of_its_own(ground: Ground, clus
     file = written(tmp_path / "config", config(cluster, user))
     assert "who" in ground.both(f"--kubeconfig={file}", PATH=f"{tmp_path}:{os.environ['PATH']}")[1]
     assert "error" in ground.both(f"--kubeconfig={file}")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "shows"), [("Bearer x", "token"), ("bearer x", "token"), ("Basic x", "password"), ("", "")]
+)
+def test_by_what_the_server_knows_us_is_told_from_what_is_sent(words: str, shows: str) -> None:
+    """The token of a pod's account too, which the Kubernetes package writes in small letters."""
+    assert epok.Access("here", "https://192.0.2.1", headers=[("Authorization", words)]).shows == shows
