@@ -128,6 +128,7 @@ import fnmatch
 import functools
 import gc
 import hashlib
+import io
 import ipaddress
 import itertools
 import json
@@ -137,6 +138,7 @@ import pwd
 import random
 import re
 import shlex
+import shutil
 import socket
 import ssl
 import subprocess
@@ -699,6 +701,20 @@ class Plugin(msgspec.Struct, rename="camel"):
     interactive_mode: str = ""
 
 
+class Credentials(msgspec.Struct, rename="camel"):
+    """What such a program makes."""
+
+    token: str = ""
+    client_certificate_data: str = ""
+    client_key_data: str = ""
+
+
+class PluginAnswer(msgspec.Struct, rename="camel"):
+    api_version: str
+    status: Credentials
+    kind: Literal["ExecCredential", ""] = ""
+
+
 class UserEntry(msgspec.Struct, rename="kebab"):
     client_certificate: str = ""
     client_certificate_data: str = ""
@@ -719,7 +735,6 @@ class UserEntry(msgspec.Struct, rename="kebab"):
 class ContextEntry(msgspec.Struct):
     cluster: str = ""
     user: str = ""
-    namespace: str = ""
 
 
 class NamedCluster(msgspec.Struct):
@@ -778,20 +793,32 @@ class Access:
     @property
     def shows(self) -> str:
         """By what the server may know who asks; empty when by nothing."""
-        words = dict(self.headers).get("Authorization", dict(self.headers).get("authorization", ""))
-        kinds = {"Basic": "password", "Bearer": "token", "bearer": "token"}
-        return kinds.get(words.partition(" ")[0], "client certificate" if self.certificate else "")
+        kind = dict(self.headers).get("Authorization", "").partition(" ")[0].lower()  # a pod's is bearer
+        return {"basic": "password", "bearer": "token"}.get(kind, "client certificate" if self.certificate else "")
+
+    @property
+    def shows_nothing(self) -> str:
+        why = f"{self.origin} has none" if self.server.startswith("https:") else "its server is not one of https://"
+        return f"no credentials were sent, since {why}"
 
 
-def yaml_loader() -> Any:
-    """PyYAML's SafeLoader, but one that leaves times the texts that they are in JSON."""
+def documents(data: bytes) -> Iterator[Any]:
+    """What is in JSON, or in each document of YAML, times as texts. Raises ValueError, which tells no secret of it."""
+    try:
+        yield json.loads(data)  # first, since PyYAML takes no tabs
+        return
+    except ValueError:
+        pass
     import yaml
 
     class Loader(yaml.SafeLoader):
         pass
 
     Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
-    return Loader
+    try:
+        yield from yaml.load_all(io.BytesIO(data), Loader)  # a file: of a text PyYAML's errors show the line
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # the last for !!int and !!bool of what is none
+        raise ValueError(re.sub(r"(^|(alias|anchor|tag|handle|:) )'[^']*'", r"\1'...'", one_line(error))) from None
 
 
 def without_nulls(value: Any) -> Any:
@@ -805,11 +832,9 @@ def without_nulls(value: Any) -> Any:
 
 def read_kubeconfig(file: str) -> KubeconfigFile | None:
     """One file, its paths made absolute; None when it is not there. Raises Fatal."""
-    import yaml
-
     try:
         with open(file, "rb") as opened:
-            document: Any = next(yaml.load_all(opened.read(), yaml_loader()), None)
+            document: Any = next(documents(opened.read()), None)
         found: KubeconfigFile = msgspec.convert({} if document is None else without_nulls(document), KubeconfigFile)
         for entries in (found.clusters, found.users, found.contexts):
             names = [entry.name for entry in entries]
@@ -819,10 +844,11 @@ def read_kubeconfig(file: str) -> KubeconfigFile | None:
         return None
     except PermissionError:  # as k3s and kubeadm make it
         copy = f"sudo install -m 600 -o {os.geteuid()} {shlex.quote(file)} kubeconfig"
-        how = f"run epok as root, or: {copy}, and give --kubeconfig kubeconfig"
-        raise Fatal(f"kubeconfig {file}: only root may read it; {how}") from None
-    except (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError) as error:
-        raise Fatal(f"kubeconfig {file}: {one_line(error)}; kubectl config view shows what is one") from None
+        how = f"run epok as its owner, or: {copy}, and give --kubeconfig kubeconfig"
+        raise Fatal(f"kubeconfig {file}: this user may not read it; {how}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        check = f"check it with kubectl config view --kubeconfig {shlex.quote(file)}"
+        raise Fatal(f"kubeconfig {file}: {one_line(error)}; {check}") from None
     folder = os.path.dirname(os.path.abspath(file))
     for cluster in found.clusters:
         resolve(cluster.cluster, folder, "certificate_authority")
@@ -871,15 +897,18 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
         cluster = chosen(everything.clusters, context.cluster, "cluster", f"context {quoted(name)} names it")
         access = cluster_access(cluster, Access(origin, server_url(cluster.server), shlex.join(kubectl), file))
         user = everything.users.get(context.user, UserEntry())
-        if not identifies(user) and access.server.startswith("https:"):  # plain http: kubectl proxy, say
+        if access.server.startswith("http:"):  # kubectl proxy, say; in the clear no token is sent
+            return dataclasses.replace(access, headers=impersonation(user))
+        if not identifies(user):
             why = "has none" if context.user in everything.users else "is not among its users"
             raise ValueError(
                 f"there are no credentials: user {quoted(context.user)} of context {quoted(name)} {why}; "
                 "give it a token, tokenFile, client-certificate or exec"
             )
         return user_access(user, cluster, access, deadline)
-    except OSError as error:
-        raise Fatal(f"{origin}: {one_line(error)}") from None
+    except OSError as error:  # as under systemd, which copies the kubeconfig alone
+        instead = f"what {shlex.join(kubectl)} config view --flatten prints needs no such files"
+        raise Fatal(f"{origin}: {one_line(error)}; {instead}") from None
     except ValueError as error:
         raise Fatal(f"{origin}: {one_line(error)}") from None
 
@@ -892,33 +921,37 @@ def chosen(entries: Mapping[str, T], name: str, what: str, hint: str) -> T:
     return entries[name]
 
 
-def decoded(data: str, what: str) -> str:
-    """The text of a field in base64."""
-    try:
-        return base64.b64decode(re.sub(r"[\r\n]", "", data), validate=True).decode("latin-1")
-    except ValueError:
-        raise ValueError(f"{what} is not base64") from None
-
-
 def data_or_file(entry: Any, name: str) -> str:
     """What stands in a field itself, in base64, or in the file that it names. Raises ValueError, OSError."""
-    data, file = getattr(entry, f"{name}_data"), getattr(entry, name)
+    data, file, word = getattr(entry, f"{name}_data"), getattr(entry, name), name.replace("_", "-")
     if data and file:
-        word = name.replace("_", "-")
         raise ValueError(f"there are both {word} and {word}-data; take one of them out")
     if file:
         with open(file, encoding="latin-1") as opened:
             return opened.read()
-    return decoded(data, f"{name.replace('_', '-')}-data")
+    try:
+        return base64.b64decode(re.sub(r"[\r\n]", "", data), validate=True).decode("latin-1")
+    except ValueError:
+        raise ValueError(f"{word}-data is not base64") from None
+
+
+def to_url(text: str, what: str, *schemes: str) -> urllib.parse.SplitResult:
+    """An address of one of these schemes. Raises ValueError, which shows no password."""
+    with contextlib.suppress(ValueError):
+        url = urllib.parse.urlsplit(text)
+        if url.scheme in schemes and url.hostname and url.port != 0:
+            return url
+    ways = " or ".join(f"{scheme}://" for scheme in schemes)
+    raise ValueError(f"{what} {quoted(hidden(text))}: accepted is {ways} with a host and maybe a port")
 
 
 def server_url(server: str) -> str:
     """The address of an API server as it stands in a kubeconfig; without a scheme it is one of plain http."""
     if not server:
         raise ValueError("the cluster has no server")
-    url = urllib.parse.urlsplit(server if "://" in server else f"http://{server}")
-    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc:
-        raise ValueError(f"server {quoted(server)}: accepted are addresses like https://192.0.2.1:6443")
+    url = to_url(server if "://" in server else f"http://{server}", "server", "https", "http")
+    if "@" in url.netloc:
+        raise ValueError(f"server {quoted(hidden(server))}: user and password are not for its address")
     return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}"
 
 
@@ -928,8 +961,8 @@ def cluster_access(cluster: ClusterEntry, access: Access) -> Access:
     if ca and cluster.insecure_skip_tls_verify:
         raise ValueError("there are both a certificate-authority and insecure-skip-tls-verify; take one of them out")
     proxy = cluster.proxy_url
-    if proxy and urllib.parse.urlsplit(proxy).scheme not in ("http", "https", "socks5"):
-        raise ValueError(f"proxy-url {quoted(hidden(proxy))}: accepted are http://, https:// and socks5:// addresses")
+    if proxy:
+        to_url(proxy, "proxy-url", "http", "https", "socks5")
     return dataclasses.replace(
         access,
         ca=ca,
@@ -980,9 +1013,8 @@ def spares(entry: str, host: str, port: int) -> bool:
 
 def identifies(user: UserEntry) -> bool:
     """Whether there are credentials, of whatever kind."""
-    certificate = user.client_certificate or user.client_certificate_data
-    words = (user.token, user.token_file, certificate, user.username, user.password, user.auth_provider, user.exec)
-    return any(words)
+    words = user.token or user.token_file or user.username or user.password
+    return bool(words or user.client_certificate or user.client_certificate_data or user.auth_provider or user.exec)
 
 
 def user_access(user: UserEntry, cluster: ClusterEntry, access: Access, deadline: Deadline) -> Access:
@@ -1008,18 +1040,16 @@ def user_access(user: UserEntry, cluster: ClusterEntry, access: Access, deadline
 
 
 def bearer_token(user: UserEntry) -> str:
-    """That of the file, which somebody renews, before the one that stands beside it. Raises OSError, ValueError."""
+    """That of the file, which somebody renews, before the one that stands beside it. Raises ValueError."""
     if not user.token_file:
         return user.token
     try:
         with open(user.token_file, encoding="utf-8") as file:
-            token = file.read().strip()
-    except OSError:
-        if user.token:
-            return user.token
-        raise
+            token, why = file.read().strip(), "it is empty"
+    except OSError as error:
+        token, why = "", one_line(error)
     if not (token or user.token):
-        raise ValueError(f"tokenFile {user.token_file} is empty")
+        raise ValueError(f"tokenFile {user.token_file}: {why}")
     return token or user.token
 
 
@@ -1056,7 +1086,7 @@ def run_plugin(
     if mode not in ("Never", "IfAvailable", "Always") or not all(variable.name for variable in plugin.env):
         raise ValueError("exec needs interactiveMode Never, IfAvailable or Always, and a name for each variable of env")
     doing = f"{access.origin}: its login plugin {quoted(plugin.command)}"
-    instead = f"check it with {access.kubectl} get nodes; a token needs no plugin: kubectl create token"
+    instead = f"check it with {access.kubectl} get nodes; a token or client-certificate needs no plugin"
     terminal = mode != "Never" and sys.stdin is not None and sys.stdin.isatty()
     if mode == "Always" and not terminal:
         raise Fatal(f"{doing} asks a person, and there is no terminal (interactiveMode Always); {instead}")
@@ -1066,26 +1096,27 @@ def run_plugin(
     asked = {"apiVersion": plugin.api_version, "kind": "ExecCredential", "spec": spec}
     variables = {variable.name: variable.value for variable in plugin.env}
     env = {**os.environ, **variables, "KUBERNETES_EXEC_INFO": json.dumps(asked)}
+    program = shutil.which(plugin.command) or plugin.command  # in epok's PATH, whatever is in its own
     try:
-        done = execute([plugin.command, *plugin.args], b"", env, deadline, doing, True, terminal)
+        done = execute([program, *plugin.args], b"", env, deadline, doing, True, terminal)
     except Fatal as error:
         raise Fatal(f"{error}; does it wait for a person? {instead}") from None
     if done.status:
-        raise Fatal(f"{doing} failed, {done.said}; {instead}")
+        said = one_line(done.err or f"exit status {done.status}")  # what it printed may have a token
+        raise Fatal(f"{doing} failed, {said}; {instead}")
     try:
-        answer = json.loads(done.out)
-        made = without_nulls(answer["status"])
-        if answer["apiVersion"] != plugin.api_version:
-            raise ValueError(f"apiVersion {quoted(answer['apiVersion'])}")
-        pair = made.get("clientCertificateData", ""), made.get("clientKeyData", "")
-        token = made.get("token", "")
-        if not all(isinstance(text, str) for text in (token, *pair)) or bool(pair[0]) != bool(pair[1]):
+        answer = msgspec.convert(without_nulls(next(documents(done.out.encode(*CODING)), {})), PluginAnswer)
+        if answer.api_version != plugin.api_version:
+            raise ValueError(f"apiVersion {quoted(answer.api_version)}")
+        made = answer.status
+        if bool(made.client_certificate_data) != bool(made.client_key_data):
             raise ValueError("half of a pair of certificate and key")
-        if not (token or pair[0]):
+        if not (made.token or made.client_certificate_data):
             raise ValueError("neither a token nor a certificate")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Fatal(f"{doing} prints no credentials: {one_line(error)}; {instead}") from None
-    return token, pair if pair[0] else None
+    pair = made.client_certificate_data, made.client_key_data
+    return made.token, pair if pair[0] else None
 
 
 def plugin_cluster(cluster: ClusterEntry, access: Access) -> dict[str, Any]:
@@ -1114,7 +1145,7 @@ def pod_access() -> Access:
     except (config.ConfigException, OSError, ValueError) as error:
         what = one_line(error).rstrip(".")
         raise Fatal(f"the pod's account: {what}; give --kubeconfig, or --snapshot to do without") from None
-    headers = [(each["key"], each["value"].strip()) for each in pod.auth_settings().values()]
+    headers = [("Authorization", each["value"].strip()) for each in pod.auth_settings().values()]
     return Access("the pod's account", pod.host, ca=ca, proxy=proxy_for(pod.host, os.environ), headers=headers)
 
 
@@ -1137,7 +1168,7 @@ def tls_context(access: Access) -> ssl.SSLContext:
         else:
             context.load_default_certs()
     except (ssl.SSLError, ValueError):
-        raise Fatal(f"{access.origin}: there is no certificate in its certificate-authority") from None
+        raise Fatal(f"{access.origin}: its certificate-authority has no certificate, or a broken one") from None
     if access.certificate:
         try:
             with private_file(access.certificate[0]) as chain, private_file(access.certificate[1]) as key:
@@ -1150,8 +1181,9 @@ def tls_context(access: Access) -> ssl.SSLContext:
 
 @contextlib.contextmanager
 def private_file(text: str) -> Iterator[str]:
-    """The path of a file that has no name, so that nothing can leave it behind."""
-    with tempfile.TemporaryFile() as file:
+    """The path of a file without a name, which nothing can leave behind; in memory, since a pod may have no /tmp."""
+    memory = getattr(os, "memfd_create", None)  # Linux has it
+    with open(memory("epok"), "wb") if memory else tempfile.TemporaryFile() as file:
         file.write(text.encode("latin-1"))
         file.flush()
         file.seek(0)
@@ -1178,26 +1210,21 @@ def connections(access: Access, configuration: Any) -> Any:
 def proxy_of(access: Access) -> tuple[str, dict[str, str]]:
     """The proxy's address as urllib3 wants it, and what to tell the proxy. Raises Fatal."""
     try:
-        url = urllib.parse.urlsplit(access.proxy)
-        host = url.hostname or ""
-        place = (f"[{host}]" if ":" in host else host) + (f":{url.port}" if url.port else "")
-    except ValueError:
-        url, host, place = urllib.parse.urlsplit(""), "", ""
-    if not host or url.scheme not in ("http", "https", "socks5", "socks5h"):
-        what = f"proxy {quoted(hidden(access.proxy))}"
-        raise Fatal(f"{access.origin}: {what}: accepted are addresses like http://192.0.2.1:3128, https and socks5 too")
-    login = f"{url.username or ''}:{url.password or ''}" if "@" in url.netloc else ""
+        url = to_url(access.proxy, "proxy", "http", "https", "socks5", "socks5h")
+    except ValueError as error:
+        raise Fatal(f"{access.origin}: {error}") from None
+    login, at, place = url.netloc.rpartition("@")
     if url.scheme.startswith("socks5"):  # h: as Go has it, the proxy looks the name up
         import socks  # noqa: F401 (urllib3 needs it, and does not say so well)
 
-        return f"socks5h://{login and login + '@'}{place}", {}
-    words = {"Proxy-Authorization": basic_words(*map(urllib.parse.unquote, login.split(":", 1)))} if login else {}
-    return f"{url.scheme}://{place}", words
+        return f"socks5h://{login}{at}{place}", {}
+    words = basic_words(*map(urllib.parse.unquote, (url.username or "", url.password or "")))
+    return f"{url.scheme}://{place}", {"Proxy-Authorization": words} if at else {}
 
 
 def hidden(url: str) -> str:
-    """An address without the password that may be in it."""
-    return re.sub(r"(//[^/@]*):[^/@]*@", r"\1:...@", url)
+    """An address without the user and the password that may be in it, whatever characters they have."""
+    return re.sub(r"^(\w*://)?.*@", r"\1...@", url, flags=re.DOTALL)
 
 
 # ------------------------------------------------ cluster: Kubernetes API or file -> Snapshot
@@ -1321,8 +1348,9 @@ def to_service(item: Any, always: str = "") -> Service | None:
     """Reads a Service; None when it carries no mapping and is not the one that matters `always`."""
     meta, key = object_name("Service", item)
     annotations = meta.inner("annotations")
-    known = {name: annotations.get(name, "") for name, value in annotations.value.items()
-            if isinstance(name, str) and name.startswith(PREFIXES) and value is not None}  # fmt: skip
+    # null is "" to the API server too: an annotation that is there
+    known = {name: annotations.get(name, "") for name in annotations.value
+            if isinstance(name, str) and name.startswith(PREFIXES)}  # fmt: skip
     if key != always and not known.keys() & set(PORT_ANNOTATIONS):
         return None
     spec = Fields(Fields(item, f"Service {key}").get("spec", {}), f"Service {key} spec")
@@ -1417,24 +1445,13 @@ class SnapshotFile:
         try:
             # unbuffered: a thread that waits in a buffer keeps Python from exiting
             with open(0 if name == "-" else name, "rb", buffering=0, closefd=name != "-") as file:
-                text = file.read().decode()
-            self.objects = list(flatten(self.documents(text)))
-        except (OSError, UnicodeDecodeError) as error:
+                self.objects = list(flatten(documents(file.read())))
+        except OSError as error:
             raise Fatal(f"{self.name}: {one_line(error)}; {HOW_TO_WRITE}") from None
+        except ValueError as error:
+            raise Fatal(f"{self.name} is neither JSON nor YAML: {one_line(error)}; {HOW_TO_WRITE}") from None
         except RecursionError:
             raise Fatal(f"{self.name}: nested too deeply; {HOW_TO_WRITE}") from None
-
-    def documents(self, text: str) -> list[Any]:
-        try:
-            return [json.loads(text)]
-        except ValueError:
-            pass
-        import yaml
-
-        try:
-            return list(yaml.load_all(text, yaml_loader()))
-        except (yaml.YAMLError, ValueError, LookupError) as error:  # the last for !!int and !!bool of what is none
-            raise Fatal(f"{self.name} is neither JSON nor YAML: {one_line(error)}; {HOW_TO_WRITE}") from None
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
         """All that the file has of a kind; a selector only saves the API work."""
@@ -1536,7 +1553,9 @@ class Cluster:
         """The answer: status, headers, body. `body` is for PATCH the fields to merge in. Raises Transient or Fatal."""
         import urllib3
 
-        headers = urllib3.HTTPHeaderDict(self.access.headers)
+        # as UTF-8, which Go sends; http.client makes latin-1 of it
+        sent = [(name, value.encode().decode("latin-1")) for name, value in self.access.headers]
+        headers = urllib3.HTTPHeaderDict(sent)
         headers["Accept"] = "application/json"
         headers["User-Agent"] = f"epok/{VERSION}"
         headers["Content-Type"] = "application/merge-patch+json" if method == "PATCH" else "application/json"
@@ -1556,20 +1575,19 @@ class Cluster:
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise self.unreachable(error) from None
         except ValueError:  # its text would show the token
-            raise Fatal(f"{self.name}: the address or the token has characters that no request can have") from None
+            what = "the address, the token or an as has characters that no request can have"
+            raise Fatal(f"{self.name}: {what}") from None
         log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, len(content))
         return Answer(answer.status, answer.headers, content)
 
     def unreachable(self, error: Exception) -> Exception:
         """What a connection that was not made, or that broke, means."""
-        refused = re.search(r"Tunnel connection failed: (4[0-9][0-9])", str(error))
+        refused = re.search(r"Tunnel connection failed: (4[0-9][0-9])|SOCKS5 authentication", str(error))
         if refused:
-            why = (
-                "user:password@ in its address is missing or wrong"
-                if refused[1] in ("401", "407")
-                else "its rules forbid it"
-            )
-            return Fatal(f"{self.name}: the proxy answers {refused[1]}: {why}; see proxy-url, or HTTPS_PROXY")
+            login = refused[1] in ("401", "407", None)
+            why = "user:password@ in its address is missing or wrong" if login else "its rules forbid it"
+            what = f"answers {refused[1]}" if refused[1] else "lets nobody in like that"
+            return Fatal(f"{self.name}: the proxy {what}: {why}; see proxy-url, or HTTPS_PROXY")
         return Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach())
 
     def body_of(self, answer: Any) -> bytes:
@@ -1589,7 +1607,7 @@ class Cluster:
             return Transient(told, retry_after(answer.headers.get("Retry-After", "")))
         if answer.status == 401:
             if not self.access.shows:
-                return Fatal(f"{told}: no credentials were sent, since {self.access.origin} has none")
+                return Fatal(f"{told}: {self.access.shows_nothing}")
             renew = f"the {self.access.shows} is not accepted; renew it"
             if self.access.kubectl:
                 renew += "; k3s: copy /etc/rancher/k3s/k3s.yaml anew; kubeadm: kubeadm certs renew admin.conf"
@@ -1676,7 +1694,9 @@ def mistaken(message: str, access: Access) -> str:
     """Why the server takes epok for nobody, or for somebody else than it may be, if an answer with 403 says so."""
     if re.search('User "system:(anonymous|unauthenticated)"', message):  # who are everybody: never grant them anything
         if not access.shows:
-            return f"no credentials were sent, since {access.origin} has none"
+            return access.shows_nothing
+        if access.shows == "password":
+            return f"API servers take no username and password any more; give {access.origin} a token"
         return f"the {access.shows} of {access.origin} did not arrive; is there something in between that ends TLS?"
     if "cannot impersonate" in message:
         return f"take as, as-uid, as-groups and as-user-extra out of {access.origin}"
@@ -1700,7 +1720,7 @@ TLS_TROUBLES = (
     ("certificate has expired", "the server's certificate has expired, or this machine's clock is wrong"),
     ("not yet valid", "this machine's clock is behind, or the server's certificate is for later"),
     ("mismatch", "the server's certificate is for other names than the one in server, or in tls-server-name"),
-    ("verify failed", "the server's certificate is not by the certificate-authority that is given"),
+    ("verify failed", "the server's certificate is not by the certificate-authority (without one: this machine's)"),
     ("WRONG_VERSION_NUMBER|record layer|HTTP_REQUEST", "what answers there speaks no TLS"),
     ("alert", "the server, or what is before it, refuses to talk to a client with this certificate, or with none"),
 )
@@ -1990,13 +2010,19 @@ def check_annotations(service: Service, plan: Plan) -> None:
 
 
 def nearest(name: str) -> str:
-    """The annotation that looks most like one that is none, with the same prefix."""
+    """The annotation that looks most like one that is none, with the same prefix; a restriction if that is in it."""
     import difflib
 
     prefix, _, word = name.partition("/")
     letters = re.sub("[^a-z]", "", word[:MAX_NAME].lower())
     known = [each for each in SERVICE_ANNOTATIONS[::-1] if each.startswith(f"{prefix}/")]
-    return max(known, key=lambda each: difflib.SequenceMatcher(None, letters, each.partition("/")[2]).ratio())
+
+    def likeness(each: str) -> tuple[bool, float]:
+        word = each.partition("/")[2]
+        within = each not in PORT_ANNOTATIONS and word.replace("-", "") in letters
+        return within, difflib.SequenceMatcher(None, letters, word).ratio()
+
+    return max(known, key=likeness)
 
 
 def allowed_sources(service: Service) -> tuple[Network, ...] | None:
@@ -4957,12 +4983,13 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     # a short run makes much and drops little: not to look for cycles often saves time
     gc.set_threshold(100_000)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    ends = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    for number in ends:
         if signal.getsignal(number) == signal.SIG_DFL:  # not if it is to be ignored, as of nohup
             signal.signal(number, signal.default_int_handler)
     status = main(sys.argv[1:])
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ends:
         signal.signal(number, signal.SIG_IGN)  # all is done, and the exit status says how
-    atexit._run_exitfuncs()  # of kubernetes, which has put keys into files
+    atexit._run_exitfuncs()  # ends a login plugin that still runs
     # not SystemExit: Python may crash while it takes down what a thread, which waits for a server, still uses
     os._exit(status)

@@ -8,14 +8,17 @@ import contextlib
 import json
 import os
 import re
+import signal
 import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import yaml
 from apiserver import ADDRESS, PORT, ApiServer
 from authority import Authority
 from conftest import Tally, need, need_lab, often, until
@@ -23,6 +26,8 @@ from fake_api import FakeApi
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lab import EPOK, Namespace
+
+import epok
 
 Object = dict[str, Any]
 ELSEWHERE = "10.9.0.1"  # also the server's; no proxy is asked for loopback addresses
@@ -464,6 +469,32 @@ def test_a_plugin_that_waits_for_a_person_is_named_and_ended(ground: Ground, clu
     until(lambda: not re.search(r"^[^Z].* sleep 314", ground.space.run(alive).stdout, re.M), "the plugin has ended", 60)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_plugin_ends_with_epok(ground: Ground, cluster: Object, tmp_path: Path, number: signal.Signals) -> None:
+    """Also where the terminal is closed."""
+    file = written(
+        tmp_path / "config", config(cluster, plugin(tmp_path, f"sleep 3143 & echo $PPID >{tmp_path}/pid; wait"))
+    )
+    argv = [sys.executable, "-B", str(EPOK), "-i", "eth0", "--kubeconfig", file, "--dry-run", "local"]
+    run = ground.space.popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ground.environ())
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the plugin runs", 60)
+    ground.space.run(["kill", f"-{number:d}", (tmp_path / "pid").read_text().strip()])
+    run.wait(60)
+    alive = ["ps", "--no-headers", "-eo", "stat,args"]
+    until(
+        lambda: not re.search(r"^[^Z].* sleep 3143", ground.space.run(alive).stdout, re.M), "the plugin has ended", 60
+    )
+
+
+def test_a_certificate_needs_no_folder_for_temporary_files(ground: Ground, cluster: Object, tmp_path: Path) -> None:
+    """A pod may have a file system that is only read."""
+    user = {"client-certificate": ground.server.admin, "client-key": ground.server.admin}
+    file = written(tmp_path / "config", config(cluster, user))
+    with patch("tempfile._get_default_tempdir", side_effect=FileNotFoundError), patch("tempfile.tempdir", None):
+        options = epok.parse_options(["-i", "eth0", "--kubeconfig", file, "local"], {})
+        epok.tls_context(epok.kubeconfig_access(options, epok.Deadline(50)))
+
+
 # ---- the server's certificate
 
 
@@ -643,3 +674,126 @@ def test_a_dead_first_address_is_passed_over(ground: Ground, cluster: Object, tm
     where = {**cluster, "server": f"https://{TWO}:{PORT}"}
     file = written(tmp_path / "config", config(where, {"token": ground.server.token()}))
     assert "who" in ground.both(f"--kubeconfig={file}")[1]
+
+
+# ---- what must not get out, and odd files
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("token: ", "token: x: "),
+        ("token: ", 'token: "'),
+        ("token: ", "token: !"),
+        ("token: ", "token: *"),
+        ("token", "\ttoken"),
+    ],
+)
+def test_no_message_about_a_broken_kubeconfig_shows_the_token(
+    ground: Ground, cluster: Object, tmp_path: Path, before: str, after: str
+) -> None:
+    secret = "opensesame"
+    text = yaml.safe_dump(config(cluster, {"token": secret}))
+    file = written(tmp_path / "config", text.replace(before, after))
+    error = ground.both(f"--kubeconfig={file}")[1]["error"]
+    assert file in error
+    assert secret not in error
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"server": "https://me:opensesame@127.0.0.1:6443"},
+        {"server": "https://me:opensesame/@127.0.0.1"},
+        {"proxy-url": "ftp://me:opensesame@192.0.2.1"},
+        {"proxy-url": "me:opensesame@192.0.2.1:3128"},
+        {"proxy-url": "http://me:opensesame/x@192.0.2.1:3128"},
+        {"proxy-url": "http://me:open@sesame@127.0.0.1:1"},
+    ],
+    ids=str,
+)
+def test_no_message_about_an_address_shows_the_password(
+    ground: Ground, cluster: Object, tmp_path: Path, where: Object
+) -> None:
+    file = written(tmp_path / "config", config({**cluster, **where}, {"token": "x"}))
+    error = ground.says_epok(f"--kubeconfig={file}", seconds=2)["error"]
+    assert "sesame" not in error
+
+
+def test_in_the_clear_no_credentials_are_sent(ground: Ground, tmp_path: Path) -> None:
+    """Nor is a login plugin started, for kubectl does not; to the server that kubectl proxy is, say."""
+    users = [{"token": "fake-token-Zm9vYmFy"}, {"username": "me", "password": "secret"}]
+    users += [plugin(tmp_path, f"touch {tmp_path}/ran\n{printing('fake-token-Zm9vYmFy')}"), {"tokenFile": "gone"}]
+    with FakeApi(ground.space) as api:
+        for user in users:
+            file = written(tmp_path / "config", config({"server": api.url}, user))
+            argv = [ground.kubectl, f"--kubeconfig={file}", "get", "--raw", "/api/v1/services"]
+            ground.space.run(argv, check=False, env=ground.environ())
+            # this server allows no such request of anybody
+            assert "answers 403" in ground.says_epok(f"--kubeconfig={file}")["error"]
+    assert not (tmp_path / "ran").exists()
+    assert {request.authorization for request in api.requests} == {""}
+
+
+@pytest.mark.parametrize("encode", ["tabs", "utf-16", "utf-8-sig", "CRLF", "two documents"])
+def test_kubeconfigs_are_read_however_they_are_written(
+    ground: Ground, cluster: Object, tmp_path: Path, encode: str
+) -> None:
+    made = config(cluster, {"token": ground.server.token()})
+    text = yaml.safe_dump(made)
+    data = {
+        "tabs": json.dumps(made, indent="\t").encode(),
+        "CRLF": text.replace("\n", "\r\n").encode(),
+        "two documents": f"{text}---\ncurrent-context: other\n".encode(),
+    }
+    (tmp_path / "config").write_bytes(data.get(encode) or text.encode(encode))
+    assert "who" in ground.both(f"--kubeconfig={tmp_path}/config")[1]
+
+
+def test_a_variable_that_names_no_file_is_not_the_one_at_home(ground: Ground, cluster: Object) -> None:
+    home = ground.folder / "home" / ".kube"
+    home.mkdir(parents=True)
+    file = Path(written(home / "config", config(cluster, {"token": ground.server.token()})))
+    try:
+        assert "who" in ground.both(KUBECONFIG="")[1]
+        assert "there is no such file" in ground.both(KUBECONFIG=":")[1]["error"]
+    finally:
+        file.unlink()
+        home.rmdir()
+
+
+def test_names_of_any_letters_are_impersonated(ground: Ground, cluster: Object, tmp_path: Path) -> None:
+    user = {"client-certificate": ground.server.admin, "client-key": ground.server.admin}
+    for name in ("jürgen", "иван"):
+        wanted = {"as": name, "as-groups": [name], "as-user-extra": {name: [name]}}
+        file = written(tmp_path / "config", config(cluster, {**user, **wanted}))
+        assert ground.both(f"--kubeconfig={file}")[1]["who"]["username"] == name
+
+
+def test_a_password_is_said_to_be_none_of_the_clusters(ground: Ground, cluster: Object, tmp_path: Path) -> None:
+    file = written(tmp_path / "config", config(cluster, {"username": "me", "password": "secret"}))
+    error = ground.both(f"--kubeconfig={file}")[1]["error"]
+    assert "no username and password" in error
+    assert "clusterrole" not in error
+
+
+def test_what_a_plugin_prints_is_not_shown(ground: Ground, cluster: Object, tmp_path: Path) -> None:
+    for script in (f"{printing('opensesame')}\nexit 1", "echo 'token: [opensesame'", printing("opensesame", "v1")):
+        file = written(tmp_path / "config", config(cluster, plugin(tmp_path, script)))
+        assert "opensesame" not in ground.both(f"--kubeconfig={file}")[1]["error"]
+
+
+def test_a_plugin_may_print_yaml_and_have_a_path_of_its_own(ground: Ground, cluster: Object, tmp_path: Path) -> None:
+    script = f"printf 'apiVersion: {V1}\\nkind: ExecCredential\\nstatus: {{token: {ground.server.token()}}}\\n'"
+    user = plugin(tmp_path, script, command="plugin", env=[{"name": "PATH", "value": "/nowhere"}])
+    file = written(tmp_path / "config", config(cluster, user))
+    assert "who" in ground.both(f"--kubeconfig={file}", PATH=f"{tmp_path}:{os.environ['PATH']}")[1]
+    assert "error" in ground.both(f"--kubeconfig={file}")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "shows"), [("Bearer x", "token"), ("bearer x", "token"), ("Basic x", "password"), ("", "")]
+)
+def test_by_what_the_server_knows_us_is_told_from_what_is_sent(words: str, shows: str) -> None:
+    """The token of a pod's account too, which the Kubernetes package writes in small letters."""
+    assert epok.Access("here", "https://192.0.2.1", headers=[("Authorization", words)]).shows == shows
