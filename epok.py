@@ -796,11 +796,6 @@ class Access:
         kind = dict(self.headers).get("Authorization", "").partition(" ")[0].lower()  # a pod's is bearer
         return {"basic": "password", "bearer": "token"}.get(kind, "client certificate" if self.certificate else "")
 
-    @property
-    def shows_nothing(self) -> str:
-        why = f"{self.origin} has none" if self.server.startswith("https:") else "its server is not one of https://"
-        return f"no credentials were sent, since {why}"
-
 
 def documents(data: bytes) -> Iterator[Any]:
     """What is in JSON, or in each document of YAML, times as texts. Raises ValueError, which tells no secret of it."""
@@ -897,9 +892,10 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
         cluster = chosen(everything.clusters, context.cluster, "cluster", f"context {quoted(name)} names it")
         access = cluster_access(cluster, Access(origin, server_url(cluster.server), shlex.join(kubectl), file))
         user = everything.users.get(context.user, UserEntry())
-        if access.server.startswith("http:"):  # kubectl proxy, say; in the clear no token is sent
-            return dataclasses.replace(access, headers=impersonation(user))
-        if not identifies(user):
+        clear = access.server.startswith("http:")  # kubectl proxy, say, which needs none
+        if clear and identifies(user) and (access.proxy or not is_loopback(access.server)):
+            raise ValueError(f"no credentials go in the clear to {access.server}; give its https:// address")
+        if not clear and not identifies(user):
             why = "has none" if context.user in everything.users else "is not among its users"
             raise ValueError(
                 f"there are no credentials: user {quoted(context.user)} of context {quoted(name)} {why}; "
@@ -972,6 +968,13 @@ def cluster_access(cluster: ClusterEntry, access: Access) -> Access:
     )
 
 
+def is_loopback(server: str) -> bool:
+    """Whether the server is on this very machine, by its address."""
+    host = (urllib.parse.urlsplit(server).hostname or "").lower()
+    address = to_address(host)
+    return host == "localhost" or bool(address and address.is_loopback)
+
+
 def proxy_for(server: str, environ: Mapping[str, str]) -> str:
     """The proxy that the environment has for a server: never one for the machine's own addresses, as in Go.
 
@@ -981,8 +984,7 @@ def proxy_for(server: str, environ: Mapping[str, str]) -> str:
     names = [f"{url.scheme}_proxy".upper(), f"{url.scheme}_proxy"]
     proxy = next((environ[name] for name in names if environ.get(name)), "")
     host, port = (url.hostname or "").lower(), url.port or {"http": 80, "https": 443}[url.scheme]
-    address = to_address(host)
-    if not proxy or host == "localhost" or (address and address.is_loopback):
+    if not proxy or is_loopback(server):
         return ""
     without = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
     if any(spares(entry.strip().lower(), host, port) for entry in without.split(",")):
@@ -1607,7 +1609,7 @@ class Cluster:
             return Transient(told, retry_after(answer.headers.get("Retry-After", "")))
         if answer.status == 401:
             if not self.access.shows:
-                return Fatal(f"{told}: {self.access.shows_nothing}")
+                return Fatal(f"{told}: no credentials were sent, since {self.access.origin} has none")
             renew = f"the {self.access.shows} is not accepted; renew it"
             if self.access.kubectl:
                 renew += "; k3s: copy /etc/rancher/k3s/k3s.yaml anew; kubeadm: kubeadm certs renew admin.conf"
@@ -1694,7 +1696,7 @@ def mistaken(message: str, access: Access) -> str:
     """Why the server takes epok for nobody, or for somebody else than it may be, if an answer with 403 says so."""
     if re.search('User "system:(anonymous|unauthenticated)"', message):  # who are everybody: never grant them anything
         if not access.shows:
-            return access.shows_nothing
+            return f"no credentials were sent, since {access.origin} has none"
         if access.shows == "password":
             return f"API servers take no username and password any more; give {access.origin} a token"
         return f"the {access.shows} of {access.origin} did not arrive; is there something in between that ends TLS?"

@@ -689,18 +689,8 @@ def test_a_name_server_that_never_answers_fails(lab: Lab, before: str, tmp_path:
 # ---- what is asked for
 
 
-@pytest.mark.parametrize("field", ["token", "tokenFile"])
-def test_the_token_is_sent(lab: Lab, before: str, tmp_path: Path, field: str) -> None:
-    """That of a file without its newline, as by kubectl."""
-    file, context = certificate(tmp_path)
-    (tmp_path / "token").write_text(TOKEN + "\n")
-    user = {"token": TOKEN, "tokenFile": str(tmp_path / "token")}
-    with FakeApi(lab.host, *NODES, MAIL, tls=context) as api:
-        authority = {"certificate-authority": file}
-        config = write_kubeconfig(tmp_path / "config", api.url, user={field: user[field]}, cluster=authority)
-        done = run(lab, "--kubeconfig", config)
-    assert done.status == 0, done.log
-    assert targets(lab) == on_nodes(2025)
+def test_the_token_is_sent(lab: Lab, api: FakeApi, config: str) -> None:
+    assert run(lab, "--kubeconfig", config).status == 0
     assert {request.authorization for request in api.requests} == {f"Bearer {TOKEN}"}
 
 
@@ -1279,7 +1269,7 @@ def test_a_kubeconfig_that_is_none_fails(
         file.mkdir()
     elif isinstance(content, str):
         plugin = "interactiveMode: Never, apiVersion: client.authentication.k8s.io/v1, command"
-        file.write_text(content.replace("SERVER", f"https://{api.address}").replace("COMMAND", plugin))
+        file.write_text(content.replace("SERVER", api.url).replace("COMMAND", plugin))
     elif content is not None:
         file.write_bytes(content)
     done = run(lab, "--kubeconfig", str(file), timeout=HOPELESS, stdin=None if "/bin/cat" in str(content) else "")
@@ -1287,12 +1277,18 @@ def test_a_kubeconfig_that_is_none_fails(
     assert not api.requests
 
 
-def test_a_token_that_no_header_can_carry_is_not_shown(lab: Lab, before: str, tmp_path: Path) -> None:
-    file, context = certificate(tmp_path)
-    with FakeApi(lab.host, *NODES, MAIL, tls=context) as api:
-        user, authority = {"token": f"{TOKEN}\nX: y"}, {"certificate-authority": file}
-        config = write_kubeconfig(tmp_path / "config", api.url, user=user, cluster=authority)
-        assert_failed(lab, run(lab, "--kubeconfig", config, timeout=HOPELESS), before, "token")
+def test_a_token_file_is_read_without_its_newline(lab: Lab, api: FakeApi, tmp_path: Path) -> None:
+    """kubectl does so too."""
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    config = write_kubeconfig(tmp_path / "config", api.url, user={"tokenFile": str(tmp_path / "token")})
+    done = run(lab, "--kubeconfig", config)
+    assert done.status == 0, done.log
+    assert targets(lab) == on_nodes(2025)
+
+
+def test_a_token_that_no_header_can_carry_is_not_shown(lab: Lab, api: FakeApi, before: str, tmp_path: Path) -> None:
+    config = write_kubeconfig(tmp_path / "config", api.url, user={"token": f"{TOKEN}\nX: y"})
+    assert_failed(lab, run(lab, "--kubeconfig", config, timeout=HOPELESS), before, "token")
 
 
 def test_an_unknown_context_fails(lab: Lab, two: str, before: str) -> None:

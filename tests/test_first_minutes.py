@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import ssl
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from unittest.mock import patch
 
 import pytest
 from apiserver import ApiServer
-from authority import Authority
 from conftest import need, until
 from fake_api import FakeApi, write_kubeconfig
 from lab import EPOK, HOST, Lab, Namespace
@@ -197,16 +195,11 @@ def test_an_api_server_that_refuses_connections_may_be_on_another_machine(newcom
 
 
 @once
-def test_credentials_that_are_not_accepted_are_fetched_anew(newcomer: Newcomer, tmp_path: Path) -> None:
-    (tmp_path / "server").write_bytes(Authority().issue("api", "127.0.0.1"))
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(tmp_path / "server")
-    with FakeApi(newcomer.lab.host, *newcomer.lab.node_objects(), MAIL, tls=tls) as api:
-        unchecked = {"insecure-skip-tls-verify": True}
-        config = write_kubeconfig(newcomer.home / "config", api.url, user={"token": "x"}, cluster=unchecked)
-        words = ["-i", "eth0", "--kubeconfig", config]
+def test_credentials_that_are_not_accepted_are_fetched_anew(newcomer: Newcomer) -> None:
+    with FakeApi(newcomer.lab.host, *newcomer.lab.node_objects(), MAIL) as api:
+        words = ["-i", "eth0", "--kubeconfig", write_kubeconfig(newcomer.home / "config", api.url, user={"token": "x"})]
         place = copied(r"401 .* copy (\S+) anew", message(newcomer.local(*words)))
-        write_kubeconfig(newcomer.home / Path(place).name, api.url, cluster=unchecked)
+        write_kubeconfig(newcomer.home / Path(place).name, api.url)
         newcomer.types(f"cp {Path(place).name} config")
         assert newcomer.local(*words).returncode == 0
 
