@@ -1,10 +1,11 @@
 """Every shell block of README.md, run as its reader would: on the lab's host, or where kubectl and docker work.
 
-There are no controllers and no kubelet, so a test plays them (`Controllers`, `run_job`), and no docker engine: `docker`
-is a script that calls buildah.
+There are no controllers and no kubelet, so a test plays them (`Controllers`, `run_job`, `kubectl logs`), and no docker
+engine: `docker` is a script that calls buildah.
 """
 
 import base64
+import json
 import os
 import re
 import shlex
@@ -31,6 +32,7 @@ from sshd import make_key
 
 pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 
+SECRET = "/api/v1/namespaces/epok/secrets/epok-ssh"
 RAN: set[tuple[str, int]] = set()
 CLUSTER = "In the cluster, every minute, over SSH"
 TIMER = "On the host, every minute, by systemd"
@@ -38,7 +40,8 @@ HAND = "By hand"
 DEVELOPERS = "For developers"
 BROKEN = "When it does not work"
 OLDER = "Coming from the older epok in Rust"
-MAIL = service("mail", "25:2025", [port(25, 2025)])
+UPGRADE = "Upgrade, renew the key"
+MAIL = service("mail", "25:2025", [port(25, 2025, "smtp")])
 
 
 class World:
@@ -55,7 +58,9 @@ class World:
         self.config = self.server.kubectl("config", "view", "--flatten", "--raw")
         (self.home / ".kube" / "config").write_text(self.config)
         copy_checkout(self.clone)
-        self.tool("kubectl", f'exec {self.server.programs["kubectl"]} "$@"')
+        self.logs = folder / "logs"
+        self.logs.mkdir()
+        self.tool("kubectl", self.kubectl())
         self.tool("docker", self.docker())
         # nothing is booted here, so nothing can be started; that the units work is test_units.py's
         drop_now = 'for word; do shift; [ "$word" = --now ] || set -- "$@" "$word"; done'
@@ -67,6 +72,14 @@ class World:
     def tool(self, name: str, script: str) -> None:
         (self.tools / name).write_text(f"#!/bin/sh\n{script}\n")
         (self.tools / name).chmod(0o755)
+
+    def kubectl(self) -> str:
+        """The real one, but for logs, which are the kubelet's."""
+        return f"""case "$*" in
+"logs -n epok -l app.kubernetes.io/name=epok") cat {self.logs}/* ;;
+"logs -n epok job/"*) cat "{self.logs}/${{4#job/}}" ;;
+*) exec {self.server.programs["kubectl"]} "$@" ;;
+esac"""
 
     def docker(self) -> str:
         """docker build and docker push, in the machine's own network, for pip."""
@@ -124,7 +137,10 @@ esac"""
     def run_job(self, namespace: str, name: str) -> "subprocess.CompletedProcess[str]":
         """What the kubelet and the Job's controller do; returns the container that is done."""
         path = f"/apis/batch/v1/namespaces/{namespace}/jobs/{name}"
-        done = self.run_pod(namespace, self.server.request("GET", path)["spec"]["template"]["spec"])
+        pod = self.server.request("GET", path)["spec"]["template"]
+        done = self.run_pod(namespace, pod["spec"])
+        assert pod["metadata"]["labels"]["app.kubernetes.io/name"] == "epok"
+        (self.logs / name).write_text(done.stdout + done.stderr)
         now = "2024-01-01T00:00:00Z"
         kinds = ("FailureTarget", "Failed") if done.returncode else ("SuccessCriteriaMet", "Complete")
         ends = [{"type": kind, "status": "True", "lastTransitionTime": now} for kind in kinds]
@@ -256,17 +272,58 @@ def test_all_tests_are_what_ci_runs(world: World) -> None:
 def test_in_the_cluster(world: World) -> None:
     world.read(CLUSTER, 0)
     world.read(CLUSTER, 1)
+    key_is_nowhere_else(world)
     assert "now forwarding tcp/25" in world.now("first")
     assert world.forwards()
+    head, epok, line, *_ = world.read(CLUSTER, 2).splitlines()
+    assert epok.startswith("epok   * * * * *   <none>     False ")
+    assert f"\n{head}\n" in README and f"\n{line.replace('2025', '30025')}\n" in README
 
     key = make_key(world.home / ".ssh" / "epok", "ed25519")
     shown = world.gateway.setup_host("--address", HOST, "--public-key", f"{key}.pub").stdout
     (world.home / ".ssh" / "epok_known_hosts").write_text(shown)
     world.server.kubectl("delete", "secret", "-n", "epok", "epok-ssh")
-    world.read(CLUSTER, 2)
+    world.read(CLUSTER, 3)
     assert "in sync" in world.now("second")
 
-    assert world.read(CLUSTER, 3).count(" unchanged\n") == 4
+    assert world.read(CLUSTER, 4).count(" unchanged\n") == 4
+
+
+def key_is_nowhere_else(world: World) -> None:
+    """Than where the Secret has it."""
+    stored = world.server.request("GET", SECRET)
+    key = stored["data"].pop("id_rsa")
+    assert "annotations" not in stored["metadata"] and stored["metadata"]["managedFields"]
+    for line in base64.b64decode(key).decode().splitlines():
+        assert line not in json.dumps(stored)
+    assert key not in json.dumps(stored)
+
+
+def test_looking_in_the_cluster(world: World) -> None:
+    """The Jobs are none of the CronJob's, which would delete them with its own."""
+    with Controllers(world, "epok") as played:
+        shown = world.read(BROKEN, 1)
+    assert played.ran == ["look", "look"]
+    status = r"epok@192.0.2.1: iptables .*\nPORT .*\ntcp/25  default/mail:smtp +2025 +3  hidden +[0-9]+\n"
+    assert re.search(status, shown)
+    assert re.search(r"\ndefault/mail on epok@192.0.2.1\n(.*\n)+Most likely: ", shown)
+    job = world.server.request("GET", "/apis/batch/v1/namespaces/epok/jobs/look")
+    assert "ownerReferences" not in job["metadata"]
+    first = world.server.request("GET", "/apis/batch/v1/namespaces/epok/jobs/first")
+    assert first["metadata"]["ownerReferences"][0]["kind"] == "CronJob"
+
+
+def test_upgrade_with_another_key(world: World) -> None:
+    old = world.server.request("GET", SECRET)["data"]["id_rsa"]
+    applied = {"kubectl.kubernetes.io/last-applied-configuration": old}
+    world.server.patch(SECRET, metadata={"annotations": applied})
+    world.lab.host.run(["rm", "-f", "/etc/epok/id_ed25519"])
+    world.read(UPGRADE, 0)
+    world.read(UPGRADE, 1)
+    assert world.server.request("GET", SECRET)["data"]["id_rsa"] != old
+    key_is_nowhere_else(world)
+    assert not (world.clone / "epok-ssh.yaml").exists()
+    assert "in sync" in world.now("third")
 
 
 def installed(world: World) -> set[str]:
@@ -289,12 +346,12 @@ SHELLS = pytest.mark.parametrize("shell", [BASH, ("dash",)], ids=["bash", "dash"
 
 @SHELLS
 def test_uninstall_deletes_nothing_when_the_host_cannot_be_cleaned(world: World, shell: tuple[str, ...]) -> None:
-    kubectl, secret = world.server.kubectl, "/api/v1/namespaces/epok/secrets/epok-ssh"
+    kubectl = world.server.kubectl
     world.now(f"before-{shell[0]}")
     kubectl("set", "env", "-n", "epok", "cronjob/epok", "EPOK_TIMEOUT=5")
     before = installed(world)
     assert len(before) == 6
-    world.server.patch(secret, stringData={"ssh_port": "1"})
+    world.server.patch(SECRET, stringData={"ssh_port": "1"})
     for _ in range(2):
         begun = time.monotonic()
         with Controllers(world, "epok") as played:
@@ -304,7 +361,7 @@ def test_uninstall_deletes_nothing_when_the_host_cannot_be_cleaned(world: World,
         assert "kubectl logs -n epok job/clean" in said(lines)
         assert installed(world) == before and world.forwards()
         assert kubectl("get", "cronjob", "-n", "epok", "epok", "-o", "jsonpath={.spec.suspend}") == "true"
-    world.server.patch(secret, stringData={"ssh_port": "22"})
+    world.server.patch(SECRET, stringData={"ssh_port": "22"})
     kubectl("set", "env", "-n", "epok", "cronjob/epok", "EPOK_TIMEOUT-")
 
 
@@ -350,6 +407,13 @@ def test_by_systemd(world: World) -> None:
     done = host.run(["sh", "-euc", f"set -a; . {file}; KUBECONFIG={kubeconfig} {command}"])
     assert "now forwarding tcp/25" in done.stderr and world.forwards()
 
+    world.read(TIMER, 1)
+    timer = host.run(["cat", "/etc/systemd/system/epok.timer"]).stdout
+    [often] = re.findall("(?m)^OnCalendar=(.*)$", timer)
+    analyze = need("systemd-analyze", "apt-get install systemd")
+    when = host.run([analyze, "calendar", "--iterations=3", often]).stdout
+    assert len(set(re.findall(r":([0-5])\d(?:\.0+)? UTC", when))) == 3, when
+
     world.read("Uninstall", 2)
     assert not world.forwards()
     left = host.run(["sh", "-c", "ls -d /etc/epok; find /etc/systemd -name 'epok*'"], check=False).stdout
@@ -367,7 +431,7 @@ def test_by_hand(world: World) -> None:
     assert world.forwards()
     assert "in sync" in world.read(HAND, 2)
     shown = world.read(BROKEN, 0)
-    assert "default/mail:25" in shown and "hooks in place" in shown
+    assert "default/mail:smtp" in shown and "hooks in place" in shown
     assert "Most likely: nothing that can be seen from here: connections come in" in shown
     world.read("Uninstall", 3)
     assert not world.forwards()
@@ -388,8 +452,14 @@ def test_coming_from_the_older_epok(world: World) -> None:
     world.read(OLDER, 1)
     assert kubectl("get", "deployments", "-n", "epok", "-o", "name") == ""
     before = world.lab.saved()
-    assert "now forwarding tcp/25" in world.now("fourth")
-    assert world.lab.saved().count("epok_rule_id") == before.count("epok_rule_id") == 1
+    log = world.now("fourth")
+    both = world.lab.saved()
+    assert "now forwarding tcp/25" in log
+    assert both.count("epok_rule_id") == before.count("epok_rule_id") == 1
+    _, _, command = BLOCKS[OLDER, 2].partition("\n")
+    assert f"as root on the host: {' '.join(command.split())}\n" in log
+    world.read(OLDER, 2)
+    assert world.lab.saved() == "".join(line for line in both.splitlines(True) if "epok_rule_id" not in line)
     assert world.forwards()
 
 
