@@ -438,13 +438,19 @@ class Login(NamedTuple):
         return f"{self.user}@{host}" + (f":{self.port}" if self.port != 22 else "")
 
 
-def one_of(*words: str) -> Callable[[str], str]:
+def one_of(*words: str, **older: str) -> Callable[[str], str]:
+    """Converts to one of the words; `older` are what the older epok called some of them."""
+
     def convert(text: str) -> str:
-        if text.lower() not in words:
+        word = older.get(text.lower(), text.lower())
+        if word not in words:
             raise ValueError("accepted are " + ", ".join(words))
-        return text.lower()
+        return word
 
     return convert
+
+
+to_level = one_of("debug", "info", "warning", "error", warn="warning", trace="debug")
 
 
 def items(text: str) -> list[str]:
@@ -464,9 +470,11 @@ def to_networks(text: str) -> tuple[Network, ...]:
     networks = []
     for item in items(text) or [text] * bool(text):
         try:
-            if not re.fullmatch(r"[0-9A-Fa-f.:]+(/[0-9]{1,3})?", item):
-                raise ValueError
-            networks.append(ipaddress.ip_network(item, strict=False))
+            mask = re.fullmatch(r"[0-9A-Fa-f.:]+(?:/([0-9]{1,3}|[0-9.]{7,15}))?", item)
+            network = ipaddress.ip_network(item, strict=False)
+            if not mask or ("." in (mask[1] or "") and mask[1] != str(network.netmask)):
+                raise ValueError  # 0.0.0.255 is 255.255.255.0 to ipaddress, but not to iptables
+            networks.append(network)
         except ValueError:
             raise ValueError(f"{quoted(item)} is no CIDR; accepted are ones like 192.0.2.0/24, 2001:db8::/32") from None
     return tuple(dict.fromkeys(networks))
@@ -551,7 +559,7 @@ class Options:
     status: bool
     explain: str = setting("", "", to_service_name)
     output: str = setting("", "text", one_of("text", "json"))
-    log_level: str = setting("EPOK_LOG_LEVEL", "info", one_of("debug", "info", "warning", "error"))
+    log_level: str = setting("EPOK_LOG_LEVEL", "info", to_level)
     interfaces: tuple[str, ...] = setting("EPOK_INTERFACES", "", to_interfaces)
     external_interface: str = setting("EPOK_EXTERNAL_INTERFACE", "", str)
     addresses: tuple[Network, ...] = setting("EPOK_ADDRESSES", "", to_networks)
@@ -591,6 +599,21 @@ SETTINGS = [
     for made in dataclasses.fields(Options)
     if made.metadata
 ]
+
+
+def strange_variables(environ: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with variables that the older epok knew, or that are nearly one of epok's."""
+    known = [setting.variable for setting in SETTINGS if setting.variable]
+    for name, text in environ.items():
+        if name in known or not name.startswith("EPOK_") or not text:
+            continue
+        import difflib
+
+        nothing = f"{name} in the environment means nothing to epok; "
+        if name == "EPOK_EXTRA_INTERNAL_IPS":
+            yield nothing + "what it was to the older one is --addresses (EPOK_ADDRESSES)"
+        elif nearest := difflib.get_close_matches(name, known, 1, 0.8):
+            yield nothing + f"what comes nearest is {nearest[0]}"
 
 
 def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
@@ -3812,6 +3835,31 @@ class Check(NamedTuple):
         return {"check": self.what, "ok": not self.problem, "sure": self.sure, "problem": self.problem}
 
 
+NO_OLDER = "the older epok has left no rules"
+# Makes -D of the -A of its rules. Their comment has spaces, so every iptables prints it in quotes.
+IS_OLDER = r'--comment "[^"]*\bepok_rule_id[:=] ?\w'
+DELETE_OLDER = rf"sed -nE '/^(\*|COMMIT)/p; s/^-A (.*{IS_OLDER}.*)/-D \1/p'"
+
+
+def older_rules(found: Found) -> dict[tuple[str, str], int]:
+    """How many rules the older epok has left, by tool and table."""
+    pairs = [(family.tool, found[family.version] or NOTHING) for family in FAMILIES]
+    counts = {(tool, name): len(tables[name].older) for tool, tables in pairs for name in tables}
+    return {place: count for place, count in counts.items() if count}
+
+
+def check_older(view: View) -> Iterator[Check]:
+    """What the older epok has left forwards whatever the annotations say by now."""
+    left = older_rules(view.found)
+    count = sum(left.values())
+    cures = (f"{tool}-save -t {name} | {DELETE_OLDER} | {tool}-restore" for tool, name in left)
+    if left and not view.options.clean:
+        problem = f"{view.host.name} has {count} {plural(count, 'rule')} of the older epok, "
+        problem += "which forward whatever the annotations say; once it is stopped, "
+        problem += "as root on the host: " + "; ".join(f"{cure} -n -w 5" for cure in cures)
+        yield Check(NO_OLDER, problem)
+
+
 def check_host(view: View, forwards: Sequence[Forward | Live]) -> Iterator[Check]:
     """Looks for what makes forwards fail without a word. Raises Transient or Fatal."""
     host, options, found, facts, around, _ = view
@@ -3837,6 +3885,7 @@ def check_host(view: View, forwards: Sequence[Forward | Live]) -> Iterator[Check
     yield from check_replies(view, some)
     yield from check_paths(view, some)
     yield from check_listeners(view, forwards)
+    yield from check_older(view)
     for reason in dict.fromkeys(around.blind):
         yield Check("the host tells all that matters", f"{host.name} does not tell all that matters: {reason}", False)
 
@@ -4248,6 +4297,11 @@ def end_flows(host: Host, version: int, address: str, port: int, reply: str, dea
     return False
 
 
+def rule_lines(inputs: Sequence[Input]) -> int:
+    """How many lines are neither a table's first nor its COMMIT."""
+    return sum(line[0] not in "*C" for _, text in inputs for line in text.splitlines())
+
+
 def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Input], changes: Sequence[Change]) -> None:
     for change in changes:
         log.info("%s%s %s to %s", prefix, VERBS[change.sign], change.live, change.text)
@@ -4255,10 +4309,12 @@ def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Inp
     # each once, in both IP versions; those of the external interface have a tree of their own
     count = len({rule.rpartition(" -g ")[0] for rule in rules if " --dport " in rule and " --comment " in rule})
     total = f"{count} {plural(count, 'forward')}"
+    older = 0 if wanted[4]["nat"].hooks else sum(older_rules(before).values())
+    if older:
+        log.info("%sremoved %d %s of the older epok", prefix, older, plural(older, "rule"))
     if not inputs:
         log.info("%sin sync, %s, nothing changed", prefix, total)
-    elif not changes:
-        lines = sum(len(text.splitlines()) - 2 for _, text in inputs)
+    elif not changes and (lines := rule_lines(inputs) - older):
         log.info("%srules of epok's were put right with %d %s, %s", prefix, lines, plural(lines, "line"), total)
     for version, name in itertools.product(wanted, BUILT_IN):
         held = (before[version] or NOTHING)[name].held - wanted[version][name].chains.keys()
@@ -4504,7 +4560,9 @@ class Story:
             yield f"{status.host} has no rule for it; {status.cluster}"
 
     def in_the_way(self) -> Iterator[str]:
-        yield from (check.problem for check in self.status.checks if check.problem and check.sure)
+        # rules of the older epok keep nobody out
+        checks = [check for check in self.status.checks if check.what != NO_OLDER]
+        yield from (check.problem for check in checks if check.problem and check.sure)
         yield from (rejection.message for rejection in self.status.rejections)
 
     def nobody_came(self) -> Iterator[str]:
@@ -4964,7 +5022,12 @@ def main(argv: Sequence[str]) -> int:
         except (SystemExit, BrokenPipeError):  # docopt has printed --help or --version
             show("")
             return 0
+        except Fatal as error:  # perhaps for the lack of what such a variable was to say
+            told = [str(error), *strange_variables(os.environ)]
+            raise Fatal("; ".join(told), error.status) from None
         start_log(options.log_level)
+        for text in strange_variables(os.environ):
+            log.warning("%s", text)
         # a thread of its own, so that a signal breaks off nothing but the wait for it: no import, no look-up of a name
         running = Background(run, options)
         while running.is_alive():

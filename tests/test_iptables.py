@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import faults
+from gateway import OLDER_RULE
 from lab import HOST, HOST6, Lab
 from objects import node, port, service, snapshot
 
@@ -170,10 +171,31 @@ def test_clean_removes_the_older_epoks_rules_too_and_again_does_nothing(lab: Lab
     lab.host.run(["iptables-restore", "--noflush"], OLDER)
     apply(lab, MAIL)
     assert lab.saved().count("epok_rule_id") == 2
-    lab.epok("--clean", "local", check=True)
+    log = lab.epok("--clean", "local", check=True).stderr
+    assert "info: removed 2 rules of the older epok\n" in log and not re.search("put right|warning", log), log
     assert "epok_rule_id" not in lab.saved() and "EPOK" not in lab.saved()
     assert "not epok_rule of any id" in lab.saved()
     assert in_sync(lab.epok("--clean", "local", check=True).stderr)
+
+
+def cure_of_older(log: str) -> str:
+    """The command in the warning about rules of the older epok."""
+    [cure] = re.findall(r"warning: this host has \d+ rules? of the older epok, .* as root on the host: (.*)\n", log)
+    return str(cure)
+
+
+def test_what_the_older_epok_left_is_warned_of_until_the_command_in_the_warning_takes_it_away(lab: Lab) -> None:
+    lab.host.run(["iptables-restore", "--noflush"], f"{OLDER}*nat\n{OLDER_RULE}COMMIT\n")
+    apply(lab, MAIL)
+    assert "no longer forwarding tcp/25" in apply(lab) and lab.ask(25).name in ("node1", "node2")
+    before = [line for line in lab.saved().splitlines() if "epok_rule_id" not in line]
+    log = apply(lab)
+    assert "warning: this host has 3 rules of the older epok, which forward whatever the annotations say; " in log
+    lab.host.run(["sh", "-ec", cure_of_older(log)])
+    assert lab.saved().splitlines() == before
+    with pytest.raises(ConnectionRefusedError):
+        lab.ask(25)
+    assert in_sync(apply(lab))
 
 
 def damage(lab: Lab, how: str) -> None:

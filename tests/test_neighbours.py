@@ -138,10 +138,11 @@ def not_as_usual(other: Neighbour) -> list[str]:
 
 
 def run(lab: Lab) -> str:
-    """A good run that warns of nothing; what it logged."""
+    """A good run that warns of nothing but of the older epok; what else it logged."""
     done = lab.epok(*LOCAL, snapshot=lab.cluster(MAIL, DNS))
-    assert done.returncode == 0 and "warning: " not in done.stderr, done.stderr
-    return done.stderr
+    log = re.sub("warning: this host has 2 rules of the older epok, .*\n", "", done.stderr)
+    assert done.returncode == 0 and "warning: " not in log, done.stderr
+    return log
 
 
 def clean(lab: Lab) -> None:

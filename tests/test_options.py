@@ -169,12 +169,47 @@ def test_an_empty_value_on_the_command_line_is_refused_and_never_replaced(row: R
     ([], "debug", "debug"),
     ([], "WARNING", "warning"),
     ([], "error", "error"),
+    ([], "warn", "warning"),
+    ([], "TRACE", "debug"),
     (["-v"], "error", "debug"),
     (["-q"], "nonsense", "warning"),
 ])  # fmt: skip
 def test_log_level(words: list[str], variable: str, level: str) -> None:
     for argv in (["-i", "eth0", *words, "local"], ["-i", "eth0", "local", *words]):
         assert parsed(argv, EPOK_LOG_LEVEL=variable).log_level == level
+
+
+VARIABLES = {  # and what the warning names
+    "EPOK_EXTRA_INTERNAL_IPS": "EPOK_ADDRESSES",
+    "EPOK_INTERFACE": "EPOK_INTERFACES",
+    "EPOK_ADDRESS": "EPOK_ADDRESSES",
+    "EPOK_LOGLEVEL": "EPOK_LOG_LEVEL",
+    "EPOK_KUBECONFIG": "KUBECONFIG",
+    "EPOK_KEY": "EPOK_SSH_KEY",
+}
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_variable_that_the_older_epok_knew_or_that_is_nearly_one_is_told(name: str) -> None:
+    [line] = epok.strange_variables({name: "10.0.0.1"})
+    assert line.startswith(f"{name} in the environment ") and VARIABLES[name] in line
+    assert not list(epok.strange_variables({name: ""}))
+
+
+def test_a_variable_of_another_purpose_is_not_told() -> None:
+    config = Path(epok.__file__).parent / "cron" / "epok.config"
+    configured = re.findall(r"(?m)^export (EPOK_\w+)=", config.read_text())
+    assert {"EPOK_IMAGE", "EPOK_NS"} < set(configured)
+    own = {setting.variable for setting in epok.SETTINGS} | {"EPOK_TEST_ALL", "EPOK_TEST_BIG", "EPOK_BENCH"}
+    assert not list(epok.strange_variables(dict.fromkeys([*configured, *own, "EPOK_USER", "PATH"], "x")))
+
+
+def test_the_line_that_asks_for_interfaces_tells_of_a_variable_that_is_nearly_theirs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EPOK_INTERFACE", "eth0")
+    assert epok.main(["local"]) == 2
+    assert re.fullmatch("error: which interfaces .*; EPOK_INTERFACE in the environment .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("flag", ["--dry-run", "--clean", "--status"])
@@ -203,6 +238,7 @@ def test_clean_needs_no_interfaces(argv: list[str]) -> None:
     ("--addresses", "192.0.2.9/24", networks("192.0.2.0/24")),
     ("--addresses", "0.0.0.0/0,::/0", networks("0.0.0.0/0", "::/0")),
     ("--addresses", "::1", networks("::1/128")),
+    ("--addresses", "192.0.2.9/255.255.255.0", networks("192.0.2.0/24")),
     ("--masquerade", "NEVER", "never"),
     ("--masquerade", "auto", "auto"),
     ("--mark", "3", (1, 2)),
@@ -239,7 +275,8 @@ BAD = {  # option: what its message shows of what is accepted, and texts that ar
         "eth0\neth1", "eth\u0660", "eth\u00e9", "$(reboot)", "eth0,+", '"', "\\", "eth0:1", "*", "x" * 10_000]),
     "--addresses": ("192.0.2.0/24", [
         "192.0.2.256", "192.0.2.0/33", "2001:db8::/129", "example.org", "192.0.2.1-192.0.2.9", "fe80::1%eth0", "/24",
-        "192.0.2.0/255.255.255.0", "192.0.2.0/", "192.0.2.0/+8", "\u0661.0.0.1", "3221225985", "0x7f.0.0.1",
+        "192.0.2.0/0.0.0.255", "192.0.2.0/255.0.255.0", "192.0.2.0/255.255.255", "2001:db8::/255.0.0.0",
+        "192.0.2.0/", "192.0.2.0/+8", "\u0661.0.0.1", "3221225985", "0x7f.0.0.1",
         "!10.0.0.1", "192.0.2.1 192.0.2.2", "192.0.2.1,x", ",", " "]),
     "--batch-commands": ("true, false", ["yes", "1", "tru", " ", "true,false", "true\n", "x" * 10_000]),
     "--max-nodes": ("nodes", ["0", "-1", "all", "1.5", "\u0661", " ", "1,2"]),
@@ -266,7 +303,7 @@ BAD = {  # option: what its message shows of what is accepted, and texts that ar
         "mail", "default/", "/mail", "a/b/c", "default/mail ", "default mail", "default/m\u00e9l", "$(x)/y", "-/;",
         " ", "a/" + "b" * 254]),
     "--output": ("text, json", ["yaml", "jso", " ", "json,text", "json\n", "x" * 10_000]),
-    "--log-level": ("debug, info, warning, error", ["trace", "10", "info ", "\x1b[31m", "x" * 10_000]),
+    "--log-level": ("debug, info, warning, error", ["off", "10", "info ", "\x1b[31m", "x" * 10_000]),
 }  # fmt: skip
 BAD_ITEMS = [(option, text) for option, (_, texts) in BAD.items() for text in texts]
 
@@ -472,6 +509,13 @@ def test_the_readme_lists_every_option_and_variable() -> None:
     for setting in epok.SETTINGS:
         assert f"`{setting.variable}`" in readme
     assert {option for option in usage if f"`{option}`" not in readme} == {"--help", "--version"}
+
+
+def test_the_readmes_examples_work_with_the_default_range_of_nodeports() -> None:
+    readme = (Path(epok.__file__).parent / "README.md").read_text()
+    told = re.findall(r"NodePorts?(?: of this Service are)? (\d+)", readme)
+    told += re.findall(r'[`"]\d+(?:-\d+)?:(\d+)', readme)
+    assert len(told) > 10 and all(30000 <= int(number) <= 32767 for number in told), told
 
 
 SAID_BY_SUDO = "a password is required"

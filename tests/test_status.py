@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gateway import OLDER_RULE
 from lab import CLIENT, HOST6, Lab, inputs_shown
 from objects import Object, endpoint, endpoint_slice, node, port, service, slice_port, snapshot
 from prometheus_client.parser import text_string_to_metric_families
@@ -289,6 +290,21 @@ def test_the_last_line_says_what_is_wrong_with_a_service(lab: Lab, case: str) ->
     run(lab, *others)
     lines = explain(lab, *lab.node_objects(), broken, *others, args=("-i", "eth0"))
     assert lines[-1].startswith(f"Most likely: {ending}")
+
+
+def test_what_the_older_epok_left_is_told_and_is_never_the_cause(lab: Lab) -> None:
+    lab.host.run(["iptables-restore", "--noflush"], f"*nat\n{OLDER_RULE}COMMIT\n")
+    told = "this host has 1 rule of the older epok, which forward whatever the annotations say; once it is stopped, "
+    run(lab, MAIL)
+    lab.ask(25)
+    lines = status(lab, MAIL, args=LOCAL)
+    assert [line for line in lines if line.startswith(f"FAILED  {told}")]
+    passed, checks = map(int, re.findall(r"\d+", lines[-1]))
+    assert passed == checks - 1
+    lines = explain(lab, *lab.node_objects(), MAIL)
+    assert [line for line in lines if line.startswith(f"  FAILED  {told}")]
+    assert lines[-1].startswith("Most likely: nothing that can be seen from here")
+    assert "older" not in lab.epok("--clean", "--dry-run", "local").stderr
 
 
 @once
