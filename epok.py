@@ -3841,22 +3841,18 @@ IS_OLDER = r'--comment "[^"]*\bepok_rule_id[:=] ?\w'
 DELETE_OLDER = rf"sed -nE '/^(\*|COMMIT)/p; s/^-A (.*{IS_OLDER}.*)/-D \1/p'"
 
 
-def older_rules(found: Found) -> dict[tuple[str, str], int]:
-    """How many rules the older epok has left, by tool and table."""
-    pairs = [(family.tool, found[family.version] or NOTHING) for family in FAMILIES]
-    counts = {(tool, name): len(tables[name].older) for tool, tables in pairs for name in tables}
-    return {place: count for place, count in counts.items() if count}
+def older_rules(found: Found) -> int:
+    """How many rules the older epok has left, which made them in this table alone."""
+    return len((found[4] or NOTHING)["nat"].older)
 
 
 def check_older(view: View) -> Iterator[Check]:
     """What the older epok has left forwards whatever the annotations say by now."""
-    left = older_rules(view.found)
-    count = sum(left.values())
-    cures = (f"{tool}-save -t {name} | {DELETE_OLDER} | {tool}-restore" for tool, name in left)
-    if left and not view.options.clean:
+    count = older_rules(view.found)
+    if count and not view.options.clean:
         problem = f"{view.host.name} has {count} {plural(count, 'rule')} of the older epok, "
-        problem += "which forward whatever the annotations say; once it is stopped, "
-        problem += "as root on the host: " + "; ".join(f"{cure} -n -w 5" for cure in cures)
+        problem += "which forward whatever the annotations say; once it is stopped, as root on the "
+        problem += f"host: iptables-save -t nat | {DELETE_OLDER} | iptables-restore -n -w 5"
         yield Check(NO_OLDER, problem)
 
 
@@ -4297,11 +4293,6 @@ def end_flows(host: Host, version: int, address: str, port: int, reply: str, dea
     return False
 
 
-def rule_lines(inputs: Sequence[Input]) -> int:
-    """How many lines are neither a table's first nor its COMMIT."""
-    return sum(line[0] not in "*C" for _, text in inputs for line in text.splitlines())
-
-
 def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Input], changes: Sequence[Change]) -> None:
     for change in changes:
         log.info("%s%s %s to %s", prefix, VERBS[change.sign], change.live, change.text)
@@ -4309,12 +4300,13 @@ def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Inp
     # each once, in both IP versions; those of the external interface have a tree of their own
     count = len({rule.rpartition(" -g ")[0] for rule in rules if " --dport " in rule and " --comment " in rule})
     total = f"{count} {plural(count, 'forward')}"
-    older = 0 if wanted[4]["nat"].hooks else sum(older_rules(before).values())
+    older = 0 if wanted[4]["nat"].hooks else older_rules(before)
     if older:
         log.info("%sremoved %d %s of the older epok", prefix, older, plural(older, "rule"))
     if not inputs:
         log.info("%sin sync, %s, nothing changed", prefix, total)
-    elif not changes and (lines := rule_lines(inputs) - older):
+    elif not changes and not older:
+        lines = sum(len(text.splitlines()) - 2 for _, text in inputs)
         log.info("%srules of epok's were put right with %d %s, %s", prefix, lines, plural(lines, "line"), total)
     for version, name in itertools.product(wanted, BUILT_IN):
         held = (before[version] or NOTHING)[name].held - wanted[version][name].chains.keys()

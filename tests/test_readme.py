@@ -277,7 +277,8 @@ def test_in_the_cluster(world: World) -> None:
     assert world.forwards()
     head, epok, line, *_ = world.read(CLUSTER, 2).splitlines()
     assert epok.startswith("epok   * * * * *   <none>     False ")
-    assert f"\n{head}\n" in README and f"\n{line.replace('2025', '30025')}\n" in README
+    line = line.replace("10.0.0.1", HOST).replace("2025", "30025")
+    assert f"\n{head}\n" in README and f"\n{line}\n" in README
 
     key = make_key(world.home / ".ssh" / "epok", "ed25519")
     shown = world.gateway.setup_host("--address", HOST, "--public-key", f"{key}.pub").stdout
@@ -319,6 +320,7 @@ def test_upgrade_with_another_key(world: World) -> None:
     world.server.patch(SECRET, metadata={"annotations": applied})
     world.lab.host.run(["rm", "-f", "/etc/epok/id_ed25519"])
     world.read(UPGRADE, 0)
+    world.tool("docker", ":")  # that image was built above
     world.read(UPGRADE, 1)
     assert world.server.request("GET", SECRET)["data"]["id_rsa"] != old
     key_is_nowhere_else(world)
