@@ -302,6 +302,7 @@ def key_is_nowhere_else(world: World) -> None:
 
 def test_looking_in_the_cluster(world: World) -> None:
     """The Jobs are none of the CronJob's, which would delete them with its own."""
+    world.now("to-look-at")
     with Controllers(world, "epok") as played:
         shown = world.read(BROKEN, 1)
     assert played.ran == ["look", "look"]
@@ -310,8 +311,8 @@ def test_looking_in_the_cluster(world: World) -> None:
     assert re.search(r"\ndefault/mail on epok@192.0.2.1\n(.*\n)+Most likely: ", shown)
     job = world.server.request("GET", "/apis/batch/v1/namespaces/epok/jobs/look")
     assert "ownerReferences" not in job["metadata"]
-    first = world.server.request("GET", "/apis/batch/v1/namespaces/epok/jobs/first")
-    assert first["metadata"]["ownerReferences"][0]["kind"] == "CronJob"
+    other = world.server.request("GET", "/apis/batch/v1/namespaces/epok/jobs/to-look-at")
+    assert other["metadata"]["ownerReferences"][0]["kind"] == "CronJob"
 
 
 def test_upgrade_with_another_key(world: World) -> None:
@@ -325,7 +326,7 @@ def test_upgrade_with_another_key(world: World) -> None:
     assert world.server.request("GET", SECRET)["data"]["id_rsa"] != old
     key_is_nowhere_else(world)
     assert not (world.clone / "epok-ssh.yaml").exists()
-    assert "in sync" in world.now("third")
+    assert "now forwarding tcp/25" in world.now("third")
 
 
 def installed(world: World) -> set[str]:
