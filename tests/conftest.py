@@ -92,6 +92,11 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None
         time.sleep(0.01)
 
 
+def busy() -> float:
+    """How much longer than on a quiet machine everything takes here, by the processes that wait for a processor."""
+    return max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def need_lab(backend: str) -> None:
     """All that a lab takes."""
     if os.geteuid():

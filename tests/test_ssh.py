@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from clock import set_clock
-from conftest import faults, need, until
+from conftest import busy, faults, need, until
 from fake_api import TOKEN, FakeApi, write_kubeconfig
 from lab import CHOOSE_BACKEND, EPOK, FORWARDING, HOST, HOST6, Lab
 from objects import node, port, service, snapshot
@@ -106,8 +106,7 @@ class Run(NamedTuple):
 
 def check(run: Run, timeout: float) -> None:
     """What holds for every run: it ends in time, its log is clean, its commands are those of the design."""
-    busy = max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
-    assert run.seconds < timeout + 2 * busy, str(run)
+    assert run.seconds < timeout + 5 * busy(), str(run)
     for line in run.err.splitlines():  # a traceback has other lines
         assert re.fullmatch(r"(debug|info|warning|error): [ -~]+", line), f"{line!r} of {run}"
         assert len(line) < 2000, str(run)
