@@ -119,6 +119,12 @@ def test_deadline_lets_epok_speak_and_comes_before_the_next_minute() -> None:
     assert job["activeDeadlineSeconds"] + pod["terminationGracePeriodSeconds"] < 60
 
 
+def test_a_pod_that_never_ends_holds_no_later_run_up() -> None:
+    """As it does on a dead node."""
+    assert one("CronJob", manifests())["spec"]["concurrencyPolicy"] == "Replace"
+    assert "activeDeadlineSeconds" in one("CronJob", manifests())["spec"]["jobTemplate"]["spec"]
+
+
 def test_epok_takes_the_command_line_and_environment_of_the_pod() -> None:
     made = manifests(interfaces="lo,eth+")
     environ = environment(container(made), {"ssh_host": "epok@192.0.2.1,epok@192.0.2.2:2222", "ssh_port": "22"})

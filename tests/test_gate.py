@@ -13,6 +13,7 @@ import pytest
 from conftest import BACKENDS, need, until
 from gateway import OLDER_RULE, Done, Gateway, gate, secret_data
 from lab import EPOK, HOST, HOST6, Lab
+from manifests import CRON
 from objects import endpoint, endpoint_slice, port, service, slice_port
 from sshd import make_key
 
@@ -592,9 +593,9 @@ def test_another_mark_is_let_through_when_setup_host_was_told(lab: Lab, client: 
 def bare(gateway: Gateway) -> Iterator[Gateway]:
     """The host without what setup-host did for the other tests, which it does again after."""
     kept = {path: (gateway.root / path).read_bytes() for path in KEYS}
-    gateway.setup_host("--remove")
+    gateway.setup_host("--remove", "--force")
     yield gateway
-    gateway.setup_host("--remove", check=False)
+    gateway.setup_host("--remove", "--force", check=False)
     (gateway.root / KEYS[0]).parent.mkdir()
     for path, text in kept.items():
         (gateway.root / path).write_bytes(text)
@@ -655,6 +656,106 @@ def test_remove_takes_back_all_that_setup_host_did(client: Client, bare: Gateway
     assert says(bare.setup_host("--remove")) == ["nothing to do"]
 
 
+def removal_refused(bare: Gateway, script: str = "") -> str:
+    """The one line that --remove says; it does nothing."""
+    before = bare.state()
+    done = bare.space.run([script or str(CRON / "setup-host"), "--remove"], check=False)
+    [line] = says(done)
+    assert done.returncode == 1 and bare.state() == before, line
+    return line
+
+
+def obey(bare: Gateway, line: str) -> None:
+    """The command at the end of the line, by a shell of root's, which has more than one word for a blank."""
+    command = line.partition("this takes them away, here: ")[2]
+    assert bare.space.run(["sh", "-c", command], check=False).returncode == 0, command
+
+
+@pytest.fixture
+def alone(bare: Gateway) -> str:
+    """setup-host on a host that has no more of the clone."""
+    bare.space.run(["install", "-D", str(CRON / "setup-host"), "/opt/no clone/cron/setup-host"])
+    return "/opt/no clone/cron/setup-host"
+
+
+OTHER = {"nft": "legacy", "legacy": "nft"}
+
+
+def others(lab: Lab) -> str:
+    """The rules of the backend that plain iptables is not."""
+    saves = (f"{tool}tables-{OTHER[lab.backend]}-save" for tool in ("ip", "ip6"))
+    return "".join(lab.host.run([save]).stdout for save in saves)
+
+
+def test_remove_refuses_while_epoks_rules_are_there_and_names_what_takes_them_away(
+    lab: Lab, client: Client, bare: Gateway, alone: str, tmp_path: Path
+) -> None:
+    somebody = operator(lab, bare, (), tmp_path)
+    for script in ("", alone):
+        assert somebody.epok(services=(MAIL, WEB)).status == 0
+        restore(lab, FIREWALL)
+        line = removal_refused(bare, script)
+        assert "in iptables, ip6tables: " in line and '"Uninstall" in README.md' in line
+        with_epok = not script and (EPOK.parent / ".venv" / "bin" / "python").exists()
+        assert ("epok.py' --clean local" in line) == with_epok, line
+        obey(bare, line)
+        left = re.sub('"-j EPOK"', "", lab.saved() + lab.saved(6))
+        assert "EPOK" not in left and left.count("MINE") == FIREWALL.count("MINE"), left
+        lab.flush()
+    done = bare.setup_host("--remove")
+    assert [line.split()[0] for line in says(done)] == ["removed"] * 6
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_remove_refuses_for_rules_of_the_other_backend_too(
+    lab: Lab, client: Client, bare: Gateway, version: int
+) -> None:
+    """That was the plain one when epok came."""
+    tool = f"{'ip6' if version == 6 else 'ip'}tables-{OTHER[lab.backend]}"
+    bare.setup_host("--address", HOST)
+    lab.host.run([f"{tool}-restore", "-n"], GOOD.replace("10.0.0.11:2025", ":2025"))
+    line = removal_refused(bare)
+    assert f"in {tool}: " in line
+    obey(bare, line)
+    assert "EPOK" not in others(lab)
+    assert bare.setup_host("--remove").returncode == 0
+
+
+def test_remove_goes_on_by_force_and_leaves_the_rules(lab: Lab, client: Client, bare: Gateway, tmp_path: Path) -> None:
+    assert operator(lab, bare, (), tmp_path).epok().status == 0
+    before = everything(lab)
+    done = bare.setup_host("--remove", "--force")
+    assert [line.split()[0] for line in says(done)] == ["removed"] * 6
+    assert everything(lab) == before
+
+
+@once
+def test_remove_does_nothing_where_it_cannot_see_whether_rules_are_left(
+    lab: Lab, client: Client, bare: Gateway
+) -> None:
+    bare.setup_host("--address", HOST)
+    restore(lab, "*nat\n:MINE - [0:0]\n-A PREROUTING -j MINE\nCOMMIT\n")
+    lab.host.run(["nft", "add rule ip nat PREROUTING meta mark set numgen inc mod 2"])
+    line = removal_refused(bare)
+    assert "is incompatible" in line and "move native rules to a table of their own" in line, line
+    lab.host.run(["nft", "flush chain ip nat PREROUTING"])
+    assert bare.setup_host("--remove").returncode == 0
+
+
+@once
+def test_remove_does_nothing_where_iptables_save_fails(lab: Lab, client: Client, bare: Gateway) -> None:
+    bare.setup_host("--address", HOST)
+    tool = bare.root / "run/alternatives/ip6tables-save"
+    kept = tool.readlink()
+    tool.unlink()
+    tool.write_text("#!/bin/sh\necho no way >&2\nexit 1\n")
+    tool.chmod(0o755)
+    line = removal_refused(bare)
+    tool.unlink()
+    tool.symlink_to(kept)
+    assert "ip6tables-save does not tell" in line and "(no way)" in line and "--remove --force" in line, line
+
+
 @once
 def test_setup_host_leaves_a_user_and_a_sudoers_file_alone_that_are_not_its_own(client: Client, bare: Gateway) -> None:
     """They are there when the older epok's instructions were followed."""
@@ -690,6 +791,7 @@ def test_setup_host_leaves_a_user_and_a_sudoers_file_alone_that_are_not_its_own(
             for mark in ("0x3 ALL", "x3", "0", "0x1", "0x7", "010", "0x300000000")
         ),
         (("--mark", "0x3", "--sudoers"), "--mark is for the gate"),
+        (("--force",), "--force is for --remove"),
         (("--port", "99999"), "accepted is a port"),
         (("--public-key", "/run/two.pub"), "/run/two.pub: give one key, on one line"),
         (("--public-key", "/nowhere"), "/nowhere: there is no such file"),

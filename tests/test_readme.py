@@ -1,17 +1,19 @@
 """Every shell block of README.md, run as its reader would: on the lab's host, or where kubectl and docker work.
 
-There is no kubelet, so a test plays it (`run_job`), and no docker engine: `docker` is a script that calls buildah.
+There are no controllers and no kubelet, so a test plays them (`Controllers`, `run_job`), and no docker engine: `docker`
+is a script that calls buildah.
 """
 
 import base64
-import contextlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,17 +25,12 @@ from container import ACCOUNT, API, Container, Store, secret_volume, service_acc
 from gateway import OLDER_RULE, Gateway
 from lab import EPOK, HOST, Lab
 from manifests import environment
-from objects import port, service
+from objects import Object, port, service
+from readme import BLOCKS, README
 from sshd import make_key
 
 pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 
-README = (EPOK.parent / "README.md").read_text()
-BLOCKS = {
-    (heading, number): block
-    for heading, text in re.findall(r"(?ms)^##+ ([^\n]+)\n(.*?)(?=^##+ |\Z)", README)
-    for number, block in enumerate(re.findall(r"(?ms)^```sh\n(.*?)^```$", text))
-}
 RAN: set[tuple[str, int]] = set()
 CLUSTER = "In the cluster, every minute, over SSH"
 TIMER = "On the host, every minute, by systemd"
@@ -91,76 +88,136 @@ esac"""
         """Run a block where its first line says, and return what it printed. It must succeed."""
         where, _, script = BLOCKS[heading, number].partition("\n")
         place = "/opt/epok" if where.endswith("that is /opt/epok") else str(self.clone)
-        path = os.pathsep.join((str(self.tools), os.environ["PATH"]))
-        pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-        environ = {"PATH": path, "HOME": str(self.home), **pip}
-        shell = ["env", "-i", *(f"{k}={v}" for k, v in environ.items()), "sh", "-euc", f"cd {place}\n{script}"]
-        network = ["nsenter", f"--net=/proc/{self.lab.host.pid}/ns/net"]
-        argv = self.lab.host.command(shell) if where.startswith("# on the host") else [*network, *shell]
-        assert re.match("# (on the host|where kubectl works|in a clone)", where), where
+        argv = self.person(where, "sh", "-euc", f"cd {place}\n{script}")
         done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{script}\nexit {done.returncode}\n{done.stdout}{done.stderr}"
         RAN.add((heading, number))
         return done.stdout + done.stderr
 
+    def person(self, where: str, *argv: str) -> list[str]:
+        """The argv that runs another where a block's first line says, in the person's environment."""
+        assert re.match("# (on the host|where kubectl works|in a clone)", where), where
+        path = os.pathsep.join((str(self.tools), os.environ["PATH"]))
+        pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        environ = {"PATH": path, "HOME": str(self.home), **pip}
+        shell = ["env", "-i", *(f"{k}={v}" for k, v in environ.items()), *argv]
+        network = ["nsenter", f"--net=/proc/{self.lab.host.pid}/ns/net"]
+        return self.lab.host.command(shell) if where.startswith("# on the host") else [*network, *shell]
+
+    def paste(self, block: str, *shell: str) -> tuple[int, list[str]]:
+        """A block pasted into an interactive shell: its exit status, and what it printed. The shell lives on."""
+        lines = f'cd {self.clone}\n{block}\necho "left $?"\nfalse\necho and goes on\n'
+        argv = self.person(block, "env", "PS1=", "PS2=", *shell, "-i")
+        # without a terminal, which such a shell would take from the one that runs the tests
+        done = subprocess.run(argv, input=lines, capture_output=True, text=True, timeout=300, start_new_session=True)
+        printed, left, status = done.stdout.partition("\nleft ")
+        assert left and status.endswith("\nand goes on\n"), done.stdout + done.stderr
+        return int(status.split()[0]), (printed + "\n" + done.stderr).splitlines()
+
     def now(self, name: str) -> str:
         """A run of the CronJob that does not wait for the minute, as a Job of that name; returns its log."""
         self.server.kubectl("create", "job", "-n", "epok", "--from=cronjob/epok", name)
-        return self.run_job("epok", name)
+        done = self.run_job("epok", name)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stderr
 
-    def run_job(self, namespace: str, name: str) -> str:
-        """What the kubelet and the Job's controller do; returns the container's log."""
+    def run_job(self, namespace: str, name: str) -> "subprocess.CompletedProcess[str]":
+        """What the kubelet and the Job's controller do; returns the container that is done."""
         path = f"/apis/batch/v1/namespaces/{namespace}/jobs/{name}"
-        pod = self.server.request("GET", path)["spec"]["template"]["spec"]
+        done = self.run_pod(namespace, self.server.request("GET", path)["spec"]["template"]["spec"])
+        now = "2024-01-01T00:00:00Z"
+        kinds = ("FailureTarget", "Failed") if done.returncode else ("SuccessCriteriaMet", "Complete")
+        ends = [{"type": kind, "status": "True", "lastTransitionTime": now} for kind in kinds]
+        count = {"failed": 1} if done.returncode else {"succeeded": 1, "completionTime": now}
+        status = {**count, "startTime": now, "conditions": ends, "uncountedTerminatedPods": {}}
+        self.server.patch(f"{path}/status", status=status)
+        return done
+
+    def run_pod(self, namespace: str, pod: Object) -> "subprocess.CompletedProcess[str]":
         [spec] = pod["containers"]
         stored = self.server.request("GET", f"/api/v1/namespaces/{namespace}/secrets/epok-ssh")["data"]
         secret = {key: base64.b64decode(value) for key, value in stored.items()}
         env = API | environment(spec, {key: value.decode() for key, value in secret.items()})
-        [mount] = [one for one in spec["volumeMounts"] if one["name"] == pod["volumes"][0]["name"]]
-        account = service_account(self.folder / f"{name}-account", self.server, namespace)
-        volumes = {mount["mountPath"]: secret_volume(self.folder / f"{name}-secret", secret), ACCOUNT: account}
+        volume = pod["volumes"][0]["name"]
+        [mount] = [one for one in spec["volumeMounts"] if one["name"] == volume]
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        account = service_account(folder / "account", self.server, namespace)
+        volumes = {mount["mountPath"]: secret_volume(folder / "secret", secret), ACCOUNT: account}
         container = Container(self.store.image(spec["image"]), volumes, env)
-        done = self.lab.host.run(container.argv(*spec["args"]), check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        now = "2024-01-01T00:00:00Z"
-        ends = [
-            {"type": kind, "status": "True", "lastTransitionTime": now} for kind in ("SuccessCriteriaMet", "Complete")
-        ]
-        status = {"succeeded": 1, "startTime": now, "completionTime": now, "conditions": ends}
-        self.server.patch(f"{path}/status", status={**status, "uncountedTerminatedPods": {}})
-        return done.stderr
+        return self.lab.host.run(container.argv(*spec["args"]), check=False)
 
-    @contextlib.contextmanager
-    def controllers(self, namespace: str, job: str) -> Iterator[None]:
-        """Meanwhile the Job of that name is run when it appears, and then the namespace ends when it shall."""
-        jobs, place = f"/apis/batch/v1/namespaces/{namespace}/jobs", f"/api/v1/namespaces/{namespace}"
-
-        def is_there() -> bool:
-            return any(item["metadata"]["name"] == job for item in self.server.request("GET", jobs)["items"])
-
-        def ends() -> bool:
-            return "deletionTimestamp" in self.server.request("GET", place)["metadata"]
-
-        def play() -> None:
-            until(is_there, f"the Job {job}", 60)
-            self.run_job(namespace, job)
-            until(ends, f"the end of namespace {namespace}", 60)
-            for held in (jobs, f"{place}/secrets"):
-                self.server.request("DELETE", held)
-            self.server.request("PUT", f"{place}/finalize", {"metadata": {"name": namespace}, "spec": {}})
-
-        player = threading.Thread(target=play)
-        player.start()
-        try:
-            yield
-        finally:
-            player.join()
+    def start_run(self, name: str) -> None:
+        """A run of the CronJob that has a pod, and gets no further."""
+        self.server.kubectl("create", "job", "-n", "epok", "--from=cronjob/epok", name)
+        job = self.server.request("GET", f"/apis/batch/v1/namespaces/epok/jobs/{name}")
+        owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": job["metadata"]["uid"]}
+        made = job["spec"]["template"]
+        metadata = {**made["metadata"], "name": name, "ownerReferences": [owner]}
+        pod = {"metadata": metadata, "spec": {**made["spec"], "nodeName": "node1"}}
+        self.server.request("POST", "/api/v1/namespaces/epok/pods", pod)
 
     def forwards(self) -> bool:
         try:
             return self.lab.ask(25).port == 2025
         except ConnectionRefusedError:
             return False
+
+
+class Controllers:
+    """Meanwhile, in a namespace: Jobs are run and deleted, pods end when they shall, and so does the namespace.
+
+    A run that was started ends its work before its pod ends; on a dead node the pod never ends.
+    """
+
+    def __init__(self, world: World, namespace: str, dead: str = "") -> None:
+        self.world, self.namespace, self.dead = world, namespace, dead
+        self.ran: list[str] = []
+        self.left = threading.Event()
+        self.errors: list[BaseException] = []
+        self.thread = threading.Thread(target=self.play)
+
+    def __enter__(self) -> "Controllers":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.left.set()
+        self.thread.join()
+        assert not self.errors, self.errors
+
+    def play(self) -> None:
+        try:
+            while not self.left.wait(0.1):
+                if self.step():
+                    return
+        except BaseException as error:
+            self.errors.append(error)
+
+    def step(self) -> bool:
+        """Whatever is to be done now; whether the namespace has ended."""
+        request, place = self.world.server.request, f"/api/v1/namespaces/{self.namespace}"
+        batch = f"/apis/batch/v1/namespaces/{self.namespace}"
+        if "deletionTimestamp" in request("GET", place)["metadata"]:
+            for kind in (f"{batch}/cronjobs", f"{batch}/jobs", f"{place}/secrets", f"{place}/serviceaccounts"):
+                request("DELETE", f"{kind}?propagationPolicy=Background")
+            request("PUT", f"{place}/finalize", {"metadata": {"name": self.namespace}, "spec": {}})
+            return True
+        owners = set()
+        for pod in request("GET", f"{place}/pods")["items"]:
+            name = pod["metadata"]["name"]
+            owners.add(pod["metadata"]["ownerReferences"][0]["name"])
+            if "deletionTimestamp" in pod["metadata"] and name != self.dead:
+                self.ran.append(name)
+                assert self.world.run_pod(self.namespace, pod["spec"]).returncode == 0
+                request("DELETE", f"{place}/pods/{name}?gracePeriodSeconds=0")
+        for job in request("GET", f"{batch}/jobs")["items"]:
+            name = job["metadata"]["name"]
+            if "deletionTimestamp" in job["metadata"] and name not in owners:
+                self.world.server.patch(f"{batch}/jobs/{name}", metadata={"finalizers": None})
+            elif "conditions" not in job["status"] and name not in owners:
+                self.ran.append(name)
+                self.world.run_job(self.namespace, name)
+        return False
 
 
 def copy_checkout(target: Path) -> None:
@@ -210,14 +267,66 @@ def test_in_the_cluster(world: World) -> None:
     assert world.read(CLUSTER, 3).count(" unchanged\n") == 4
 
 
+def installed(world: World) -> set[str]:
+    """What there is of epok's in the cluster, but for Jobs and pods."""
+    kinds = "ns,cronjob,secret,sa,clusterrole,clusterrolebinding"
+    listed = world.server.kubectl("get", kinds, "-A", "--ignore-not-found", "-o", "name").splitlines()
+    return {name for name in listed if re.search(r"/epok(-ssh)?$", name)}
+
+
+def said(lines: list[str]) -> str:
+    """The one line of the uninstall block's own."""
+    [line] = [line for line in lines if "epok is not uninstalled: " in line]
+    assert line.endswith("; then paste this again"), line
+    return line
+
+
+BASH = ("bash", "--norc", "--noprofile", "--noediting")
+SHELLS = pytest.mark.parametrize("shell", [BASH, ("dash",)], ids=["bash", "dash"])
+
+
+@SHELLS
+def test_uninstall_deletes_nothing_when_the_host_cannot_be_cleaned(world: World, shell: tuple[str, ...]) -> None:
+    kubectl, secret = world.server.kubectl, "/api/v1/namespaces/epok/secrets/epok-ssh"
+    kubectl("set", "env", "-n", "epok", "cronjob/epok", "EPOK_TIMEOUT=5")
+    world.now(f"before-{shell[0]}")
+    before = installed(world)
+    assert len(before) == 6
+    world.server.patch(secret, stringData={"ssh_port": "1"})
+    for _ in range(2):
+        begun = time.monotonic()
+        with Controllers(world, "epok") as played:
+            status, lines = world.paste(BLOCKS["Uninstall", 0], *shell)
+        assert time.monotonic() - begun < 100, "the failure was not noticed"
+        assert status == 1 and played.ran == ["clean"], lines
+        assert "kubectl logs -n epok job/clean" in said(lines)
+        assert installed(world) == before and world.forwards()
+        assert kubectl("get", "cronjob", "-n", "epok", "epok", "-o", "jsonpath={.spec.suspend}") == "true"
+    world.server.patch(secret, stringData={"ssh_port": "22"})
+
+
+def test_uninstall_goes_no_further_than_a_pod_on_a_dead_node(world: World) -> None:
+    world.start_run("dead")
+    before = installed(world)
+    quick = BLOCKS["Uninstall", 0].replace("--timeout=2m ||", "--timeout=5s ||")
+    with Controllers(world, "epok", dead="dead") as played:
+        status, lines = world.paste(quick, *BASH)
+        assert status == 1 and played.ran == [] and installed(world) == before, lines
+        [force] = re.findall("kubectl delete pods [^;]*", said(lines))
+        status, lines = world.paste(f"# where kubectl works\n{force}", "dash")
+        assert status == 0, lines
+        jobs = "/apis/batch/v1/namespaces/epok/jobs"
+        until(lambda: not world.server.request("GET", jobs)["items"], "the Job of the dead node's pod ends", 60)
+
+
 def test_out_of_the_cluster_again(world: World) -> None:
-    world.now("third")
-    assert world.forwards()
-    with world.controllers("epok", "clean"):
+    """While a run is under way, which puts the rules back as it ends."""
+    world.start_run("underway")
+    with Controllers(world, "epok") as played:
         world.read("Uninstall", 0)
+    assert played.ran == ["underway", "clean"]
     assert not world.forwards() and "EPOK" not in world.lab.saved() + world.lab.saved(6)
-    everywhere = world.server.kubectl("get", "cronjob,sa,clusterrole,clusterrolebinding", "-A", "-o", "name")
-    assert "epok" not in everywhere
+    assert installed(world) == set()
     world.read("Uninstall", 1)
     assert "epok" not in world.lab.host.run(["cat", "/etc/passwd"]).stdout
 
