@@ -36,12 +36,13 @@ class Authority:
         self.pem = self.sign(self.name, self.key.public_key(), x509.BasicConstraints(ca=True, path_length=None))
 
     def issue(self, name: str, organisation: str = "", address: str = "", days: int = 1) -> bytes:
-        """A certificate and its private key: of a server at that address, or of a user."""
+        """A certificate and its private key: of a server at these addresses (spaces between), or of a user."""
         key = ec.generate_private_key(ec.SECP256R1())
         attributes = [x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]
         if organisation:
             attributes.append(x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, organisation))
-        alternative = [x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])] if address else []
+        known = [x509.IPAddress(ipaddress.ip_address(one)) for one in address.split()]
+        alternative = [x509.SubjectAlternativeName(known)] if known else []
         return self.sign(x509.Name(attributes), key.public_key(), *alternative, days=days) + private_pem(key)
 
     def sign(

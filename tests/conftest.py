@@ -55,9 +55,21 @@ def tally(record_property: Callable[[str, object], None]) -> Tally:
     return lambda what, tried, lost: record_property("tally", (what, tried, lost))
 
 
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """figure(line): the lines of all tests stand at the end of the run."""
+    return lambda line: record_property("figure", line)
+
+
 def faults(what: str) -> pytest.MarkDecorator:
     """For tests with a fault in each: the table has them as tried, and as lost when any of what they assert fails."""
     return pytest.mark.faults(what)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that mostly waits comes first, then those with most tests: so no worker is left with a long one."""
+    size = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem != "test_real_cluster", -size[item.path], item.path))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -70,14 +82,19 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The table of `tally` and `faults`."""
-    tried, lost = Counter[str](), Counter[str]()
+    """The table of `tally` and `faults`, and what `figure` was given."""
+    tried, lost, figures = Counter[str](), Counter[str](), []
     for report in (each for reports in terminalreporter.stats.values() for each in reports):
         # the report of the teardown has the properties too
         for name, value in report.user_properties if getattr(report, "when", "") == "call" else ():
             if name == "tally":
                 tried[value[0]] += value[1]
                 lost[value[0]] += value[2]
+            if name == "figure":
+                figures.append(value)
+    if figures:
+        terminalreporter.section("what was measured")
+        terminalreporter.write_line("\n".join(figures))
     if tried:
         terminalreporter.section("what was tried")
         for what in tried:
