@@ -93,7 +93,7 @@ class Gateway:
     def restart_sshd(self) -> None:
         """As systemd does it: who is logged in stays so."""
         gone = "while ss -Hltn 'sport = :22' | grep -q .; do sleep 0.1; done"
-        self.space.run(["sh", "-ec", f"pkill -o -x sshd; {gone}"])
+        self.space.run(["sh", "-ec", f"pkill -f '^sshd: .*[[]listener]'; {gone}"])
         self.start_sshd()
 
     def logins(self) -> set[str]:

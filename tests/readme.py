@@ -17,6 +17,8 @@ BLOCKS = {
 CLUSTER = "In the cluster, every minute, over SSH"
 OLDER = "Coming from the older epok in Rust"
 UNINSTALL = "Uninstall"
+# What test_real_cluster.py alone runs; test_readme.py runs the others.
+IN_CLUSTER = {(CLUSTER, 2), (CLUSTER, 3), (OLDER, 0), (OLDER, 1)}
 
 
 class Reader:

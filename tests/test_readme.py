@@ -21,11 +21,11 @@ import pytest
 from apiserver import ApiServer
 from conftest import BACKENDS, need, until
 from container import ACCOUNT, API, Container, Store, secret_volume, service_account
-from gateway import OLDER_RULE, Gateway
+from gateway import Gateway
 from lab import EPOK, HOST, Lab
 from manifests import environment
 from objects import Object, port, service
-from readme import BLOCKS, CLUSTER, OLDER, README, copy_checkout
+from readme import BLOCKS, CLUSTER, IN_CLUSTER, README, copy_checkout
 from sshd import make_key
 
 pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
@@ -245,15 +245,6 @@ def test_in_the_cluster(world: World) -> None:
     assert "now forwarding tcp/25" in world.now("first")
     assert world.forwards()
 
-    key = make_key(world.home / ".ssh" / "epok", "ed25519")
-    shown = world.gateway.setup_host("--address", HOST, "--public-key", f"{key}.pub").stdout
-    (world.home / ".ssh" / "epok_known_hosts").write_text(shown)
-    world.server.kubectl("delete", "secret", "-n", "epok", "epok-ssh")
-    world.read(CLUSTER, 2)
-    assert "in sync" in world.now("second")
-
-    assert world.read(CLUSTER, 3).count(" unchanged\n") == 4
-
 
 def installed(world: World) -> set[str]:
     """What there is of epok's in the cluster, but for Jobs and pods."""
@@ -359,25 +350,6 @@ def test_by_hand(world: World) -> None:
     world.gateway.setup_host("--remove")
 
 
-def test_coming_from_the_older_epok(world: World) -> None:
-    host, kubectl = world.lab.host, world.server.kubectl
-    world.lab.flush()
-    host.run(["useradd", "--create-home", "epok"])
-    sudoers = "%epok ALL=(ALL) NOPASSWD: /usr/sbin/iptables, /usr/sbin/iptables-save"
-    host.run(["sh", "-c", "cat >/etc/sudoers.d/epok"], sudoers)
-    host.run(["iptables-restore", "-n"], f"*nat\n{OLDER_RULE}COMMIT\n")
-    kubectl("create", "ns", "epok")
-    kubectl("create", "secret", "-n", "epok", "generic", "epok-ssh", "--from-literal=ssh_host=10.0.0.1")
-    kubectl("create", "deployment", "-n", "epok", "epok", "--image=epok")
-    world.read(OLDER, 0)
-    world.read(OLDER, 1)
-    assert kubectl("get", "deployments", "-n", "epok", "-o", "name") == ""
-    before = world.lab.saved()
-    assert "now forwarding tcp/25" in world.now("fourth")
-    assert world.lab.saved().count("epok_rule_id") == before.count("epok_rule_id") == 1
-    assert world.forwards()
-
-
 def test_the_whole_proof_is_found(world: World) -> None:
     """It takes hours."""
     command = BLOCKS[DEVELOPERS, 0].splitlines()[-1]
@@ -402,6 +374,6 @@ def test_what_a_run_costs(world: World) -> None:
 
 
 def test_every_shell_block_was_run(world: World) -> None:
-    """By the tests above; alone, this one fails."""
-    assert set(BLOCKS) == RAN
+    """By the tests above, and by test_real_cluster.py; alone, this one fails."""
+    assert set(BLOCKS) == RAN | IN_CLUSTER
     assert README.count("```sh\n") == len(BLOCKS)

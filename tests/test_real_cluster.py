@@ -24,7 +24,7 @@ from gateway import OLDER_RULE
 from lab import CLIENT, ECHO, EPOK, HOST, Answer
 from load import Load
 from objects import Object
-from readme import BLOCKS, CLUSTER, OLDER, UNINSTALL, Reader
+from readme import BLOCKS, CLUSTER, IN_CLUSTER, OLDER, UNINSTALL, Reader
 from real_cluster import NAMESPACE, NODES, REGISTRY, Cluster, Run, Watch, hierarchies, remove_stale_cgroups
 from sshd import make_key
 
@@ -48,6 +48,7 @@ metadata: {{name: strict, namespace: {NAMESPACE}}}
 spec: {{podSelector: {{}}, policyTypes: [Ingress, Egress]}}
 """
 Figure = Callable[[str], None]
+LIMITED = ("requests.cpu", "requests.memory", "limits.cpu", "limits.memory")
 # The gateway answers nobody who wants to log in.
 AWAY = """
 table inet away {
@@ -345,9 +346,18 @@ def test_a_key_of_ones_own_and_a_secret_made_by_hand_do_as_well(world: World) ->
     assert "in sync" in world.run_now("own-key").log
 
 
+def test_all_this_was_in_a_namespace_for_restricted_pods_with_a_quota(world: World) -> None:
+    labels = world.kubectl("get", "ns", NAMESPACE, "-o", "jsonpath={.metadata.labels}")
+    assert '"pod-security.kubernetes.io/enforce":"restricted"' in labels
+    quota = world.server.request("GET", f"/api/v1/namespaces/{NAMESPACE}/resourcequotas/strict")["status"]
+    assert quota["used"].keys() == quota["hard"].keys() == {"pods", *LIMITED}
+    assert "FailedCreate" not in world.kubectl("get", "events", "-n", NAMESPACE)
+
+
 def test_a_pod_needs_the_api_server_and_ssh_alone(world: World) -> None:
-    """What a NetworkPolicy must let through, by what the node's kernel saw of the last run."""
-    pod = max(world.watch.pods.values(), key=lambda pod: pod["metadata"]["creationTimestamp"])
+    """What a NetworkPolicy must let through, by what the node's kernel saw of the last run that ended."""
+    ended = [pod for uid, pod in world.watch.pods.items() if uid in world.watch.logs]
+    pod = max(ended, key=lambda pod: pod["metadata"]["creationTimestamp"])
     machine = world.cluster.machines[pod["spec"]["nodeName"]].machine
     flows = machine.run(["conntrack", "-L", "-s", pod["status"]["podIP"]]).stdout
     assert set(re.findall(r"^(\w+) .*? dst=(\S+) sport=\d+ dport=(\d+) src=", flows, re.MULTILINE)) == {
@@ -464,7 +474,8 @@ def test_local_on_a_node_goes_by_the_systemd_units_command_line(world: World) ->
     local = {world.cluster.ask(80, to=node.address)[:2] for _ in range(20)}
     assert {(name.split("/")[0], saw) for name, saw in local} == {("node1", CLIENT[0])}
     assert "in sync" in node.machine.run(command.split(), env=env).stderr
-    assert "in sync" in world.run_now("beside").log or world.ask(80)
+    assert world.run_now("beside").phase == "Succeeded"
+    assert {world.cluster.ask(80).saw for _ in range(20)} == {CLIENT[0]}
     node.machine.run([*command.split()[:-1], "--clean", "local"], env=env)
     world.kubectl("annotate", "service", "web", "getbetter.ro/externalport-")
 
@@ -539,6 +550,11 @@ def test_coming_from_the_older_epok(world: World) -> None:
     assert "now forwarding tcp/25" in world.run_now("older").log
     assert world.cluster.saved().count("epok_rule_id") == before.count("epok_rule_id") == 1
     assert answering(world, 25) == set(NODES)
+
+
+def test_every_block_of_the_readme_for_a_cluster_was_run(world: World) -> None:
+    """By the tests above; alone, this one fails."""
+    assert world.desk.ran >= IN_CLUSTER
 
 
 def test_the_figures(world: World, figure: Figure) -> None:
