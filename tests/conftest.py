@@ -101,12 +101,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(f"{what}: {tried[what]:,} times, {lost[what]:,} lost")
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = 10, pause: float = 0.01) -> None:
     """Wait for something that happens soon, without an event to wait for."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} seconds: {what}"
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 def need_lab(backend: str) -> None:

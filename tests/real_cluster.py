@@ -282,7 +282,7 @@ def remove_stale_cgroups() -> None:
 def remove_cgroups(name: str) -> None:
     """With all below, as soon as the last process is gone."""
     for hierarchy in hierarchies():
-        until(lambda top=hierarchy / name: removed(top), f"the end of all in {hierarchy / name}", 30)
+        until(lambda top=hierarchy / name: removed(top), f"the end of all in {hierarchy / name}", 30, 0.3)
 
 
 def removed(top: Path) -> bool:
@@ -373,7 +373,7 @@ class Watch:
         found: dict[str, list[str]] = {}
         with open(self.cluster.server.flags["audit-log-path"]) as log:
             for entry in map(json.loads, log):
-                uids = entry["user"]["extra"].get("authentication.kubernetes.io/pod-uid", [""])
+                uids = entry["user"].get("extra", {}).get("authentication.kubernetes.io/pod-uid", [""])
                 found.setdefault(uids[0], []).append(f"{entry['verb']} {entry['requestURI']}")
         return found
 

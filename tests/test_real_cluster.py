@@ -158,12 +158,12 @@ def echo(name: str, ports: "dict[str, tuple[int, int]]", replicas: int, policy: 
         "ports": [{"containerPort": port, "name": key, "protocol": protocol(key)} for key, (port, _) in ports.items()],
         "readinessProbe": {"tcpSocket": {"port": numbers[0]}, "periodSeconds": 1},
         # until kube-proxy everywhere has heard that the pod ends
-        "lifecycle": {"preStop": {"exec": {"command": ["sleep", "5"]}}},
+        "lifecycle": {"preStop": {"exec": {"command": ["sleep", "10"]}}},
     }
     spread = {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
     pod = {
         "containers": [container],
-        "terminationGracePeriodSeconds": 6,
+        "terminationGracePeriodSeconds": 12,
         "topologySpreadConstraints": [{**spread, "labelSelector": {"matchLabels": labels}}],
     }
     deployment = {
@@ -291,7 +291,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_removes_its_cgroups() -
     left = [hierarchy / name for hierarchy in hierarchies()]
     assert all(place.exists() for place in left)
     processes = [file for place in left for file in place.rglob("cgroup.procs")]
-    until(lambda: not any(file.read_text() for file in processes), "the end of all its processes", 30)
+    until(lambda: not any(file.read_text() for file in processes), "the end of all its processes", 30, 0.3)
     assert name.removeprefix("epok-") not in Path("/proc/self/mounts").read_text()
     with scratch():
         remove_stale_cgroups()
@@ -398,7 +398,7 @@ def test_a_renewed_key_is_refused_until_the_secret_has_it(world: World) -> None:
 def test_a_run_without_its_secret_goes_on_when_it_is_made_again(world: World) -> None:
     world.kubectl("delete", "secret", "-n", NAMESPACE, "epok-ssh")
     world.start_now("secret")
-    until(lambda: "Warning" in events(world, "secret"), "the kubelet misses the Secret", 30)
+    until(lambda: "Warning" in events(world, "secret"), "the kubelet misses the Secret", 30, 0.3)
     world.renew_secret()
     assert "in sync" in world.watch.done("secret").log
 
@@ -417,7 +417,7 @@ def test_a_dead_node_costs_no_run_and_gets_no_connection_once_it_is_not_ready(
     [alive] = NODES.keys() - {dead.name}
     dead.cut_power()
     cut = time.time()
-    until(lambda: not dead.ready(), "the dead node is NotReady", 120)
+    until(lambda: not dead.ready(), "the dead node is NotReady", 120, 0.3)
     noticed = time.time()
     first = next_minute()
     assert world.run_of(first).node == alive
@@ -433,8 +433,8 @@ def test_a_dead_node_costs_no_run_and_gets_no_connection_once_it_is_not_ready(
     )
     dead.boot()
     until(dead.ready, "the node is back", 120)
-    until(lambda: ready_pods(world) == set(NODES), "its pod is back", 60)
-    assert world.run_now(f"back-{dead.name}").phase == "Succeeded"
+    until(lambda: ready_pods(world) == set(NODES), "its pod is back", 60, 0.3)
+    assert world.run_now(f"back-{int(cut)}").phase == "Succeeded"
     assert world.nodes_of(2025) == set(NODES)
 
 
@@ -442,15 +442,17 @@ def test_a_dead_node_costs_no_run_and_gets_no_connection_once_it_is_not_ready(
 
 
 def test_without_an_api_server_forwards_stay_and_with_it_runs_come_again(world: World) -> None:
+    assert answering(world, 25) == set(NODES)
     before = world.cluster.saved()
     world.server.kill()
-    away = time.time()
+    away, served = time.time(), []
     while time.time() < away + 90:
-        assert answering(world, 25) == set(NODES)
+        served.append(answering(world, 25))
         time.sleep(5)
-    assert world.cluster.saved() == before
+    after = world.cluster.saved()
     world.server.start()
-    until(lambda: all(node.ready() for node in world.cluster.machines.values()), "the nodes are Ready again", 60)
+    assert after == before and served == [set(NODES)] * len(served)
+    until(lambda: all(node.ready() for node in world.cluster.machines.values()), "the nodes are Ready again", 120, 0.3)
     assert world.next_run().phase == "Succeeded"
     assert world.nodes_of(2025) == set(NODES)
 
@@ -506,22 +508,30 @@ def test_an_uninstall_that_does_not_reach_the_gateway_fails_and_leaves_what_anot
 
 def come_and_go(world: World) -> None:
     """Rolling update, a pod deleted, a node drained."""
-    rolled = ("rollout", "status", "deployment/mail", "--timeout=120s")
     world.kubectl("rollout", "restart", "deployment/mail")
-    world.kubectl(*rolled)
+    until(lambda: settled(world), "the rolling update is through", 180, 0.3)
     pod = world.kubectl("get", "pods", "-l", "app=mail", "-o", "name").split()[0]
     world.kubectl("delete", pod)
-    world.kubectl(*rolled)
-    world.kubectl("drain", "node2", "--ignore-daemonsets", "--pod-selector=app=mail", "--timeout=120s")
-    world.kubectl(*rolled)
+    until(lambda: settled(world), "another pod is there", 120, 0.3)
+    world.kubectl("drain", "node2", "--ignore-daemonsets", "--pod-selector=app=mail", "--timeout=50s")
+    until(lambda: settled(world), "all pods are on the other node", 120, 0.3)
     world.kubectl("uncordon", "node2")
+
+
+def settled(world: World) -> bool:
+    """Whether the Deployment mail has its pods, all of them new and ready."""
+    found = world.server.request("GET", "/apis/apps/v1/namespaces/default/deployments/mail")
+    status, wanted = found["status"], found["spec"]["replicas"]
+    counts = [status.get(f"{what}Replicas", 0) for what in ("updated", "ready", "available")]
+    seen = status["observedGeneration"] == found["metadata"]["generation"]
+    return seen and [status.get("replicas"), *counts] == [wanted] * 4
 
 
 def test_no_pods_are_no_answer_until_there_are_some_again(world: World) -> None:
     world.kubectl("scale", "deployment/mail", "--replicas=0")
-    until(lambda: world.ask(25) is None, "the last pod is gone", 30)
+    until(lambda: world.ask(25) is None, "the last pod is gone", 60, 0.3)
     world.kubectl("scale", "deployment/mail", "--replicas=2")
-    until(lambda: world.ask(25) is not None, "a pod is there again", 60)
+    until(lambda: world.ask(25) is not None, "a pod is there again", 60, 0.3)
 
 
 def test_the_uninstall_that_is_pasted_again_leaves_nothing(world: World) -> None:
