@@ -55,7 +55,9 @@ class Reader:
         environ = {"PATH": path, "HOME": str(self.home), **self.environ}
         script = f"cd {place or self.clone}\n{script}"
         shell = ["env", "-i", *(f"{k}={v}" for k, v in environ.items()), "sh", "-euc", script]
-        network = ["nsenter", f"--net=/proc/{self.desk.pid}/ns/net"]
+        # what it started ends when we do
+        network = ["nsenter", f"--net=/proc/{self.desk.pid}/ns/net", "setpriv", "--pdeathsig", "KILL"]
+        network += ["unshare", "--pid", "--fork", "--kill-child"]
         argv = self.host.command(shell) if on_host else [*network, *shell]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
         assert (done.returncode == 0) == succeeds, f"{script}\nexit {done.returncode}\n{done.stdout}{done.stderr}"

@@ -7,7 +7,7 @@
 The host is the gateway whose ports are forwarded, with sshd as an administrator has it, and no part of the cluster.
 Machines are namespaces, so whatever happens to us they end with us; their cgroups and disks go with the next run then.
 
-    with Store() as store, Cluster(store, folder) as cluster:
+    with Store("overlay") as store, Cluster(store, folder) as cluster:
         cluster.push("10.0.0.3:5000/echo:1", dockerfile)
         cluster.server.kubectl("create", "deployment", "echo", "--image=10.0.0.3:5000/echo:1")
         cluster.machines["node1"].cut_power()
@@ -87,6 +87,8 @@ PROXY = {
     "conntrack-tcp-timeout-established": "0",
     "conntrack-tcp-timeout-close-wait": "0",
 }
+# The kubelet ends when containerd listens and is not ready yet, and systemd would start it again.
+AGAIN = ["sh", "-c", 'while :; do "$@"; sleep 1; done', "sh"]
 NO_EVICTION = {f"{what}.available": "0%" for what in ("memory", "nodefs", "imagefs")} | {"nodefs.inodesFree": "0%"}
 
 
@@ -128,7 +130,12 @@ class Node:
         config = f"--kubeconfig={self.kubeconfig}", f"--hostname-override={self.name}"
         until((self.machine.root / "run/containerd/containerd.sock").exists, f"containerd runs on {self.name}", 60)
         self.start(
-            "kubelet", asset("kubelet"), "--config=/etc/kubernetes/kubelet.json", *config, f"--node-ip={self.address}"
+            "kubelet",
+            *AGAIN,
+            asset("kubelet"),
+            "--config=/etc/kubernetes/kubelet.json",
+            *config,
+            f"--node-ip={self.address}",
         )
         admin = self.cluster.server.kubeconfig("admin", certificate=self.cluster.server.admin)
         self.start(

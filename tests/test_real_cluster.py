@@ -248,7 +248,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     if not Path("/usr/lib/cni/bridge").exists():
         lacking("CNI's bridge is missing: apt-get install containernetworking-plugins")
     folder = tmp_path_factory.mktemp("cluster")
-    with Store() as store, Cluster(store, folder) as cluster:
+    with Store("overlay") as store, Cluster(store, folder) as cluster:
         cluster.push(
             ECHO_IMAGE, 'FROM localhost/base\nCOPY echo.py /\nENTRYPOINT ["python3", "-I", "/echo.py"]\n', ECHO
         )
@@ -407,9 +407,10 @@ def test_a_run_without_its_secret_goes_on_when_it_is_made_again(world: World) ->
 
 
 @pytest.mark.parametrize("moment", ["in the middle of a run", "between two runs"])
-def test_a_dead_node_costs_no_run_and_gets_no_connection_once_it_is_not_ready(
+def test_a_dead_node_costs_one_run_at_most_and_gets_no_connection_once_it_is_not_ready(
     world: World, moment: str, figure: Figure
 ) -> None:
+    """Until then the scheduler may still choose it for a run."""
     minute = next_minute()
     midst = moment == "in the middle of a run"
     address = world.login(minute) if midst else NODES[world.run_of(minute).node]
@@ -427,6 +428,7 @@ def test_a_dead_node_costs_no_run_and_gets_no_connection_once_it_is_not_ready(
     ran = {run.minute: run for run in world.watch.runs() if run.phase == "Succeeded"}
     minutes = [int(first - 60 * ago) for ago in (1, 0) if first - 60 * ago > cut]
     lost = [minute for minute in minutes if minute not in ran]
+    assert len(lost) <= 1 and first not in lost
     figure(
         f"power cut {moment}, at second {cut % 60:.0f}: NotReady {seconds(noticed - cut)} later, out of the forwards "
         f"{seconds(gone - cut)} later; minutes without a run: {len(lost)}"
