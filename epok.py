@@ -74,8 +74,8 @@ Options for ssh:
                                hosts, which all get the same rules. [EPOK_SSH_HOST]
   -p, --port=<port>            Port of the SSH server, 22 unless given. [EPOK_SSH_PORT]
   -k, --key=<file>             Private key. Without it the agent's and those in ~/.ssh. [EPOK_SSH_KEY]
-  --known-hosts=<file>         Keys of known hosts, ~/.ssh/known_hosts unless given.
-                               [EPOK_SSH_KNOWN_HOSTS]
+  --known-hosts=<file>         Keys of known hosts, as ssh reads them; ~/.ssh/known_hosts and
+                               /etc/ssh/ssh_known_hosts unless given. [EPOK_SSH_KNOWN_HOSTS]
   --host-key=<key>             Accept this host key alone: an "ssh-ed25519 AAAA..." line or a "SHA256:..."
                                fingerprint, several with commas between; "any" turns the check off.
                                [EPOK_SSH_HOST_KEY]
@@ -84,12 +84,13 @@ Annotations of a Service of type NodePort or LoadBalancer:
   getbetter.ro/externalport: "25:2025, 53:dns/udp, 8000-8010:30000-30010"
       EXTERNAL [":" TARGET] [":" PROTOCOL | "/" PROTOCOL], separated by commas. EXTERNAL is a port of the
       host or a range; TARGET a NodePort of this Service, a range as long, or the name of a Service port;
-      without it EXTERNAL is a Service port. epok.getbetter.ro/externalport and .../externalports mean
-      the same.
-  epok.getbetter.ro/internal: ""
+      without it EXTERNAL is a Service port. externalports means the same.
+  getbetter.ro/internal: ""
       Not through --external-interface.
-  epok.getbetter.ro/allow-range: "192.0.2.0/24, 2001:db8::/32"
+  getbetter.ro/allow-range: "192.0.2.0/24, 2001:db8::/32"
       For these clients only; without it spec.loadBalancerSourceRanges counts.
+  The prefix epok.getbetter.ro/ is as good for each of them. Another name with one of these prefixes is warned
+  about; one that may be a restriction misspelt keeps the Service from being forwarded.
 A node with the annotation epok.getbetter.ro/exclude or the label epok_exclude gets no traffic.
 
 What it needs: iptables on the host (nft or legacy), and that it forwards packets (sysctl -w net.ipv4.ip_forward=1);
@@ -119,54 +120,61 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Ctrl-C during the imports, which take a while, is a traceback
 
 import atexit
+import base64
 import contextlib
 import dataclasses
 import datetime
+import fnmatch
 import functools
 import gc
 import hashlib
+import io
 import ipaddress
 import itertools
 import json
-import logging.handlers
+import logging
 import os
 import pwd
 import random
 import re
 import shlex
+import shutil
 import socket
 import ssl
 import subprocess
+import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 HOW_TO_INSTALL = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, then .venv/bin/python epok.py"
 try:
     import docopt
+    import msgspec
     import tenacity
 except ModuleNotFoundError as error:
     sys.exit(f"error: the Python package {error.name} is missing: {HOW_TO_INSTALL}")
 
 VERSION = "1.0.0"
-PORT_ANNOTATIONS = (
-    "getbetter.ro/externalport",
-    "epok.getbetter.ro/externalport",
-    "epok.getbetter.ro/externalports",
-)
-INTERNAL_ANNOTATION = "epok.getbetter.ro/internal"
-ALLOW_ANNOTATION = "epok.getbetter.ro/allow-range"
-SERVICE_ANNOTATIONS = (*PORT_ANNOTATIONS, INTERNAL_ANNOTATION, ALLOW_ANNOTATION)
-EXCLUDE_ANNOTATION = "epok.getbetter.ro/exclude"
+PREFIXES = ("getbetter.ro/", "epok.getbetter.ro/")  # either is right for every annotation
+PORT_ANNOTATIONS = tuple(prefix + word for word in ("externalport", "externalports") for prefix in PREFIXES)
+INTERNAL_ANNOTATIONS = tuple(prefix + "internal" for prefix in PREFIXES)
+ALLOW_ANNOTATIONS = tuple(prefix + "allow-range" for prefix in PREFIXES)
+SERVICE_ANNOTATIONS = (*PORT_ANNOTATIONS, *INTERNAL_ANNOTATIONS, *ALLOW_ANNOTATIONS)
+EXCLUDE_ANNOTATIONS = tuple(prefix + "exclude" for prefix in PREFIXES)
 EXCLUDE_LABEL = "epok_exclude"
 STANDARD_EXCLUDE_LABEL = "node.kubernetes.io/exclude-from-external-load-balancers"
 AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 PROTOCOLS = ("tcp", "udp", "sctp")
+MAX_STRANGE = 10  # annotations of one Service that epok does not know
+MAX_NAME = 63  # characters of an annotation's name, behind the slash
 MAX_MAPPINGS = 1000  # of one Service, so that none can keep the others waiting
 MAX_SOURCES = 50_000  # of one Service, in the rules of all its ports
 MAIL_PORTS = (25, 465, 587)
+CONNECT_SECONDS = 5  # to each address of an API server: of several, the first may drop all packets
 LOOK_SECONDS = 10  # that --status and --explain wait for the cluster, or for the nodes
 ANSWER_LIMIT = 1 << 27  # bytes; a page has 500 objects, and each may have 256 KiB of annotations
 EVENT_SECONDS = 5  # for all Events of a run, so that many rejections cannot make it a long one
@@ -218,7 +226,7 @@ def printable(text: str) -> str:
     return re.sub(r"[^ -~]", lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-# ------------------------------------------------ time: deadline, retries, threads
+# ------------------------------------------------ time: deadline, retries, threads, programs
 
 
 class Deadline:
@@ -292,6 +300,120 @@ class Background(threading.Thread):
         if self.error is not None:
             raise self.error
         return self.value
+
+
+CODING = ("utf-8", "surrogateescape")  # a foreign comment may have any bytes, and they must come back as they were
+OUTPUT_LIMIT = 1 << 28  # bytes: a host that sends without end must not fill the memory
+
+
+class Result(NamedTuple):
+    """What a command left: its exit status (127: not found) and both outputs."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        return one_line(self.err or self.out or f"exit status {self.status}")
+
+
+def within_limit(output: bytes, doing: str) -> str:
+    """What a command printed. Raises Fatal where it was cut off at the limit."""
+    if len(output) == OUTPUT_LIMIT:
+        raise Fatal(f"{doing}: it prints more than {OUTPUT_LIMIT >> 20} MiB")
+    return output.decode(*CODING)
+
+
+def drain(file: Any) -> bytes:
+    """All that a command prints, up to the limit; piece by piece, since one read would ask for that much memory."""
+    pieces: list[bytes] = []
+    with file:
+        while len(pieces) << 20 < OUTPUT_LIMIT and (piece := file.read(1 << 20)):
+            pieces.append(piece)
+    return b"".join(pieces)
+
+
+def feed(file: Any, data: bytes) -> None:
+    """Writes all of a command's input, or what it wants to read of it."""
+    with contextlib.suppress(OSError), file:
+        file.write(data)
+
+
+def execute(
+    argv: Sequence[str],
+    data: bytes,
+    env: Mapping[str, str],
+    deadline: Deadline,
+    doing: str,
+    group: bool = False,
+    terminal: bool = False,
+) -> Result:
+    """Runs a program with an input, or at the terminal, until the deadline; then Fatal, and it is killed.
+
+    With `group` all that it has started is killed too, also when epok itself is ended.
+    """
+    pipe = subprocess.PIPE
+    stdin, stderr = (None, None) if terminal else (pipe, pipe)
+    alone = group and not terminal  # another session could not read from the terminal
+    try:
+        child = subprocess.Popen(argv, stdin=stdin, stdout=pipe, stderr=stderr, env=env, start_new_session=alone)
+    except FileNotFoundError:
+        return Result(127, "", f"{argv[0]}: command not found")
+    except OSError as error:  # it may not be run
+        return Result(126, "", f"{argv[0]}: {error.strerror}")
+
+    def stop() -> None:
+        with contextlib.suppress(OSError):  # sudo may not be killed
+            if alone:
+                os.killpg(child.pid, signal.SIGKILL)
+            else:
+                child.kill()
+
+    if group:
+        atexit.register(stop)
+    # not communicate(), which takes whatever comes
+    if child.stdin:
+        Background(feed, child.stdin, data)
+    streams = [Background(drain, file) for file in (child.stdout, child.stderr) if file]
+    try:
+        texts = [within_limit(stream.result(deadline, doing, 0), doing) for stream in streams]
+        return Result(child.wait(deadline.remaining()), texts[0], "".join(texts[1:]))
+    except subprocess.TimeoutExpired:
+        stop()
+        raise deadline.missed(doing) from None
+    except Fatal:
+        stop()
+        raise
+    finally:
+        atexit.unregister(stop)
+
+
+def connect(host: str, port: int, deadline: Deadline) -> socket.socket:
+    """A TCP connection to the first address of the host that takes one; a dead one costs 0.25 s.
+
+    Raises OSError that names addresses and port, or socket.gaierror when the name has no address.
+    """
+    import asyncio
+
+    import aiohappyeyeballs  # RFC 8305
+
+    look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = Background(look_up).result(deadline, f"looking up {host}")
+    race = aiohappyeyeballs.start_connection(found, happy_eyeballs_delay=0.25)
+    left = deadline.remaining()
+    patience = max(left - 0.5, left / 2)  # or who waits for it all knows no cause
+    try:
+        connection = asyncio.run(asyncio.wait_for(race, patience))
+        connection.settimeout(deadline.remaining())
+        # paramiko does not, which costs 40 ms a channel
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+    except OSError as error:
+        addresses = " and ".join(dict.fromkeys(address[0] for *_, address in found))
+        numbers = dict.fromkeys(re.findall(r"\[Errno (\d+)\]", str(error)))
+        why = ", ".join(os.strerror(int(number)) for number in numbers) or "no answer"
+        raise OSError(f"{addresses} port {port}: {why}") from None
 
 
 # ------------------------------------------------ options: argv, environment -> Options
@@ -390,10 +512,14 @@ def to_address(text: str) -> Address | None:
 def to_logins(text: str) -> tuple[Login, ...]:
     logins = []
     for item in items(text):
-        match = re.fullmatch(r"([\w.-]+)@(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?", item, re.ASCII)
-        if not match or (match[2] and not to_address(match[2])):
+        ipv6, zone = "[0-9A-Fa-f:.]+", r"%[\w.-]+"
+        host = rf"(?:\[({ipv6}(?:{zone})?)\]|([\w.-]+)|({ipv6}{zone})$)"
+        match = re.fullmatch(rf"([\w.-]+)@{host}(?::([0-9]{{1,5}}))?", item, re.ASCII)
+        user, bracketed, name, bare, port = match.groups() if match else (None,) * 5
+        address = bracketed or bare
+        if not match or (address and not to_address(address)):
             raise ValueError(f"{quoted(item)}: accepted are user@host, user@host:port and user@[IPv6]:port")
-        logins.append(Login(match[1], match[2] or match[3], to_port(match[4]) if match[4] else 0))
+        logins.append(Login(user or "", address or name or "", to_port(port) if port else 0))
     return tuple(logins)
 
 
@@ -442,7 +568,7 @@ class Options:
     host: tuple[Login, ...] = setting("EPOK_SSH_HOST", "", to_logins)
     port: int = setting("EPOK_SSH_PORT", "22", to_port)
     key: str = setting("EPOK_SSH_KEY", "", os.path.expanduser)
-    known_hosts: str = setting("EPOK_SSH_KNOWN_HOSTS", "~/.ssh/known_hosts", os.path.expanduser)
+    known_hosts: str = setting("EPOK_SSH_KNOWN_HOSTS", "", os.path.expanduser)
     host_key: tuple[str, ...] = setting("EPOK_SSH_HOST_KEY", "", to_host_keys)
 
     @property
@@ -543,6 +669,564 @@ def check_combination(options: Options) -> None:
         raise Fatal("--status, --explain and --dry-run or --clean show different things; give one of them", 2)
     if options.output == "json" and not (options.looks or options.dry_run):
         raise Fatal("--output json is for --status, --explain and --dry-run; a run itself prints nothing", 2)
+
+
+# ------------------------------------------------ access: kubeconfigs, or a pod's account -> Access
+
+
+# What kubectl reads of a kubeconfig: k8s.io/client-go/tools/clientcmd/api/v1. What stands nowhere is empty.
+class ClusterEntry(msgspec.Struct, rename="kebab"):
+    server: str = ""
+    tls_server_name: str = ""
+    insecure_skip_tls_verify: bool = False
+    certificate_authority: str = ""
+    certificate_authority_data: str = ""
+    proxy_url: str = ""
+    extensions: list[dict[str, Any]] = []
+
+
+class PluginVariable(msgspec.Struct):
+    name: str = ""
+    value: str = ""
+
+
+class Plugin(msgspec.Struct, rename="camel"):
+    """A program that makes credentials: client.authentication.k8s.io."""
+
+    command: str = ""
+    args: list[str] = []
+    env: list[PluginVariable] = []
+    api_version: str = ""
+    provide_cluster_info: bool = False
+    interactive_mode: str = ""
+
+
+class Credentials(msgspec.Struct, rename="camel"):
+    """What such a program makes."""
+
+    token: str = ""
+    client_certificate_data: str = ""
+    client_key_data: str = ""
+
+
+class PluginAnswer(msgspec.Struct, rename="camel"):
+    api_version: str
+    status: Credentials
+    kind: Literal["ExecCredential", ""] = ""
+
+
+class UserEntry(msgspec.Struct, rename="kebab"):
+    client_certificate: str = ""
+    client_certificate_data: str = ""
+    client_key: str = ""
+    client_key_data: str = ""
+    token: str = ""
+    token_file: str = msgspec.field(name="tokenFile", default="")
+    impersonate: str = msgspec.field(name="as", default="")
+    as_uid: str = ""
+    as_groups: list[str] = []
+    as_user_extra: dict[str, list[str]] = {}
+    username: str = ""
+    password: str = ""
+    auth_provider: dict[str, Any] | None = None
+    exec: Plugin | None = None
+
+
+class ContextEntry(msgspec.Struct):
+    cluster: str = ""
+    user: str = ""
+
+
+class NamedCluster(msgspec.Struct):
+    name: str = ""
+    cluster: ClusterEntry = msgspec.field(default_factory=ClusterEntry)
+
+
+class NamedUser(msgspec.Struct):
+    name: str = ""
+    user: UserEntry = msgspec.field(default_factory=UserEntry)
+
+
+class NamedContext(msgspec.Struct):
+    name: str = ""
+    context: ContextEntry = msgspec.field(default_factory=ContextEntry)
+
+
+class KubeconfigFile(msgspec.Struct, rename="kebab"):
+    kind: Literal["Config", ""] = ""
+    api_version: Literal["v1", ""] = msgspec.field(name="apiVersion", default="")
+    current_context: str = ""
+    clusters: list[NamedCluster] = []
+    users: list[NamedUser] = []
+    contexts: list[NamedContext] = []
+
+
+class Kubeconfig(NamedTuple):
+    """Some files as one: of each name, and of the current context, the first file's."""
+
+    current_context: str
+    clusters: Mapping[str, ClusterEntry]
+    users: Mapping[str, UserEntry]
+    contexts: Mapping[str, ContextEntry]
+
+
+@dataclass(frozen=True)
+class Access:
+    """Where a cluster is, how its server is known, and as whom to ask it.
+
+    For messages: `origin` is where all this stands, `file` the name of that if it is one file, and
+    `kubectl` the command that goes the same way. `ca` is PEM, empty for the system's own
+    authorities, and `certificate` a chain and its key, in PEM.
+    """
+
+    origin: str
+    server: str
+    kubectl: str = ""
+    file: str = ""
+    ca: str = ""
+    verify: bool = True
+    server_name: str = ""
+    proxy: str = ""
+    certificate: tuple[str, str] | None = None
+    headers: Sequence[tuple[str, str]] = ()
+
+    @property
+    def shows(self) -> str:
+        """By what the server may know who asks; empty when by nothing."""
+        kind = dict(self.headers).get("Authorization", "").partition(" ")[0].lower()  # a pod's is bearer
+        return {"basic": "password", "bearer": "token"}.get(kind, "client certificate" if self.certificate else "")
+
+
+def documents(data: bytes) -> Iterator[Any]:
+    """What is in JSON, or in each document of YAML, times as texts. Raises ValueError, which tells no secret of it."""
+    try:
+        yield json.loads(data)  # first, since PyYAML takes no tabs
+        return
+    except ValueError:
+        pass
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
+    try:
+        yield from yaml.load_all(io.BytesIO(data), Loader)  # a file: of a text PyYAML's errors show the line
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # the last for !!int and !!bool of what is none
+        raise ValueError(re.sub(r"(^|(alias|anchor|tag|handle|:) )'[^']*'", r"\1'...'", one_line(error))) from None
+
+
+def without_nulls(value: Any) -> Any:
+    """The value less all fields that are null, which to Kubernetes are absent."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [without_nulls({} if each is None else each) for each in value]
+    return value
+
+
+def read_kubeconfig(file: str) -> KubeconfigFile | None:
+    """One file, its paths made absolute; None when it is not there. Raises Fatal."""
+    try:
+        with open(file, "rb") as opened:
+            document: Any = next(documents(opened.read()), None)
+        found: KubeconfigFile = msgspec.convert({} if document is None else without_nulls(document), KubeconfigFile)
+        for entries in (found.clusters, found.users, found.contexts):
+            names = [entry.name for entry in entries]
+            if len(set(names)) < len(names):
+                raise ValueError(f"a name stands twice in one list: {enumerated(map(quoted, sorted(names)))}")
+    except FileNotFoundError:
+        return None
+    except PermissionError:  # as k3s and kubeadm make it
+        copy = f"sudo install -m 600 -o {os.geteuid()} {shlex.quote(file)} kubeconfig"
+        how = f"run epok as its owner, or: {copy}, and give --kubeconfig kubeconfig"
+        raise Fatal(f"kubeconfig {file}: this user may not read it; {how}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        check = f"check it with kubectl config view --kubeconfig {shlex.quote(file)}"
+        raise Fatal(f"kubeconfig {file}: {one_line(error)}; {check}") from None
+    folder = os.path.dirname(os.path.abspath(file))
+    for cluster in found.clusters:
+        resolve(cluster.cluster, folder, "certificate_authority")
+    for user in found.users:
+        resolve(user.user, folder, "client_certificate", "client_key", "token_file")
+        if user.user.exec and "/" in user.user.exec.command:
+            resolve(user.user.exec, folder, "command")
+    return found
+
+
+def resolve(entry: Any, folder: str, *fields: str) -> None:
+    """Paths in a kubeconfig are relative to its own folder."""
+    for name in fields:
+        if path := getattr(entry, name):
+            setattr(entry, name, os.path.normpath(os.path.join(folder, path)))
+
+
+def merged(files: Sequence[KubeconfigFile]) -> Kubeconfig:
+    backwards = files[::-1]  # so that what the first has comes last, and stays
+    return Kubeconfig(
+        next((file.current_context for file in files if file.current_context), ""),
+        {entry.name: entry.cluster for file in backwards for entry in file.clusters},
+        {entry.name: entry.user for file in backwards for entry in file.users},
+        {entry.name: entry.context for file in backwards for entry in file.contexts},
+    )
+
+
+def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
+    """What the kubeconfigs say, read as kubectl reads them. Raises Fatal for what epok cannot do as kubectl does."""
+    names = options.kubeconfig or "~/.kube/config"
+    # the variable is a list; the option names one file, whatever is in its name
+    several = names == os.environ.get("KUBECONFIG")
+    files = [os.path.expanduser(file) for file in (names.split(os.pathsep) if several else [names]) if file]
+    origin = f"kubeconfig {names if several else files[0]}"
+    found = [read for file in files if (read := read_kubeconfig(file))]
+    if not found:
+        places = "k3s has --kubeconfig /etc/rancher/k3s/k3s.yaml, kubeadm --kubeconfig /etc/kubernetes/admin.conf"
+        raise Fatal(f"{origin}: there is no such file; {places}; or give --snapshot to do without")
+    everything = merged(found)
+    file = files[0] if len(files) == 1 else ""
+    kubectl = ["kubectl", *(["--kubeconfig", file] if file else [])]
+    kubectl += ["--context", options.context] * bool(options.context)
+    try:
+        name = options.context or everything.current_context
+        context = chosen(everything.contexts, name, "context", "give --context")
+        cluster = chosen(everything.clusters, context.cluster, "cluster", f"context {quoted(name)} names it")
+        access = cluster_access(cluster, Access(origin, server_url(cluster.server), shlex.join(kubectl), file))
+        user = everything.users.get(context.user, UserEntry())
+        clear = access.server.startswith("http:")  # kubectl proxy, say, which needs none
+        if clear and identifies(user) and (access.proxy or not is_loopback(access.server)):
+            raise ValueError(f"no credentials go in the clear to {access.server}; give its https:// address")
+        if not clear and not identifies(user):
+            why = "has none" if context.user in everything.users else "is not among its users"
+            raise ValueError(
+                f"there are no credentials: user {quoted(context.user)} of context {quoted(name)} {why}; "
+                "give it a token, tokenFile, client-certificate or exec"
+            )
+        return user_access(user, cluster, access, deadline)
+    except OSError as error:  # as under systemd, which copies the kubeconfig alone
+        instead = f"what {shlex.join(kubectl)} config view --flatten prints needs no such files"
+        raise Fatal(f"{origin}: {one_line(error)}; {instead}") from None
+    except ValueError as error:
+        raise Fatal(f"{origin}: {one_line(error)}") from None
+
+
+def chosen(entries: Mapping[str, T], name: str, what: str, hint: str) -> T:
+    if name not in entries:
+        there = f"there are {enumerated(map(quoted, entries))}" if entries else "there are none at all"
+        which = f"there is no {what} {quoted(name)}" if name else f"no {what} is named"
+        raise ValueError(f"{which}; {hint}; {there}")
+    return entries[name]
+
+
+def data_or_file(entry: Any, name: str) -> str:
+    """What stands in a field itself, in base64, or in the file that it names. Raises ValueError, OSError."""
+    data, file, word = getattr(entry, f"{name}_data"), getattr(entry, name), name.replace("_", "-")
+    if data and file:
+        raise ValueError(f"there are both {word} and {word}-data; take one of them out")
+    if file:
+        with open(file, encoding="latin-1") as opened:
+            return opened.read()
+    try:
+        return base64.b64decode(re.sub(r"[\r\n]", "", data), validate=True).decode("latin-1")
+    except ValueError:
+        raise ValueError(f"{word}-data is not base64") from None
+
+
+def to_url(text: str, what: str, *schemes: str) -> urllib.parse.SplitResult:
+    """An address of one of these schemes. Raises ValueError, which shows no password."""
+    with contextlib.suppress(ValueError):
+        url = urllib.parse.urlsplit(text)
+        if url.scheme in schemes and url.hostname and url.port != 0:
+            return url
+    ways = " or ".join(f"{scheme}://" for scheme in schemes)
+    raise ValueError(f"{what} {quoted(hidden(text))}: accepted is {ways} with a host and maybe a port")
+
+
+def server_url(server: str) -> str:
+    """The address of an API server as it stands in a kubeconfig; without a scheme it is one of plain http."""
+    if not server:
+        raise ValueError("the cluster has no server")
+    url = to_url(server if "://" in server else f"http://{server}", "server", "https", "http")
+    if "@" in url.netloc:
+        raise ValueError(f"server {quoted(hidden(server))}: user and password are not for its address")
+    return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}"
+
+
+def cluster_access(cluster: ClusterEntry, access: Access) -> Access:
+    """Adds the server's authority and the way to it. Raises ValueError, OSError."""
+    ca = data_or_file(cluster, "certificate_authority")
+    if ca and cluster.insecure_skip_tls_verify:
+        raise ValueError("there are both a certificate-authority and insecure-skip-tls-verify; take one of them out")
+    proxy = cluster.proxy_url
+    if proxy:
+        to_url(proxy, "proxy-url", "http", "https", "socks5")
+    return dataclasses.replace(
+        access,
+        ca=ca,
+        verify=not cluster.insecure_skip_tls_verify,
+        server_name=cluster.tls_server_name,
+        proxy=proxy or proxy_for(access.server, os.environ),
+    )
+
+
+def is_loopback(server: str) -> bool:
+    """Whether the server is on this very machine, by its address."""
+    host = (urllib.parse.urlsplit(server).hostname or "").lower()
+    address = to_address(host)
+    return host == "localhost" or bool(address and address.is_loopback)
+
+
+def proxy_for(server: str, environ: Mapping[str, str]) -> str:
+    """The proxy that the environment has for a server: never one for the machine's own addresses, as in Go.
+
+    Source: golang.org/x/net/http/httpproxy.
+    """
+    url = urllib.parse.urlsplit(server)
+    names = [f"{url.scheme}_proxy".upper(), f"{url.scheme}_proxy"]
+    proxy = next((environ[name] for name in names if environ.get(name)), "")
+    host, port = (url.hostname or "").lower(), url.port or {"http": 80, "https": 443}[url.scheme]
+    if not proxy or is_loopback(server):
+        return ""
+    without = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
+    if any(spares(entry.strip().lower(), host, port) for entry in without.split(",")):
+        return ""
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def spares(entry: str, host: str, port: int) -> bool:
+    """Whether an entry of NO_PROXY means a host: *, an address, a CIDR, or a domain with all below; maybe a port."""
+    if entry == "*":
+        return True
+    address = to_address(host)
+    if "/" in entry:
+        try:
+            return bool(address) and address in ipaddress.ip_network(entry, strict=False)
+        except ValueError:
+            return False
+    name, _, only = entry, "", ""
+    if match := re.fullmatch(r"(?:\[(.*)\]|([^:]*)):([^:]*)", entry):
+        name, only = match[1] or match[2], match[3]
+    if not name or only not in ("", str(port)):
+        return False
+    if address or to_address(name):
+        return address == to_address(name)
+    name = name.removeprefix("*")
+    return host.endswith(name) if name.startswith(".") else host == name or host.endswith(f".{name}")
+
+
+def identifies(user: UserEntry) -> bool:
+    """Whether there are credentials, of whatever kind."""
+    words = user.token or user.token_file or user.username or user.password
+    return bool(words or user.client_certificate or user.client_certificate_data or user.auth_provider or user.exec)
+
+
+def user_access(user: UserEntry, cluster: ClusterEntry, access: Access, deadline: Deadline) -> Access:
+    """Adds who epok is. Raises Fatal, ValueError, OSError."""
+    if user.auth_provider:
+        name = quoted(user.auth_provider.get("name", ""))
+        raise ValueError(f"auth-provider {name} is not one of epok's; give the user a token, or a login plugin (exec)")
+    token, basic = bearer_token(user), bool(user.username or user.password)
+    if token and basic:
+        raise ValueError("there are both a token and a username; take one of them out")
+    certificate = None
+    if user.client_certificate or user.client_certificate_data:
+        certificate = data_or_file(user, "client_certificate"), data_or_file(user, "client_key")
+        if not certificate[1]:
+            raise ValueError("there is a client-certificate, but no client-key")
+    if user.exec and not (token or basic or certificate):
+        token, certificate = run_plugin(user.exec, cluster, access, deadline)
+    headers = [("Authorization", f"Bearer {token}")] if token else []
+    if basic:
+        headers = [("Authorization", basic_words(user.username, user.password))]
+    headers += impersonation(user)
+    return dataclasses.replace(access, certificate=certificate, headers=headers)
+
+
+def bearer_token(user: UserEntry) -> str:
+    """That of the file, which somebody renews, before the one that stands beside it. Raises ValueError."""
+    if not user.token_file:
+        return user.token
+    try:
+        with open(user.token_file, encoding="utf-8") as file:
+            token, why = file.read().strip(), "it is empty"
+    except OSError as error:
+        token, why = "", one_line(error)
+    if not (token or user.token):
+        raise ValueError(f"tokenFile {user.token_file}: {why}")
+    return token or user.token
+
+
+def basic_words(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def impersonation(user: UserEntry) -> list[tuple[str, str]]:
+    """The headers for whom the user wants to be taken. Raises ValueError."""
+    if not user.impersonate:
+        if user.as_uid or user.as_groups or user.as_user_extra:
+            raise ValueError("there is as-uid, as-groups or as-user-extra, but no as")
+        return []
+    headers = [("Impersonate-User", user.impersonate)]
+    headers += [("Impersonate-Uid", user.as_uid)] * bool(user.as_uid)
+    headers += [("Impersonate-Group", group) for group in user.as_groups]
+    for key, values in user.as_user_extra.items():
+        # what no name of a header can have is escaped: "Impersonate-Extra-" in Kubernetes' documentation
+        name = urllib.parse.quote(key, safe="!#$&'*+^`|")
+        headers += [(f"Impersonate-Extra-{name}", value) for value in values]
+    return headers
+
+
+PLUGIN_VERSIONS = ("client.authentication.k8s.io/v1", "client.authentication.k8s.io/v1beta1")
+
+
+def run_plugin(
+    plugin: Plugin, cluster: ClusterEntry, access: Access, deadline: Deadline
+) -> tuple[str, tuple[str, str] | None]:
+    """The token, and the certificate and key, that a login plugin makes. Raises Fatal, ValueError."""
+    mode = plugin.interactive_mode or ("IfAvailable" if plugin.api_version.endswith("v1beta1") else "")
+    if not plugin.command or plugin.api_version not in PLUGIN_VERSIONS:
+        raise ValueError(f"exec needs a command, and an apiVersion: {' or '.join(PLUGIN_VERSIONS)}")
+    if mode not in ("Never", "IfAvailable", "Always") or not all(variable.name for variable in plugin.env):
+        raise ValueError("exec needs interactiveMode Never, IfAvailable or Always, and a name for each variable of env")
+    doing = f"{access.origin}: its login plugin {quoted(plugin.command)}"
+    instead = f"check it with {access.kubectl} get nodes; a token or client-certificate needs no plugin"
+    terminal = mode != "Never" and sys.stdin is not None and sys.stdin.isatty()
+    if mode == "Always" and not terminal:
+        raise Fatal(f"{doing} asks a person, and there is no terminal (interactiveMode Always); {instead}")
+    spec: dict[str, Any] = {"interactive": terminal}
+    if plugin.provide_cluster_info:
+        spec["cluster"] = plugin_cluster(cluster, access)
+    asked = {"apiVersion": plugin.api_version, "kind": "ExecCredential", "spec": spec}
+    variables = {variable.name: variable.value for variable in plugin.env}
+    env = {**os.environ, **variables, "KUBERNETES_EXEC_INFO": json.dumps(asked)}
+    program = shutil.which(plugin.command) or plugin.command  # in epok's PATH, whatever is in its own
+    try:
+        done = execute([program, *plugin.args], b"", env, deadline, doing, True, terminal)
+    except Fatal as error:
+        raise Fatal(f"{error}; does it wait for a person? {instead}") from None
+    if done.status:
+        said = one_line(done.err or f"exit status {done.status}")  # what it printed may have a token
+        raise Fatal(f"{doing} failed, {said}; {instead}")
+    try:
+        answer = msgspec.convert(without_nulls(next(documents(done.out.encode(*CODING)), {})), PluginAnswer)
+        if answer.api_version != plugin.api_version:
+            raise ValueError(f"apiVersion {quoted(answer.api_version)}")
+        made = answer.status
+        if bool(made.client_certificate_data) != bool(made.client_key_data):
+            raise ValueError("half of a pair of certificate and key")
+        if not (made.token or made.client_certificate_data):
+            raise ValueError("neither a token nor a certificate")
+    except (ValueError, RecursionError) as error:
+        raise Fatal(f"{doing} prints no credentials: {one_line(error)}; {instead}") from None
+    pair = made.client_certificate_data, made.client_key_data
+    return made.token, pair if pair[0] else None
+
+
+def plugin_cluster(cluster: ClusterEntry, access: Access) -> dict[str, Any]:
+    """What a plugin that wants to know is told about the cluster."""
+    told = {
+        "server": cluster.server,
+        "tls-server-name": cluster.tls_server_name,
+        "insecure-skip-tls-verify": cluster.insecure_skip_tls_verify,
+        "certificate-authority-data": base64.b64encode(access.ca.encode("latin-1")).decode(),
+        "proxy-url": cluster.proxy_url,
+    }
+    key = "client.authentication.k8s.io/exec"
+    config = next((entry.get("extension") for entry in cluster.extensions if entry.get("name") == key), None)
+    return {name: value for name, value in {**told, "config": config}.items() if value}
+
+
+def pod_access() -> Access:
+    """The account of the pod that epok runs in. Raises Fatal."""
+    from kubernetes import client, config
+
+    pod = client.Configuration()
+    try:
+        config.load_incluster_config(client_configuration=pod)
+        with open(pod.ssl_ca_cert, encoding="latin-1") as file:
+            ca = file.read()
+    except (config.ConfigException, OSError, ValueError) as error:
+        what = one_line(error).rstrip(".")
+        raise Fatal(f"the pod's account: {what}; give --kubeconfig, or --snapshot to do without") from None
+    headers = [("Authorization", each["value"].strip()) for each in pod.auth_settings().values()]
+    return Access("the pod's account", pod.host, ca=ca, proxy=proxy_for(pod.host, os.environ), headers=headers)
+
+
+def tls_context(access: Access) -> ssl.SSLContext:
+    """What the server is checked by, and how epok shows who it is. Raises Fatal.
+
+    Any certificate of the authorities is trusted by itself, be it a root or not, as kubectl does
+    it; and not all that Python 3.13 asks of certificates is asked, since not every cluster's have it.
+    """
+    import urllib3
+
+    context = urllib3.util.ssl_.create_urllib3_context()
+    context.check_hostname = access.verify
+    context.verify_mode = ssl.CERT_REQUIRED if access.verify else ssl.CERT_NONE
+    context.verify_flags = context.verify_flags & ~ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
+    pem = re.findall("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", access.ca, re.DOTALL)
+    try:
+        if access.ca:
+            context.load_verify_locations(cadata="\n".join(pem))
+        else:
+            context.load_default_certs()
+    except (ssl.SSLError, ValueError):
+        raise Fatal(f"{access.origin}: its certificate-authority has no certificate, or a broken one") from None
+    if access.certificate:
+        try:
+            with private_file(access.certificate[0]) as chain, private_file(access.certificate[1]) as key:
+                context.load_cert_chain(chain, key, password=lambda: "")
+        except (ssl.SSLError, ValueError) as error:
+            why = "client-certificate and client-key are no pair of PEM files without a password"
+            raise Fatal(f"{access.origin}: its {why} ({one_line(error)})") from None
+    return context
+
+
+@contextlib.contextmanager
+def private_file(text: str) -> Iterator[str]:
+    """The path of a file without a name, which nothing can leave behind; in memory, since a pod may have no /tmp."""
+    memory = getattr(os, "memfd_create", None)  # Linux has it
+    with open(memory("epok"), "wb") if memory else tempfile.TemporaryFile() as file:
+        file.write(text.encode("latin-1"))
+        file.flush()
+        file.seek(0)
+        yield f"/dev/fd/{file.fileno()}"
+
+
+def connections(access: Access, configuration: Any) -> Any:
+    """The client's pool of connections to the cluster's server; fills in the client's configuration."""
+    from kubernetes.client.rest import RESTClientObject
+
+    configuration.host = access.server
+    configuration.retries = False  # or urllib3 tries again by itself, unseen
+    configuration.tls_server_name = access.server_name or None
+    configuration.verify_ssl = access.verify
+    context = tls_context(access)
+    if access.proxy:
+        configuration.proxy, configuration.proxy_headers = proxy_of(access)
+        configuration.proxy_ssl_context = context
+    pool = RESTClientObject(configuration).pool_manager
+    pool.connection_pool_kw["ssl_context"] = context
+    return pool
+
+
+def proxy_of(access: Access) -> tuple[str, dict[str, str]]:
+    """The proxy's address as urllib3 wants it, and what to tell the proxy. Raises Fatal."""
+    try:
+        url = to_url(access.proxy, "proxy", "http", "https", "socks5", "socks5h")
+    except ValueError as error:
+        raise Fatal(f"{access.origin}: {error}") from None
+    login, at, place = url.netloc.rpartition("@")
+    if url.scheme.startswith("socks5"):  # h: as Go has it, the proxy looks the name up
+        import socks  # noqa: F401 (urllib3 needs it, and does not say so well)
+
+        return f"socks5h://{login}{at}{place}", {}
+    words = basic_words(*map(urllib.parse.unquote, (url.username or "", url.password or "")))
+    return f"{url.scheme}://{place}", {"Proxy-Authorization": words} if at else {}
+
+
+def hidden(url: str) -> str:
+    """An address without the user and the password that may be in it, whatever characters they have."""
+    return re.sub(r"^(\w*://)?.*@", r"\1...@", url, flags=re.DOTALL)
 
 
 # ------------------------------------------------ cluster: Kubernetes API or file -> Snapshot
@@ -666,8 +1350,9 @@ def to_service(item: Any, always: str = "") -> Service | None:
     """Reads a Service; None when it carries no mapping and is not the one that matters `always`."""
     meta, key = object_name("Service", item)
     annotations = meta.inner("annotations")
-    known = {name: annotations.get(name, "") for name, value in annotations.value.items()
-            if isinstance(name, str) and "getbetter.ro/" in name and value is not None}  # fmt: skip
+    # null is "" to the API server too: an annotation that is there
+    known = {name: annotations.get(name, "") for name in annotations.value
+            if isinstance(name, str) and name.startswith(PREFIXES)}  # fmt: skip
     if key != always and not known.keys() & set(PORT_ANNOTATIONS):
         return None
     spec = Fields(Fields(item, f"Service {key}").get("spec", {}), f"Service {key} spec")
@@ -709,7 +1394,7 @@ def to_node(item: Any) -> Node:
     labels, annotations = meta.inner("labels").value, meta.inner("annotations").value
     tainted = any(taint.get("key", "") == AUTOSCALER_TAINT for taint in spec.each("taints"))
     marks = {
-        f"annotation {EXCLUDE_ANNOTATION}": EXCLUDE_ANNOTATION in annotations,
+        **{f"annotation {name}": name in annotations for name in EXCLUDE_ANNOTATIONS},
         f"label {EXCLUDE_LABEL}": EXCLUDE_LABEL in labels,
         f"taint {AUTOSCALER_TAINT}": tainted,
     }
@@ -762,28 +1447,13 @@ class SnapshotFile:
         try:
             # unbuffered: a thread that waits in a buffer keeps Python from exiting
             with open(0 if name == "-" else name, "rb", buffering=0, closefd=name != "-") as file:
-                text = file.read().decode()
-            self.objects = list(flatten(self.documents(text)))
-        except (OSError, UnicodeDecodeError) as error:
+                self.objects = list(flatten(documents(file.read())))
+        except OSError as error:
             raise Fatal(f"{self.name}: {one_line(error)}; {HOW_TO_WRITE}") from None
+        except ValueError as error:
+            raise Fatal(f"{self.name} is neither JSON nor YAML: {one_line(error)}; {HOW_TO_WRITE}") from None
         except RecursionError:
             raise Fatal(f"{self.name}: nested too deeply; {HOW_TO_WRITE}") from None
-
-    def documents(self, text: str) -> list[Any]:
-        try:
-            return [json.loads(text)]
-        except ValueError:
-            pass
-        import yaml
-
-        class Loader(yaml.SafeLoader):
-            """SafeLoader that leaves times the texts that they are in JSON."""
-
-        Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
-        try:
-            return list(yaml.load_all(text, Loader))
-        except (yaml.YAMLError, ValueError, LookupError) as error:  # the last for !!int and !!bool of what is none
-            raise Fatal(f"{self.name} is neither JSON nor YAML: {one_line(error)}; {HOW_TO_WRITE}") from None
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
         """All that the file has of a kind; a selector only saves the API work."""
@@ -807,6 +1477,14 @@ def flatten(documents: Iterable[Any]) -> Iterator[dict[str, Any]]:
             yield from flatten([{"kind": kind.removesuffix("List"), **Fields(item, "snapshot item").value}])
 
 
+class Answer(NamedTuple):
+    """What the API server answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    data: bytes
+
+
 class Event(NamedTuple):
     """News about a Service, as `kubectl describe service` shows them."""
 
@@ -820,40 +1498,17 @@ class Cluster:
     """The Kubernetes API, with plain JSON: typed models cost a second of start-up."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
-        from kubernetes import client, config
-        from kubernetes.client.api_client import ApiClient
+        from kubernetes import client
 
         self.deadline = deadline
-        configuration = client.Configuration()
-        in_cluster = os.environ.get("KUBERNETES_SERVICE_HOST") and not (options.kubeconfig or options.context)
-        file = options.kubeconfig or "~/.kube/config"
-        origin = "the pod's account" if in_cluster else f"kubeconfig {file}"
-        self.file = "" if in_cluster else file
-        heard = logging.handlers.BufferingHandler(1000)
-        logging.getLogger().addHandler(heard)
-        try:
-            if in_cluster:
-                config.load_incluster_config(client_configuration=configuration)
-            else:
-                config.load_kube_config(file, context=options.context or None, client_configuration=configuration)
-            configuration.retries = False  # or urllib3 tries again by itself, unseen
-            self.client = ApiClient(configuration)
-            self.client.rest_client.pool_manager.connection_pool_kw["ssl_context"] = tls_context(configuration)
-        except (config.ConfigException, OSError, ValueError) as error:
-            raise Fatal(f"{origin}: {how_to_log_in(error, self.file)}") from None
-        except Exception as error:  # its loader trips over whatever is not as it expects
-            raise Fatal(
-                f"{origin} is not understood ({type(error).__name__}); check it with kubectl get nodes"
-            ) from None
-        finally:
-            logging.getLogger().removeHandler(heard)
-        # the loader logs, by the root logger, that a login plugin failed, and goes on without credentials
-        for record in heard.buffer:
-            if record.levelno >= logging.ERROR and record.name == "root":
-                failure = one_line(record.getMessage())
-                raise Fatal(f"{origin}: its login plugin failed, {failure}; check it with kubectl get nodes")
-        self.name = configuration.host
-        if not configuration.verify_ssl:
+        configuration = client.Configuration(proxy="", no_proxy="")
+        in_pod = os.environ.get("KUBERNETES_SERVICE_HOST") and not (options.kubeconfig or options.context)
+        self.access = pod_access() if in_pod else kubeconfig_access(options, deadline)
+        self.pool = connections(self.access, configuration)
+        self.name = self.access.server
+        if self.access.proxy:
+            self.name += f" by proxy {hidden(self.access.proxy)}"
+        if not self.access.verify:
             log.warning("%s: its certificate is not checked (insecure-skip-tls-verify)", self.name)
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
@@ -896,40 +1551,51 @@ class Cluster:
 
     def request(
         self, method: str, path: str, deadline: Deadline, query: Mapping[str, str] | None = None, body: Any = None
-    ) -> Any:
-        """The answer: status, headers, data. `body` is for PATCH the fields to merge in. Raises Transient or Fatal."""
+    ) -> Answer:
+        """The answer: status, headers, body. `body` is for PATCH the fields to merge in. Raises Transient or Fatal."""
         import urllib3
-        from kubernetes.client.exceptions import ApiException
 
-        content = {"Content-Type": "application/merge-patch+json" if method == "PATCH" else "application/json"}
-        request = self.client.param_serialize(
-            method,
-            path,
-            query_params=list((query or {}).items()),
-            header_params={"Accept": "application/json", **(content if body is not None else {})},
-            body=body,
-            auth_settings=["BearerToken"],
-        )
-        for header in list(request[2]):
-            request[2][header] = request[2][header].strip()  # a token file may end in a newline
+        # as UTF-8, which Go sends; http.client makes latin-1 of it
+        sent = [(name, value.encode().decode("latin-1")) for name, value in self.access.headers]
+        headers = urllib3.HTTPHeaderDict(sent)
+        headers["Accept"] = "application/json"
+        headers["User-Agent"] = f"epok/{VERSION}"
+        headers["Content-Type"] = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        url = f"{self.access.server}{path}" + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        data = None if body is None else json.dumps(body).encode()
+        left = deadline.remaining()
+        timeout = urllib3.Timeout(connect=min(CONNECT_SECONDS, left), read=left)
         try:
-            answer = self.client.call_api(*request, _request_timeout=deadline.remaining())
-            answer.data = self.body_of(answer)
+            answer = self.pool.request(
+                method, url, body=data, headers=headers, timeout=timeout, redirect=False, preload_content=False
+            )
+            content = self.body_of(answer)
+        except urllib3.exceptions.SSLError as error:
+            if "EOF" in str(error):  # a load balancer, say, whose API server is about to come back
+                raise Transient(f"{self.name}: {one_line(error)}") from None
+            raise Fatal(f"{self.name}: {one_line(error)}: {tls_trouble(error)}{self.how_to_reach()}") from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach()) from None
-        except ApiException as error:  # TLS
-            if "EOF" in str(error.reason):  # a load balancer, say, whose API server is about to come back
-                raise Transient(f"{self.name}: {one_line(error.reason)}") from None
-            raise Fatal(f"{self.name}: {one_line(error.reason)}; check the cluster's address and CA") from None
+            raise self.unreachable(error) from None
         except ValueError:  # its text would show the token
-            raise Fatal(f"{self.name}: the address or the token has characters that no request can have") from None
-        log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, len(answer.data))
-        return answer
+            what = "the address, the token or an as has characters that no request can have"
+            raise Fatal(f"{self.name}: {what}") from None
+        log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, len(content))
+        return Answer(answer.status, answer.headers, content)
+
+    def unreachable(self, error: Exception) -> Exception:
+        """What a connection that was not made, or that broke, means."""
+        refused = re.search(r"Tunnel connection failed: (4[0-9][0-9])|SOCKS5 authentication", str(error))
+        if refused:
+            login = refused[1] in ("401", "407", None)
+            why = "user:password@ in its address is missing or wrong" if login else "its rules forbid it"
+            what = f"answers {refused[1]}" if refused[1] else "lets nobody in like that"
+            return Fatal(f"{self.name}: the proxy {what}: {why}; see proxy-url, or HTTPS_PROXY")
+        return Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach())
 
     def body_of(self, answer: Any) -> bytes:
         """All of an answer's body, unpacked. Raises OSError where it breaks off, and Fatal where it does not end."""
         try:
-            body: bytes = answer.response.read(ANSWER_LIMIT)
+            body: bytes = answer.read(ANSWER_LIMIT)
         except ValueError as error:  # the length of a chunk is less than nothing, say
             raise OSError(one_line(error)) from None
         if len(body) == ANSWER_LIMIT:
@@ -942,24 +1608,28 @@ class Cluster:
         if answer.status == 429 or answer.status >= 500:
             return Transient(told, retry_after(answer.headers.get("Retry-After", "")))
         if answer.status == 401:
-            renew = "renew the token or certificate of the account"
-            if self.file:
+            if not self.access.shows:
+                return Fatal(f"{told}: no credentials were sent, since {self.access.origin} has none")
+            renew = f"the {self.access.shows} is not accepted; renew it"
+            if self.access.kubectl:
                 renew += "; k3s: copy /etc/rancher/k3s/k3s.yaml anew; kubeadm: kubeadm certs renew admin.conf"
-            return Fatal(f"{told}: the credentials are not accepted; {renew}")
+            return Fatal(f"{told}: {renew}")
         if answer.status == 403:
+            said = status_message(answer.data)
             allow = f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
-            return Fatal(f"{told}: {allow}{how_to_allow(verb, status_message(answer.data))}")
+            return Fatal(f"{told}: {mistaken(said, self.access) or allow + how_to_allow(verb, said)}")
         return Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
 
     def how_to_reach(self) -> str:
         """What to do about an API server that does not answer."""
-        if not self.file or os.pathsep in self.file:
-            return "; check it with kubectl get nodes" if self.file else ""
-        file = shlex.quote(os.path.expanduser(self.file))
-        local = re.fullmatch(r"https?://(localhost|127\.[0-9.]+)(:[0-9]+)?/*", self.name or "")
-        if local:  # of a kubeconfig that was copied from where the server is: k3s makes it so
-            return f"; if the cluster is on another machine, give its address: sed -i s/{local[1]}/ADDRESS/ {file}"
-        return f"; check it with kubectl --kubeconfig {file} get nodes"
+        if not self.access.kubectl:
+            return ""
+        local = re.fullmatch(r"https?://(localhost|127\.[0-9.]+)(:[0-9]+)?/*", self.access.server)
+        if local and self.access.file and not self.access.proxy:
+            # of a kubeconfig that was copied from where the server is: k3s makes it so
+            edit = f"sed -i s/{local[1]}/ADDRESS/ {shlex.quote(self.access.file)}"
+            return f"; if the cluster is on another machine, give its address: {edit}"
+        return f"; check it with {self.access.kubectl} get nodes"
 
     def uid_of(self, namespace: str, service: str, deadline: Deadline) -> str:
         """The uid of a Service, empty when it is gone. Raises Transient or Fatal."""
@@ -1022,16 +1692,17 @@ class Cluster:
             raise Fatal(f"{self.name} answers no JSON, but {quoted(status_message(body))}") from None
 
 
-def how_to_log_in(error: Exception, file: str) -> str:
-    """Why a kubeconfig, or without a file the account of a pod, is of no use, and what to do."""
-    path = os.path.expanduser(file)
-    if "No configuration found" in str(error):
-        places = "k3s has --kubeconfig /etc/rancher/k3s/k3s.yaml, kubeadm --kubeconfig /etc/kubernetes/admin.conf"
-        return f"there is no such file; {places}; or give --snapshot to do without"
-    if isinstance(error, PermissionError) and error.filename == path:  # as k3s and kubeadm make it
-        copy = f"sudo install -m 600 -o {os.geteuid()} {shlex.quote(path)} kubeconfig"
-        return f"only root may read it; run epok as root, or: {copy}, and give --kubeconfig kubeconfig"
-    return f"{one_line(error).rstrip('.')}; give --kubeconfig, or --snapshot to do without"
+def mistaken(message: str, access: Access) -> str:
+    """Why the server takes epok for nobody, or for somebody else than it may be, if an answer with 403 says so."""
+    if re.search('User "system:(anonymous|unauthenticated)"', message):  # who are everybody: never grant them anything
+        if not access.shows:
+            return f"no credentials were sent, since {access.origin} has none"
+        if access.shows == "password":
+            return f"API servers take no username and password any more; give {access.origin} a token"
+        return f"the {access.shows} of {access.origin} did not arrive; is there something in between that ends TLS?"
+    if "cannot impersonate" in message:
+        return f"take as, as-uid, as-groups and as-user-extra out of {access.origin}"
+    return ""
 
 
 def how_to_allow(verb: str, message: str) -> str:
@@ -1046,19 +1717,19 @@ def how_to_allow(verb: str, message: str) -> str:
     return f": {role} && kubectl create clusterrolebinding {name} --clusterrole={name} --user={user[1]}"
 
 
-def tls_context(configuration: Any) -> ssl.SSLContext:
-    """What the client checks a server by, less what Python 3.13 asks of certificates and kubectl does not.
+# What OpenSSL says, and what is wrong then.
+TLS_TROUBLES = (
+    ("certificate has expired", "the server's certificate has expired, or this machine's clock is wrong"),
+    ("not yet valid", "this machine's clock is behind, or the server's certificate is for later"),
+    ("mismatch", "the server's certificate is for other names than the one in server, or in tls-server-name"),
+    ("verify failed", "the server's certificate is not by the certificate-authority (without one: this machine's)"),
+    ("WRONG_VERSION_NUMBER|record layer|HTTP_REQUEST", "what answers there speaks no TLS"),
+    ("alert", "the server, or what is before it, refuses to talk to a client with this certificate, or with none"),
+)
 
-    That is all of RFC 5280's extensions, which not every cluster's have.
-    """
-    import urllib3
 
-    context = urllib3.util.ssl_.create_urllib3_context()
-    context.check_hostname = configuration.verify_ssl
-    if not (configuration.ssl_ca_cert or configuration.ca_cert_data):
-        context.load_default_certs()  # which urllib3 does only for a context of its own
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    return context
+def tls_trouble(error: Exception) -> str:
+    return next((why for pattern, why in TLS_TROUBLES if re.search(pattern, str(error))), "TLS failed")
 
 
 def status_message(body: bytes) -> str:
@@ -1086,7 +1757,7 @@ class Reader:
     def __init__(self, options: Options, deadline: Deadline) -> None:
         self.deadline = deadline
         login = Background(*((SnapshotFile, options.snapshot) if options.snapshot else (Cluster, options, deadline)))
-        self.source = login.result(deadline, "logging in to the cluster, or reading the snapshot")
+        self.source = login.result(deadline, "logging in to the cluster, or reading the snapshot", 1)
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
         reading = Background(self.source.read, kind, selector)
@@ -1193,12 +1864,13 @@ def brief(rejections: Iterable[Rejection]) -> Iterator[Rejection]:
 class Plan:
     """What shall be forwarded, what cannot be, and what a person should know.
 
-    `claims` and `places` are those of the Service that is explained.
+    `unknown` are annotations that stop nothing; `claims` and `places` are those of the Service that is explained.
     """
 
     forwards: list[Forward] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    unknown: list[Rejection] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
 
@@ -1324,12 +1996,46 @@ def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
         yield from (Claim(text, mapping.external.first + offset, port) for offset, port in found)
 
 
+def check_annotations(service: Service, plan: Plan) -> None:
+    """Finds annotations that epok does not know. Raises ValueError where one may be a restriction, misspelt."""
+    strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
+    if not strange or not service.annotations.keys() & set(PORT_ANNOTATIONS):
+        return
+    if len(strange) > MAX_STRANGE:
+        raise ValueError(f"has {len(strange)} annotations that epok does not know, like {quoted(strange[0])}")
+    for name in strange:
+        meant = nearest(name)
+        what = f"epok knows no annotation {quoted(name)}; is {meant} meant?"
+        if meant in (*INTERNAL_ANNOTATIONS, *ALLOW_ANNOTATIONS):
+            raise ValueError(f"{what} It is not forwarded until that is mended or removed")
+        plan.unknown.append(Rejection(service.key, "", what))
+
+
+def nearest(name: str) -> str:
+    """The annotation that looks most like one that is none, with the same prefix; a restriction if that is in it."""
+    import difflib
+
+    prefix, _, word = name.partition("/")
+    letters = re.sub("[^a-z]", "", word[:MAX_NAME].lower())
+    known = [each for each in SERVICE_ANNOTATIONS[::-1] if each.startswith(f"{prefix}/")]
+
+    def likeness(each: str) -> tuple[bool, float]:
+        word = each.partition("/")[2]
+        within = each not in PORT_ANNOTATIONS and word.replace("-", "") in letters
+        return within, difflib.SequenceMatcher(None, letters, word).ratio()
+
+    return max(known, key=likeness)
+
+
 def allowed_sources(service: Service) -> tuple[Network, ...] | None:
     """The networks that may use a Service, None for everybody. Raises ValueError: in doubt nobody may."""
-    text = service.annotations.get(ALLOW_ANNOTATION)
+    given = [name for name in ALLOW_ANNOTATIONS if name in service.annotations]
+    if len({service.annotations[name] for name in given}) > 1:
+        raise ValueError(f"{' and '.join(given)} say different things; until one of them is gone nobody may")
+    text = service.annotations[given[0]] if given else None
     if text is None and not service.source_ranges:
         return None
-    name = "spec.loadBalancerSourceRanges" if text is None else ALLOW_ANNOTATION
+    name = given[0] if given else "spec.loadBalancerSourceRanges"
     text = ",".join(service.source_ranges) if text is None else text.strip(" \t\r\n,")
     if text.count(",") >= MAX_SOURCES:
         raise ValueError(f"{name} has more than {MAX_SOURCES} networks; until then nobody may")
@@ -1468,6 +2174,7 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
     # the older Service wins a port that two ask for
     for service in sorted(snapshot.services, key=lambda service: (service.created or "~", service.key)):
         try:
+            check_annotations(service, plan)
             sources = allowed_sources(service)
         except ValueError as error:
             plan.rejections.append(Rejection(service.key, "", str(error)))
@@ -1542,7 +2249,7 @@ def forward_of(
         targets=tuple(target for place in places if place.live and (target := place.target(claim.port)).port),
         direct=direct,
         masquerade=options.masquerade == "always" or (options.masquerade == "auto" and not service.local),
-        internal=INTERNAL_ANNOTATION in service.annotations,
+        internal=any(name in service.annotations for name in INTERNAL_ANNOTATIONS),
         sources=sources,
         known=tuple(place.address for place in places if place.first) if service.sticky else (),
     )
@@ -1980,48 +2687,12 @@ def hook_changes(chain: str, wanted: list[str], found: list[str]) -> list[str]:
 # ------------------------------------------------ hosts: the only part that runs anything
 
 
-CODING = ("utf-8", "surrogateescape")  # a foreign comment may have any bytes, and they must come back as they were
-OUTPUT_LIMIT = 1 << 28  # bytes: a host that sends without end must not fill the memory
 REACH_SECONDS = 2
 WITH_SUDO = (
     *(f"{tool}-save -t {table}" for tool in ("iptables", "ip6tables") for table in ("nat", "filter")),
     *(f"{tool}-restore --noflush --wait 5" for tool in ("iptables", "ip6tables")),
 )
 SYSCTLS = ("/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding")
-
-
-class Result(NamedTuple):
-    """What a command left: its exit status (127: not found) and both outputs."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> str:
-        return one_line(self.err or self.out or f"exit status {self.status}")
-
-
-def within_limit(output: bytes, doing: str) -> str:
-    """What a command printed. Raises Fatal where it was cut off at the limit."""
-    if len(output) == OUTPUT_LIMIT:
-        raise Fatal(f"{doing}: it prints more than {OUTPUT_LIMIT >> 20} MiB")
-    return output.decode(*CODING)
-
-
-def drain(file: Any) -> bytes:
-    """All that a command prints, up to the limit; piece by piece, since one read would ask for that much memory."""
-    pieces: list[bytes] = []
-    with file:
-        while len(pieces) << 20 < OUTPUT_LIMIT and (piece := file.read(1 << 20)):
-            pieces.append(piece)
-    return b"".join(pieces)
-
-
-def feed(file: Any, data: bytes) -> None:
-    """Writes all of a command's input, or what it wants to read of it."""
-    with contextlib.suppress(OSError), file:
-        file.write(data)
 
 
 class LocalHost:
@@ -2051,27 +2722,10 @@ class LocalHost:
     def run(self, argv: Sequence[str], text: str, deadline: Deadline) -> Result:
         path = os.pathsep.join(filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin", "/usr/bin", "/bin")))
         doing = f"{self.name}: {shlex.join(argv)}"
-        env, pipe = {**os.environ, "LC_ALL": "C", "PATH": path}, subprocess.PIPE
-        try:
-            child = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, env=env)
-        except FileNotFoundError:
-            return Result(127, "", f"{argv[0]}: command not found")
-        except OSError as error:  # it may not be run
-            return Result(126, "", f"{argv[0]}: {error.strerror}")
-        # not communicate(), which takes whatever comes
-        Background(feed, child.stdin, text.encode(*CODING))
-        streams = [Background(drain, file) for file in (child.stdout, child.stderr)]
-        try:
-            out, err = (within_limit(stream.result(deadline, doing, 0), doing) for stream in streams)
-            status = child.wait(deadline.remaining())
-        except subprocess.TimeoutExpired:
-            raise deadline.missed(doing) from None
-        finally:
-            if child.poll() is None:
-                with contextlib.suppress(OSError):  # sudo may not be killed
-                    child.kill()
-        log.debug("%s: exit status %d", doing, status)
-        return Result(status, out, err)
+        env = {**os.environ, "LC_ALL": "C", "PATH": path}
+        done = execute(argv, text.encode(*CODING), env, deadline, doing)
+        log.debug("%s: exit status %d", doing, done.status)
+        return done
 
     def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
         """Whether a TCP port answers: "" when it does, else why not; None when that cannot be tried."""
@@ -2096,6 +2750,8 @@ class SshHost:
         self.opening = threading.Lock()
         self.sessions = threading.Semaphore(2)  # as many as most hosts with a low MaxSessions allow
         self.closed = False
+        self.gated = False  # whether the key has a command of its own, by sudo
+        self.slow = ""  # why its sudo takes long
 
     def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
         result = self.run(("nc", "-nvz", "-w", str(REACH_SECONDS), address, str(port)), "", deadline)
@@ -2119,11 +2775,12 @@ class SshHost:
         try:
             with self.opening:  # one at a time: paramiko mixes up why they failed
                 if deadline.remaining() <= 0.001:
-                    raise deadline.missed(doing)
+                    raise self.missed(deadline, doing)
                 if self.closed:
                     raise Fatal(f"{doing}: not needed any more")
                 client = self.client = self.client or self.connect(deadline)
                 channel = client.get_transport().open_session(timeout=deadline.remaining())
+            began = time.monotonic()
             channel.settimeout(deadline.remaining())
             channel.exec_command(shlex.join(argv))
             # all three at once: neither side may wait for the other with full buffers
@@ -2134,11 +2791,12 @@ class SshHost:
             streams = [Background(file.read, OUTPUT_LIMIT) for file in (channel.makefile(), channel.makefile_stderr())]
             out, err = (within_limit(stream.result(deadline, doing), doing) for stream in streams)
             if not channel.status_event.wait(deadline.remaining()):
-                raise deadline.missed(doing)
+                raise self.missed(deadline, doing)
             if channel.exit_status == -1:
                 raise EOFError("the connection was lost before the exit status came")
             channel.close()
             log.debug("%s: exit status %d", doing, channel.exit_status)
+            self.note(argv, err, time.monotonic() - began)
             return Result(channel.exit_status, out, err)
         except paramiko.ChannelException as error:  # more sessions than it allows, most likely
             raise Transient(f"{doing}: {one_line(error)}") from None
@@ -2146,63 +2804,113 @@ class SshHost:
             with self.opening:
                 if client is self.client:  # or another thread has a new one already
                     self.drop()
+            if deadline.remaining() <= 0.1:  # it was epok that broke off
+                raise self.missed(deadline, doing) from None
             kind = Fatal if self.closed else Transient  # by close() nobody waits for it any more
             raise kind(f"{doing}: {one_line(error)}") from None
-        except ValueError as error:  # a host name that is none, a key in ~/.ssh that is no text
-            raise Fatal(f"{doing}: {one_line(error)}; check --host, and give a key with --key") from None
+
+    def missed(self, deadline: Deadline, doing: str) -> Fatal:
+        return Fatal(f"{deadline.missed(doing)}{self.slow}")
+
+    def note(self, argv: Sequence[str], err: str, seconds: float) -> None:
+        """Learns from what sudo says, also before the command of a key that has one."""
+        if argv[0] != "sudo" and re.search("(?m)^sudo: (?!unable to resolve)", err):
+            self.gated = True
+        name = re.search(r"(?m)^sudo: unable to resolve host ([\w.-]+)", err)
+        if name and seconds > 2 and not self.slow:
+            slow = f"sudo takes {seconds:.0f} s there, since {name[1]} does not know its own name"
+            slow += f": as root on the host run: echo 127.0.1.1 {name[1]} >>/etc/hosts"
+            self.slow = f"; {slow}"
+            log.warning("%s: %s", self.name, slow)
 
     def connect(self, deadline: Deadline) -> Any:
-        """Logs in. Raises Fatal for what will not change: a key refused, a host key wrong or unknown."""
+        """Logs in. Raises Fatal for what will not change, Transient for the rest."""
         import paramiko
 
         check: Any = HostKeyCheck(self.login, self.options)
         key = load_key(self.options.key)
-        for key_types in check.attempts():
+        for algorithms in check.attempts():
             client = paramiko.SSHClient()
             client.set_missing_host_key_policy(check)
             try:
-                self.log_in(client, key, key_types, deadline)
+                self.log_in(client, key, algorithms, deadline)
                 return client
             except check.Refused:
                 client.close()
-            except paramiko.SSHException as error:
+            except socket.gaierror as error:
+                what = f"{self.name}: {quoted(self.login.host)} does not resolve ({error.strerror})"
+                advice = "; give an address, or a name that has one where epok runs; "
+                advice += "~/.ssh/config is not read"
+                if error.errno == socket.EAI_AGAIN and not self.closed:
+                    raise Transient(what, attempts=3, advice=advice) from None
+                raise Fatal(what + advice) from None
+            except paramiko.ssh_exception.IncompatiblePeer as error:
+                client.close()
+                if "host key" not in str(error) or not check.pins:
+                    raise Fatal(f"{self.name}: {how_to_agree(error)}") from None
+            except (paramiko.SSHException, OSError, EOFError) as error:
                 transport = client.get_transport()
                 alive = transport is not None and transport.is_active()
                 client.close()
                 # paramiko's own limits go by a clock that may have been set meanwhile
                 late = re.search("(?i)timeout|no existing session", str(error))
-                if alive and not late and deadline.remaining() > 0.01:  # not the connection's fault, so the login's
-                    raise Fatal(self.how_to_let_in(key, error)) from None
-                if isinstance(error, paramiko.ssh_exception.IncompatiblePeer) and "host key" in str(error):
-                    continue
-                raise
+                login = isinstance(error, paramiko.SSHException) and alive and not late
+                if login and deadline.remaining() > 0.01:  # not the connection's fault
+                    raise Fatal(f"{self.name}: {self.how_to_let_in(key, error)}") from None
+                if self.closed:
+                    raise Fatal(f"{self.name}: {one_line(error)}") from None
+                where = "" if transport is None else f"{self.login.host} port {self.login.port}: "
+                what = f"{self.name}: {where}{one_line(error)}"
+                raise Transient(what, advice=HOW_TO_REACH) from None
+            except ValueError as error:  # a host name that is none, a key in ~/.ssh that is no text
+                what = f"{self.name}: {one_line(error)}"
+                raise Fatal(f"{what}; check --host, and give a key with --key") from None
         raise Fatal(check.advice())
 
-    def log_in(self, client: Any, key: Any, key_types: Sequence[str], deadline: Deadline) -> None:
+    def log_in(self, client: Any, key: Any, algorithms: Sequence[str], deadline: Deadline) -> None:
         import paramiko
 
-        preferred: Sequence[str] = vars(paramiko.Transport)["_preferred_keys"]
-        unwanted = [name for name in preferred if key_types and name not in key_types]
-        connection = socket.create_connection(self.login[1:], timeout=deadline.remaining())
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # paramiko does not: 40 ms a channel
+        class Transport(paramiko.Transport):
+            def auth_publickey(transport, *args: Any) -> list[str]:  # noqa: N805
+                if wanted := super().auth_publickey(*args):  # paramiko would ask at the terminal
+                    more = " or ".join(wanted)
+                    told = f"{self.name}: sshd accepts the key, but wants {more} as well"
+                    raise Fatal(f"{told}; {how_to_ask_for_keys(self.user)}")
+                return []
+
+        def open_transport(connection: socket.socket, **kw: Any) -> Transport:
+            transport = Transport(connection, **kw)
+            offered = transport.get_security_options()
+            offered.key_types = [name for name in algorithms if name in offered.key_types]
+            return transport
+
         limits = ("timeout", "banner_timeout", "auth_timeout", "channel_timeout")
         client.connect(
             *(self.login.host, self.login.port, self.login.user),
-            sock=connection,
+            sock=connect(self.login.host, self.login.port, deadline),
             pkey=key,
             allow_agent=key is None,
             look_for_keys=key is None,
-            disabled_algorithms={"keys": unwanted},
+            transport_factory=open_transport,
             **dict.fromkeys(limits, deadline.remaining()),
         )
 
     def how_to_let_in(self, key: Any, error: Exception) -> str:
+        allowed = getattr(error, "allowed_types", ["publickey"])
+        if "publickey" not in allowed:
+            told = f"sshd lets {self.user} in by {', '.join(allowed)} alone"
+            return f"{told}; {how_to_ask_for_keys(self.user)}"
         if key is None:
             made = how_to_make_key(os.path.expanduser("~/.ssh/epok"))
-            return f"{self.name}: no key was accepted ({one_line(error)}); give one with --key; {made}"
-        line = f"restrict {key.get_name()} {key.get_base64()}"
-        add = f"mkdir -p -m 700 ~/.ssh && echo '{line}' >>~/.ssh/authorized_keys"
-        return f"{self.name}: the key {self.options.key} is refused; as {self.user} on the host run: {add}"
+            return f"no key was accepted ({one_line(error)}); give one with --key; {made}"
+        refused = f"the key {self.options.key} is refused"
+        if in_pod():
+            return f"{refused}; {RENEW}"
+        run = f"echo '{key.get_name()} {key.get_base64()}' >epok.pub"
+        run += " && cron/setup-host --public-key epok.pub"
+        then = f"--host {self.login._replace(user='epok')}, where this key alone works then"
+        where = "as root on the host, in a clone of epok's repository"
+        return f"{refused}; {where}, run: {run}; then give {then}, behind a gate"
 
     def drop(self) -> None:
         if self.client is not None:
@@ -2222,7 +2930,49 @@ def end_input(channel: Any) -> None:
             channel.get_transport()._send_user_message(message)
 
 
+AGAIN = "run cron/setup-host on the host, with the options that it had before"
+RENEW = AGAIN + ", and replace the Secret by what it prints"
+HOW_TO_REACH = "; is the address right, sshd running there, and no firewall between?"
+KNOWN_HOSTS = ["~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts"]
+HOST_KEY_TYPES: tuple[Sequence[str], ...] = (  # in the order that ssh prefers
+    ("ssh-ed25519",),
+    ("ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521"),
+    ("rsa-sha2-512", "rsa-sha2-256"),
+)
+# paramiko's word for what cannot be agreed on, sshd's, and one of those that epok has
+NEGOTIATED = {
+    "kex": ("key exchange", "KexAlgorithms", "curve25519-sha256@libssh.org"),
+    "host key": ("host key", "HostKeyAlgorithms (ssh-keygen -A makes the key)", "ssh-ed25519"),
+    "ciphers": ("cipher", "Ciphers", "aes256-gcm@openssh.com"),
+    "macs": ("MAC", "MACs", "hmac-sha2-256-etm@openssh.com"),
+}
+
+
+def in_pod() -> bool:
+    """Whether files are those of a Secret, which nobody can write to."""
+    return bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
+
+
+def how_to_agree(error: Exception) -> str:
+    """What a server lacks with which nothing can be negotiated."""
+    for word, (what, setting, example) in NEGOTIATED.items():
+        if f"acceptable {word}" in str(error):
+            told = f"sshd has no {what} that epok has: on the host"
+            return f"{told} add {example} to {setting} in /etc/ssh/sshd_config"
+    return one_line(error)
+
+
+def how_to_ask_for_keys(user: str) -> str:
+    """The setting of sshd with which a key is enough, for a user that has a gate."""
+    if user != "epok":
+        return "run cron/setup-host on the host, which makes a user epok, and log in as that"
+    setting = "Match User epok\\nPubkeyAuthentication yes\\nAuthenticationMethods publickey\\n"
+    return f"as root on the host run: printf '{setting}' >>/etc/ssh/sshd_config, and reload sshd"
+
+
 def how_to_make_key(name: str) -> str:
+    if in_pod():
+        return RENEW
     make = f"{into_directory(name)}ssh-keygen -q -t ed25519 -N '' -f {shlex.quote(name)}"
     return f"to make one, run cron/setup-host on the host, or: {make}"
 
@@ -2240,104 +2990,202 @@ def load_key(name: str) -> Any:
     if not name:
         return None
     try:
-        return paramiko.PKey.from_path(name)
-    except (paramiko.PasswordRequiredException, TypeError):  # TypeError is what cryptography raises for it
-        away = f"ssh-keygen -p -N '' -f {shlex.quote(name)}"
-        raise Fatal(f"--key {name} has a passphrase; take it away: {away}, or use ssh-agent and no --key") from None
+        try:
+            return paramiko.PKey.from_path(name)
+        except paramiko.SSHException:
+            return convert_key(name)
+    except (paramiko.PasswordRequiredException, TypeError):  # TypeError is of cryptography
+        away = f"take it away: ssh-keygen -p -N '' -f {shlex.quote(name)}"
+        away += ", or use ssh-agent and no --key"
+        raise Fatal(f"--key {name} has a passphrase; {RENEW if in_pod() else away}") from None
     except FileNotFoundError:
         raise Fatal(f"--key {name}: there is no such file; {how_to_make_key(name)}") from None
+    except OSError as error:
+        may = f"a file that user {os.geteuid()}, who runs epok, may read"
+        cure = "take fsGroup from cron/cronjob.yaml" if in_pod() else f"give {may}"
+        raise Fatal(f"--key {name}: {error.strerror}; {cure}") from None
     except Exception as error:  # what its parsers raise is not documented
-        raise Fatal(f"--key {name}: {one_line(error)}; give a private key that ssh-keygen made") from None
+        raise Fatal(f"--key {name}: {how_to_convert(name, error)}") from None
 
 
-HOST_KEY_TYPES: tuple[Sequence[str], ...] = (
-    ("ssh-ed25519",),
-    ("ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521"),
-    ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa"),
-)
+def convert_key(name: str) -> Any:
+    """A private key that paramiko cannot read: in PKCS#8, or OpenSSH's without a comment."""
+    import io
+
+    import paramiko
+    from cryptography.hazmat.primitives import serialization as form
+
+    with open(name, "rb") as file:
+        data = file.read()
+    key: Any
+    try:
+        key = form.load_ssh_private_key(data, None)
+    except ValueError:
+        key = form.load_pem_private_key(data, None)
+    public = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
+    made: Any = paramiko.RSAKey if public.startswith(b"ssh-rsa ") else paramiko.ECDSAKey
+    written = form.PrivateFormat.TraditionalOpenSSL
+    if public.startswith(b"ssh-ed25519 "):
+        made, written = paramiko.Ed25519Key, form.PrivateFormat.OpenSSH
+    text = key.private_bytes(form.Encoding.PEM, written, form.NoEncryption()).decode()
+    return made.from_private_key(io.StringIO(text))
+
+
+def how_to_convert(name: str, error: Exception) -> str:
+    """What is in a file that is no private key for epok, and the command that makes one of it."""
+    if in_pod():
+        return f"{one_line(error)}; {RENEW}"
+    with open(name, "rb") as file:
+        head = file.read(300)
+    old, new = shlex.quote(name), shlex.quote(name + ".openssh")
+    for begin, command in (
+        (b"PuTTY-User-Key-File", f"puttygen {old} -O private-openssh -o {new}"),
+        (b"---- BEGIN SSH2", f"(umask 077; ssh-keygen -i -f {old} >{new})"),
+        (b"0", f"openssl pkey -inform DER -in {old} -out {new}"),
+    ):
+        if head.startswith(begin):
+            return f"it is not of OpenSSH's form; to convert it: {command}, and give --key {new}"
+    if re.match(rb"(ssh|ecdsa|sk)-[\w@.-]+ AAAA", head):
+        return "it is a public key; give the private one, which is mostly the file without .pub"
+    make = how_to_make_key(name + ".new")
+    return f"{one_line(error)}; give a private key that ssh-keygen made; {make}"
+
+
+class KnownKey(NamedTuple):
+    """A line of known_hosts: where it stands, its mark (@revoked), its names, and its key."""
+
+    file: str
+    number: int
+    mark: str
+    names: str
+    key: Any
+
+
+def known_keys(files: Iterable[str], name: str) -> list[KnownKey]:
+    """The lines that name the host, as ssh reads them; what is none, or has no key, is skipped."""
+    import paramiko
+
+    found = []
+    for file in files:
+        try:
+            with open(file, encoding="latin-1", newline="\n") as opened:
+                lines = opened.read().split("\n")
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.warning("%s: %s; so epok knows none of the hosts in it", file, error.strerror)
+            continue
+        for number, line in enumerate(lines, 1):
+            words = re.split("[ \t]+", line.partition("\0")[0].strip(" \t"))
+            mark = words.pop(0) if words[0] in ("@cert-authority", "@revoked") else ""
+            if len(words) < 3 or not is_named(name, words[0]):
+                continue
+            kind, text = words[1], words[2].rstrip("\r")
+            with contextlib.suppress(Exception):  # what its parsers raise is not documented
+                key = paramiko.PKey.from_type_string(kind, base64.b64decode(text))
+                kinds = (key.get_name(), "rsa-sha2-256", "rsa-sha2-512")
+                if key.get_base64() == text and kind in kinds:
+                    found.append(KnownKey(file, number, mark, words[0], key))
+    return found
+
+
+def is_named(name: str, names: str) -> bool:
+    """Whether that field of known_hosts means the host: a hash, or patterns, of which no ! fits."""
+    import paramiko
+
+    if names.startswith("|"):
+        with contextlib.suppress(AssertionError, ValueError):  # it is no hash
+            return bool(paramiko.HostKeys.hash_host(name, names) == names)
+        return False
+    patterns = names.lower().replace("[", "[[]").split(",")  # brackets are those of [host]:port
+    fitting = [each for each in patterns if fnmatch.fnmatchcase(name, each.removeprefix("!"))]
+    return bool(fitting) and not any(pattern.startswith("!") for pattern in fitting)
 
 
 class HostKeyCheck:
-    """Decides whether a host key is the right one; a policy for paramiko that also knows --host-key."""
+    """Decides, as ssh does or by --host-key, whether a host key is right; a policy for paramiko."""
 
     class Refused(Exception):
         """The server has another key than those that are accepted."""
 
     def __init__(self, login: Login, options: Options) -> None:
-        self.login, self.pins, self.file = login, options.host_key, options.known_hosts
-        name = login.host.lower()  # as ssh does
-        self.name = name if login.port == 22 else f"[{name}]:{login.port}"
+        self.login, self.pins = login, options.host_key
+        self.files = [options.known_hosts] if options.known_hosts else KNOWN_HOSTS
+        self.files = [os.path.expanduser(file) for file in self.files]
+        host = login.host.lower()
+        self.name = host if login.port == 22 else f"[{host}]:{login.port}"
         self.seen: list[Any] = []
-        self.accepted: set[str] = set()  # keys in base64, and fingerprints
-        self.revoked: set[str] = set()
-        self.types: set[str] = set()
-        for words in (pin.split() for pin in self.pins):
-            self.accepted.add(words[-1 if len(words) == 1 else 1].rstrip("="))
-            self.types.update(words[:1] if len(words) > 1 else itertools.chain.from_iterable(HOST_KEY_TYPES))
-        if not self.pins:
-            self.read_known_hosts()
+        # where no line has the name with the port, that without it counts too
+        names = [] if self.pins else dict.fromkeys([self.name, host])
+        self.known = [known_keys(self.files, name) for name in names]
 
-    def read_known_hosts(self) -> None:
-        try:
-            with open(self.file, encoding="utf-8", errors="replace") as file:
-                lines = file.read().splitlines()
-        except OSError:
-            return
-        for words in (line.split() for line in lines):
-            mark = words.pop(0) if words and words[0].startswith("@") else ""
-            if len(words) < 3:
-                continue
-            if mark == "@revoked":
-                self.revoked.add(words[2].rstrip("="))
-            elif not mark and any(self.names(hostname) for hostname in words[0].split(",")):
-                self.accepted.add(words[2].rstrip("="))
-                self.types.add(words[1])
+    def attempts(self) -> list[list[str]]:
+        """The algorithms of host keys to ask for, one list a connection, the best first."""
+        flat = list(itertools.chain(*HOST_KEY_TYPES))
+        if self.pins and "any" not in self.pins:
+            kinds = {pin.split()[0].replace("ssh-rsa", "rsa-sha2-512") for pin in self.pins}
+            # a fingerprint does not say of what kind its key is
+            every = any(kind.startswith("SHA256:") for kind in kinds)
+            return [list(some) for some in HOST_KEY_TYPES if every or kinds & set(some)] or [flat]
+        kinds = {line.key.get_name() for lines in self.known[:1] for line in lines if not line.mark}
+        if "ssh-ed25519" in kinds:  # the best is known, so ssh leaves the order as it is
+            return [flat]
+        return [sorted(flat, key=lambda name: re.sub("rsa-sha2-.*", "ssh-rsa", name) not in kinds)]
 
-    def names(self, hostname: str) -> bool:
-        import paramiko
-
-        if not hostname.startswith("|1|"):
-            return hostname == self.name
-        with contextlib.suppress(AssertionError, ValueError):  # it is no hash
-            return paramiko.HostKeys.hash_host(self.name, hostname) == hostname
-        return False
-
-    def attempts(self) -> list[Sequence[str]]:
-        """The host key types to ask for, one set a connection; an empty one is whatever the server likes."""
-        return [types for types in HOST_KEY_TYPES if "any" not in self.pins and self.types & set(types)] or [()]
+    def verdict(self, key: Any) -> tuple[str, KnownKey | None]:
+        """What known_hosts says of a key, and the line that says it."""
+        for lines in self.known:
+            same = [line for line in lines if line.key.get_base64() == key.get_base64()]
+            for mark, told in (("@revoked", "revoked"), ("", "known")):
+                if line := next((line for line in same if line.mark == mark), None):
+                    return told, line
+            if line := next((line for line in lines if not line.mark), None):
+                return "changed", line
+        lines = [line for lines in self.known for line in lines if line.mark == "@cert-authority"]
+        return "unknown", lines[0] if lines else None
 
     def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
         """paramiko calls this for each connection, since it was given no keys to know."""
-        text = key.get_base64().rstrip("=")
         self.seen.append(key)
         if "any" in self.pins:
             log.warning("%s: its host key is not checked (--host-key any); pin %s", self.login, key.fingerprint)
-        elif text in self.revoked or not {text, key.fingerprint} & self.accepted:
+        elif self.pins:
+            pinned = {pin.split()[:2][-1].rstrip("=") for pin in self.pins}
+            if not {key.get_base64().rstrip("="), key.fingerprint} & pinned:
+                raise self.Refused
+        elif self.verdict(key)[0] != "known":
             raise self.Refused
 
     def advice(self) -> str:
         """What is wrong with the host's key, and the line that would accept it."""
         if not self.seen:
-            types = ", ".join(sorted(self.types))
-            return f"{self.login}: it has no host key of the known kind ({types}); check --host-key or {self.file}"
-        key = self.seen[0]
-        # the blank does no harm, and who looks for the line finds its first word alone
-        add = f"echo ' {self.name} {key.get_name()} {key.get_base64()}' >>{shlex.quote(self.file)}"
+            return f"{self.login}: it has no host key of the kind of --host-key; check that"
+        key, file = self.seen[0], self.files[0]
+        told = f"{self.login}: its host key {key.get_name()} {key.fingerprint}"
         kind = next((kind for kind in ("ed25519", "ecdsa", "rsa") if kind in key.get_name()), "*")
         compare = f"on the host: ssh-keygen -lf /etc/ssh/ssh_host_{kind}_key.pub"
-        if key.get_base64().rstrip("=") in self.revoked:
-            what = f"is marked @revoked in {self.file}; connect to no such host"
-        elif self.pins:
-            what = "is not the one of --host-key; if the host was reinstalled and this is its new key: "
-            what += f'--host-key "{key.get_name()} {key.get_base64()}"'
-        elif self.accepted:
-            what = f"is not the one in {self.file}: somebody may be in between; "
-            forget = f"ssh-keygen -R {shlex.quote(self.name)} -f {shlex.quote(self.file)}"
-            what += f"only if the host was reinstalled and has this key ({compare}), run: {forget} && {add}"
-        else:
-            what = f"is unknown; compare it with that {compare}, and if it is the same, run: "
-            what += f"{into_directory(self.file)}{add}"
-        return f"{self.login}: its host key {key.get_name()} {key.fingerprint} {what}"
+        between = "somebody may be in between; only if the host was reinstalled and has this key"
+        between += f" ({compare})"
+        if self.pins:
+            new = f'--host-key "{key.get_name()} {key.get_base64()}"'
+            return f"{told} is not the one of --host-key: {between}, give {new}"
+        verdict, line = self.verdict(key)
+        if line and verdict == "revoked":
+            return f"{told} is marked @revoked in {line.file}; connect to no such host"
+        # the blank does no harm, and who looks for the line finds its first word alone
+        add = f"{into_directory(file)}echo ' {self.name} {key.get_name()} {key.get_base64()}'"
+        add += f" >>{shlex.quote(file)}"
+        if line and verdict == "changed":
+            told += f" is not the one in {line.file}, line {line.number}: {between}"
+            # a pattern is for other hosts too, and the system's file for other users
+            if line.file == file and not re.search("[*?]", line.names):
+                add = f"ssh-keygen -R {shlex.quote(self.name)} -f {shlex.quote(file)} && {add}"
+            return f"{told}, {RENEW if in_pod() else f'run: {add}'}"
+        told += f" is unknown to {file}" if line is None else f" is not in {line.file}"
+        if line:
+            told += ", and epok cannot check a certificate by its @cert-authority"
+        same = f"compare it with that {compare}, and if it is the same, run: {add}"
+        return f"{told}; {RENEW if in_pod() else same}"
 
 
 Host = LocalHost | SshHost
@@ -2430,20 +3278,19 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
         return Transient(f"{failed}; native nft rules share the table: move them to a table of their own", attempts=3)
     if result.status == 127 or "command not found" in result.err:
         lacks_sudo = re.search(r"\bsudo: (command )?not found", result.err)
-        package = f"sudo, or {how_to_be_root(host, 'su -c')}" if lacks_sudo else "iptables"
+        package = "sudo" if lacks_sudo else "iptables"
+        if lacks_sudo and isinstance(host, LocalHost):
+            package += f", or {how_to_be_root('su -c')}"
         return Fatal(f"{failed}; install it on the host: apt-get install {package}")
     if "epok-gate: " in result.err:
         return Fatal(f"{failed}; run cron/setup-host of this epok on the host, with --mark if epok has that option")
     if "sudo" in argv and ("sudo:" in result.err or "not allowed" in result.err):
-        commands = dict.fromkeys([shlex.join(argv[2:]), *WITH_SUDO])
-        line = f"{host.user} ALL=(root) NOPASSWD: " + ", ".join(f"/usr/sbin/{words}" for words in commands)
-        first = f"{how_to_be_root(host, 'sudo -E')}; or " if isinstance(host, LocalHost) else ""
-        return Fatal(f"{failed}; {first}as root on the host run visudo -f /etc/sudoers.d/epok and add: {line}")
+        return Fatal(f"{failed}; {how_to_allow_sudo(host, argv, result)}")
     if "must be root" in result.err or "Permission denied" in result.err or "not permitted" in result.err:
-        lacking = "; root lacks CAP_NET_ADMIN here, which a container gets by --cap-add NET_ADMIN --network host"
-        is_root = isinstance(host, LocalHost) and os.geteuid() == 0
-        advice = lacking if is_root else "; run epok as root, or let it log in as a user that may use sudo"
-        return Fatal(f"{failed}{advice}")
+        lacking = "root lacks CAP_NET_ADMIN there, which a container gets by --cap-add NET_ADMIN"
+        lacking += " --network host"
+        is_root = isinstance(host, SshHost) or host.sudo or os.geteuid() == 0
+        return Fatal(f"{failed}; {lacking if is_root else how_to_be_root('sudo -E')}")
     if "temporarily unavailable" in result.err or "xtables lock" in result.err or result.status < 0:
         return Transient(failed)
     named = re.search(r"line:? (\d+)", result.err)
@@ -2456,10 +3303,24 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
     return Transient(failed, attempts=3)
 
 
-def how_to_be_root(host: Host, by: str) -> str:
-    """What does without sudo -n: to log in as root, or to run epok as root, by a command that takes its words."""
-    if isinstance(host, SshHost):
-        return f"log in as root: --host {host.login._replace(user='root')}"
+def how_to_allow_sudo(host: Host, argv: Sequence[str], result: Result) -> str:
+    """What lets a user run by sudo what epok needs, and no more where the gate stands."""
+    visudo = "as root on the host run visudo -f /etc/sudoers.d/epok and add: "
+    commands = dict.fromkeys([shlex.join(argv[2:]), *WITH_SUDO])
+    paths = ", ".join(f"/usr/sbin/{words}" for words in commands)
+    line = f"{visudo}{host.user} ALL=(root) NOPASSWD: {paths}"
+    if isinstance(host, LocalHost):
+        return f"{how_to_be_root('sudo -E')}; or {line}"
+    if host.gated or host.user == "epok":
+        return AGAIN
+    if "must have a tty" in result.err:
+        return f"{visudo}Defaults:{host.user} !requiretty"
+    safe = "run cron/setup-host on the host, which makes a user epok with a gate, and log in as it"
+    return f"{safe}; or, if who has the key may change all of the firewall, {line}"
+
+
+def how_to_be_root(by: str) -> str:
+    """How to do without sudo -n: by a command that takes epok's words."""
     words = shlex.join([sys.executable, *sys.argv])
     return f"run epok as root: {by} {shlex.quote(words) if by == 'su -c' else words}"
 
@@ -3380,8 +4241,9 @@ def end_flows(host: Host, version: int, address: str, port: int, reply: str, dea
     if result.status == 0 or (result.status == 1 and "0 flow entries have been deleted" in result.err):
         return True
     log.warning(
-        "%s: %s: %s; old UDP flows may stay where they were: apt-get install conntrack, and allow it in sudoers",
+        "%s: %s: %s; old UDP flows may stay where they were: %s",
         host.name, shlex.join(argv), result.said,
+        "apt-get install conntrack" if result.status == 127 else "let it run as cron/setup-host does",
     )  # fmt: skip
     return False
 
@@ -3863,6 +4725,9 @@ class Planner:
     def announce(self, plan: Plan) -> None:
         for warning in plan.warnings:
             log.warning("%s", warning)
+        for remark in plan.unknown:
+            log.warning("%s", remark)
+            self.untold.append(Event(remark.service, "Warning", "UnknownAnnotation", remark.message))
         for rejection in brief(plan.rejections):
             log.warning("rejected: %s", rejection)
             self.untold.append(Event(rejection.service, "Warning", "ExternalPortRejected", rejection.message))
@@ -3996,7 +4861,8 @@ def look(host: Host, reader: Background, planner: Background, options: Options, 
             story.plan = known.plan(facts)
             story.snapshot, story.on_node = known.snapshot, bool(known.own(facts))
             status.pending = changes_between(found, rendered(story.plan, options))
-            status.rejections, status.warnings = story.plan.rejections, story.plan.warnings
+            status.rejections = story.plan.rejections
+            status.warnings = [*story.plan.warnings, *map(str, story.plan.unknown)]
             status.cluster = f"compared with {known.reader.source.name}"
         except Fatal as error:
             status.cluster = f"not compared with the cluster: {error}"
@@ -4119,12 +4985,13 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     # a short run makes much and drops little: not to look for cycles often saves time
     gc.set_threshold(100_000)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    ends = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    for number in ends:
         if signal.getsignal(number) == signal.SIG_DFL:  # not if it is to be ignored, as of nohup
             signal.signal(number, signal.default_int_handler)
     status = main(sys.argv[1:])
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ends:
         signal.signal(number, signal.SIG_IGN)  # all is done, and the exit status says how
-    atexit._run_exitfuncs()  # of kubernetes, which has put keys into files
+    atexit._run_exitfuncs()  # ends a login plugin that still runs
     # not SystemExit: Python may crash while it takes down what a thread, which waits for a server, still uses
     os._exit(status)

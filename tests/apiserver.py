@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,16 +72,23 @@ def asset(name: str) -> str:
 class ApiServer:
     """Runs until its namespace ends; `folder` takes its certificates and logs."""
 
-    def __init__(self, space: Namespace, folder: Path, address: str = ADDRESS, **flags: str) -> None:
-        """`flags` are more of them, and others: with _ for -."""
+    def __init__(
+        self,
+        space: Namespace,
+        folder: Path,
+        names: Sequence[str] = (),
+        addresses: Sequence[str] = (),
+        address: str = ADDRESS,
+        **flags: str,
+    ) -> None:
+        """With more names and addresses than `address` it listens at all of them; `flags` have _ for -."""
         self.space, self.folder = space, folder
         self.url = f"https://{address}:{PORT}"
         self.programs = {name: asset(name) for name in ("kube-apiserver", "etcd", "kubectl")}
         self.authority = Authority()
         self.account_key = rsa.generate_private_key(65537, 2048)
         self.ca = self.write("ca.pem", self.authority.pem)
-        known = f"{address} {CLUSTER_ADDRESS}"
-        server = self.write("server.pem", self.authority.issue("kube-apiserver", address=known))
+        server = self.write("server.pem", self.authority.issue("kube-apiserver", address, *addresses, names=names))
         self.admin = self.write("admin.pem", self.authority.issue("admin", organisation="system:masters"))
         self.flags = FLAGS | {
             "bind-address": address,
@@ -95,10 +103,14 @@ class ApiServer:
             "kubelet-client-key": self.admin,
             **{name.replace("_", "-"): value for name, value in flags.items()},
         }
+        if addresses:
+            self.flags["bind-address"] = "0.0.0.0"
         self.pool = urllib3.HTTPSConnectionPool(
             address, PORT, maxsize=8, ca_certs=self.ca, cert_file=self.admin, key_file=self.admin, retries=False
         )
         self.start_program("etcd", "--data-dir", "/run/etcd")
+        # kube-apiserver waits no more than 20 seconds for it
+        until(lambda: "ready to serve" in (folder / "etcd.log").read_text(), f"etcd serves, see {folder}", 300)
         self.start()
 
     def write(self, name: str, data: bytes) -> str:
@@ -112,7 +124,7 @@ class ApiServer:
     def start(self) -> None:
         """Returns when the server answers."""
         self.process = self.start_program("kube-apiserver", *(f"--{flag}={self.flags[flag]}" for flag in self.flags))
-        until(self.ready, f"kube-apiserver is ready, see {self.folder}", 90)
+        until(self.ready, f"kube-apiserver is ready, see {self.folder}", 300)
 
     def ready(self) -> bool:
         assert self.process.poll() is None, (self.folder / "kube-apiserver.log").read_text()[-2000:]

@@ -2,6 +2,7 @@
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -29,20 +30,29 @@ def key_usage(authority: bool) -> x509.KeyUsage:
 class Authority:
     """Signs certificates; `pem` is its own. When `strict` they have all the extensions that RFC 5280, 4.2.1, wants."""
 
-    def __init__(self, strict: bool = True) -> None:
+    def __init__(self, strict: bool = True, signer: "Authority | None" = None) -> None:
         self.strict = strict
         self.key = ec.generate_private_key(ec.SECP256R1())
-        self.name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "epok tests")])
-        self.pem = self.sign(self.name, self.key.public_key(), x509.BasicConstraints(ca=True, path_length=None))
+        name = "epok tests, intermediate" if signer else "epok tests"
+        self.name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        basic = x509.BasicConstraints(ca=True, path_length=None)
+        self.pem = (signer or self).sign(self.name, self.key.public_key(), basic)
 
-    def issue(self, name: str, organisation: str = "", address: str = "", days: int = 1) -> bytes:
-        """A certificate and its private key: of a server at these addresses (spaces between), or of a user."""
+    def intermediate(self) -> "Authority":
+        """Another one, whose own certificate this one has signed."""
+        return Authority(self.strict, self)
+
+    def issue(
+        self, name: str, *addresses: str, names: Sequence[str] = (), organisation: str = "", days: int = 1
+    ) -> bytes:
+        """A certificate and its private key: of a server at these addresses, or of a user."""
         key = ec.generate_private_key(ec.SECP256R1())
         attributes = [x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]
         if organisation:
             attributes.append(x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, organisation))
-        known = [x509.IPAddress(ipaddress.ip_address(one)) for one in address.split()]
-        alternative = [x509.SubjectAlternativeName(known)] if known else []
+        others: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
+        others += [x509.DNSName(each) for each in names]
+        alternative = [x509.SubjectAlternativeName(others)] if others else []
         return self.sign(x509.Name(attributes), key.public_key(), *alternative, days=days) + private_pem(key)
 
     def sign(
@@ -55,7 +65,7 @@ class Authority:
             extensions += (
                 x509.SubjectKeyIdentifier.from_public_key(key),
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()),
-                key_usage(authority=subject == self.name),
+                key_usage(authority=any(isinstance(each, x509.BasicConstraints) for each in extensions)),
             )
         for extension in extensions:
             made = made.add_extension(extension, critical=isinstance(extension, (x509.BasicConstraints, x509.KeyUsage)))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import urllib3
-from apiserver import ApiServer, asset
+from apiserver import CLUSTER_ADDRESS, ApiServer, asset
 from conftest import need, until
 from container import CACHE, Store, output
 from gateway import Gateway
@@ -111,7 +111,7 @@ class Node:
         self.name, self.address = f"node{number}", f"10.0.0.{10 + number}"
         self.disk = cluster.store.folder / self.name
         self.cgroup = f"/{cluster.cgroup}/{self.name}"
-        credentials = cluster.server.authority.issue(f"system:node:{self.name}", "system:nodes")
+        credentials = cluster.server.authority.issue(f"system:node:{self.name}", organisation="system:nodes")
         pem = cluster.server.write(f"{self.name}.pem", credentials)
         self.kubeconfig = cluster.server.kubeconfig(self.name, certificate=pem)
 
@@ -222,7 +222,7 @@ class Cluster(Lab):
         self.link("control", self.control, (2, "10.0.0"), 2)
         flags = {"authorization_mode": "Node,RBAC", "enable_admission_plugins": "NodeRestriction"}
         flags |= {"advertise_address": CONTROL, "kubelet_preferred_address_types": "InternalIP"}
-        self.server = ApiServer(self.control, self.folder, CONTROL, **flags)
+        self.server = ApiServer(self.control, self.folder, addresses=[CLUSTER_ADDRESS], address=CONTROL, **flags)
         self.start_controllers()
         self.push(PAUSE, 'FROM localhost/base\nENTRYPOINT ["sleep", "infinity"]\n')
         self.machines = {name: Node(self, number) for number, name in enumerate(NODES, 1)}

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lab import Namespace
@@ -114,15 +114,21 @@ class Sshd:
         with contextlib.suppress(FileNotFoundError):
             (self.place / "cut").rmdir()
 
-    def start(self, *ports: int, keys: str = "host") -> "subprocess.Popen[str]":
-        """An sshd on more ports, ready when this returns, with the host keys of that name."""
+    def start(self, *ports: int, keys: str = "host", more: Sequence[str] = ()) -> "subprocess.Popen[str]":
+        """An sshd on more ports, ready when this returns, with the host keys of that name, and more options."""
         argv = ["/usr/sbin/sshd", "-D", "-f", f"{PLACE}/config", "-E", f"{PLACE}/log"]
         argv += [word for port in ports for word in ("-p", str(port))]
         argv += [word for kind in KEY_TYPES for word in ("-h", f"{PLACE}/{keys}_{kind}")]
-        running = self.space.popen(argv)
+        running = self.space.popen([*argv, *more])
         for port in ports:
             await_banner(self.space, port)
         return running
+
+    def stop(self, running: "subprocess.Popen[str]", port: int) -> None:
+        """Ends one that was started on that port alone: the process at hand is only what entered the namespace."""
+        running.kill()
+        running.wait()
+        self.space.run(["pkill", "-f", f"sshd: /usr/sbin/sshd -D .* -p {port} "], check=False)
 
     def authorize(self, *lines: str) -> None:
         self.write("authorized_keys", "".join(f"{line}\n" for line in lines))

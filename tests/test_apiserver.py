@@ -379,6 +379,18 @@ def test_kubectl_describe_tells_a_services_story(lab: Lab, api: ApiServer, confi
     assert re.search(r"Warning +ExternalPortRejected .*x2 over .* epok .*443:htps.*no port named htps", told)
 
 
+def test_a_misspelt_annotation_is_told_by_an_event(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(service("mail", "25:2025", [SMTP], annotations={"getbetter.ro/external-ports": "26"}))
+    api.create(service("inner", "80:30080", [port(80, 30080)], annotations={"getbetter.ro/intrenal": ""}))
+    log = succeeds(lab, config).stderr
+    assert 'default/mail: epok knows no annotation "getbetter.ro/external-ports"' in log
+    assert 'rejected: default/inner: epok knows no annotation "getbetter.ro/intrenal"' in log
+    assert targets(lab) == {f"10.0.0.{number}:2025" for number in (11, 12, 13)}
+    told = {(name, reason) for name, _, reason, _ in events(api)}
+    assert {("mail", "UnknownAnnotation"), ("inner", "ExternalPortRejected")} <= told
+    assert "is getbetter.ro/internal meant?" in api.kubectl("describe", "service", "inner")
+
+
 def test_a_rejection_that_stays_counts_up_one_event(lab: Lab, api: ApiServer, config: str) -> None:
     api.create(service("mail", "25:smpt", [SMTP]))
     for count in (1, 2, 3):

@@ -556,7 +556,7 @@ def certificate(
     authority = Authority(strict)
     file, server = directory / "ca.pem", directory / "server.pem"
     file.write_bytes(authority.pem)
-    server.write_bytes(authority.issue("server", address=name, days=days))
+    server.write_bytes(authority.issue("server", name, days=days))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(server)
     return str(file), context
@@ -1288,7 +1288,7 @@ def test_a_token_file_is_read_without_its_newline(lab: Lab, api: FakeApi, tmp_pa
 
 def test_a_token_that_no_header_can_carry_is_not_shown(lab: Lab, api: FakeApi, before: str, tmp_path: Path) -> None:
     config = write_kubeconfig(tmp_path / "config", api.url, user={"token": f"{TOKEN}\nX: y"})
-    assert_failed(lab, run(lab, "--kubeconfig", config, timeout=HOPELESS), before)
+    assert_failed(lab, run(lab, "--kubeconfig", config, timeout=HOPELESS), before, "token")
 
 
 def test_an_unknown_context_fails(lab: Lab, two: str, before: str) -> None:
@@ -1393,7 +1393,7 @@ def test_a_mapping_that_yaml_takes_for_a_number_is_named(lab: Lab, before: str) 
 
 @pytest.mark.parametrize(
     "make",
-    [lambda file: None, Path.mkdir, lambda file: file.write_bytes(b"\xff\xfe\x00{")],
+    [lambda file: None, Path.mkdir, lambda file: file.write_bytes(b"\x00\xff{")],
     ids=["missing", "a directory", "binary"],
 )
 def test_a_snapshot_file_that_cannot_be_read_is_named(

@@ -225,6 +225,26 @@ def test_a_key_that_is_not_for_its_group_is_an_error_that_says_so(lab: Lab, imag
     assert re.search(rf"(?m)^error: .*{SECRET}/id_rsa.*Permission denied", done.stderr), done.stderr
 
 
+@one_lab
+@pytest.mark.parametrize("stale", ["id_rsa", "known_hosts", "no known_hosts"])
+def test_what_is_wrong_with_the_secret_of_a_pod_is_cured_by_another_secret(
+    lab: Lab, image: Image, secret: Path, tmp_path: Path, stale: str
+) -> None:
+    file = secret / stale.removeprefix("no ")
+    good, stranger = file.read_bytes(), make_key(tmp_path / "stranger", "ed25519")
+    if stale == "id_rsa":
+        file.write_bytes(stranger.read_bytes())
+    else:
+        key = stranger.with_suffix(".pub").read_text()
+        file.write_text(f"{HOST} {key}" if stale == "known_hosts" else "")
+    there = pod(image, secret, {SNAPSHOT: EPOK.parent / "tests" / "snapshot.yaml"}, EPOK_SNAPSHOT=SNAPSHOT, **API)
+    done = in_pod(lab.nodes[0], there, "ssh")
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.endswith(epok.RENEW) and not re.search(">>|authorized_keys|ssh-keygen -R", error), error
+    file.write_bytes(good)  # as setup-host prints it
+    assert in_pod(lab.nodes[0], there, "ssh").returncode == 0
+
+
 # ---- in a cluster, and what it loads there
 
 

@@ -146,7 +146,7 @@ DEFAULTS = {
     "external_interface": "", "addresses": (), "batch_commands": "true", "batch_size": 1_677_722, "max_nodes": 16,
     "masquerade": "auto", "mark": (0x10000000, 0x20000000), "kubeconfig": "", "context": "", "snapshot": "",
     "timeout": 50, "status": False, "explain": "", "output": "text", "metrics_file": "", "host": (), "port": 22,
-    "key": "", "known_hosts": f"{HOME}/.ssh/known_hosts", "host_key": (),
+    "key": "", "known_hosts": "", "host_key": (),
 }  # fmt: skip
 
 

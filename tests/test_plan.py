@@ -223,9 +223,10 @@ def test_a_target_is_a_node_port_of_that_very_service_or_nothing(text: str, frag
 
 
 KEYS = ["getbetter.ro/externalport", "epok.getbetter.ro/externalport", "epok.getbetter.ro/externalports"]
+PREFIXES = ["getbetter.ro", "epok.getbetter.ro"]
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", [*KEYS, "getbetter.ro/externalports"])
 def test_each_annotation_name_counts(key: str) -> None:
     assert forwards(mapped("", annotations={key: "25:2025"})) == ["tcp 25 all 2025"]
 
@@ -236,7 +237,7 @@ def test_annotation_names_are_joined() -> None:
     assert [each.mapping for each in plan.rejections] == ["nonsense"]
 
 
-@pytest.mark.parametrize("key", ["externalport", "getbetter.ro/externalports", "getbetter.ro/ExternalPort"])
+@pytest.mark.parametrize("key", ["externalport", "example.getbetter.ro/externalport", "getbetter.ro/ExternalPort"])
 def test_other_annotations_mean_nothing(key: str) -> None:
     plan = planned(service("all", None, PORTS, annotations={key: "25:2025"}), service("bare", None, PORTS))
     assert (plan.forwards, plan.rejections, plan.warnings) == ([], [], [])
@@ -280,11 +281,69 @@ def test_a_load_balancer_with_node_ports_is_forwarded() -> None:
     assert forwards(mapped("25", type="LoadBalancer")) == ["tcp 25 all 2025"]
 
 
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_restriction_counts_with_either_prefix(prefix: str) -> None:
+    plan = mapped("25", annotations={f"{prefix}/internal": "", f"{prefix}/allow-range": "192.0.2.0/24"})
+    assert (plan.warnings, plan.unknown, plan.rejections) == ([], [], [])
+    assert [(made.internal, [*map(str, made.sources or ())]) for made in plan.forwards] == [(True, ["192.0.2.0/24"])]
+
+
+def test_two_restrictions_that_differ_let_nobody_in() -> None:
+    given = {"getbetter.ro/allow-range": "192.0.2.0/24", "epok.getbetter.ro/allow-range": "198.51.100.0/24"}
+    plan = mapped("25", annotations=given)
+    assert not plan.forwards
+    assert all(name in plan.rejections[0].reason for name in given)
+    assert mapped("25", annotations=dict.fromkeys(given, "192.0.2.0/24")).forwards
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize(("name", "meant"), [
+    ("external-port", "externalport"), ("ExternalPort", "externalport"), ("externlports", "externalports"),
+    ("port", "externalport"), ("external", "externalport"), ("timeout", "externalport"),
+])  # fmt: skip
+def test_an_annotation_that_is_none_is_warned_about_with_the_one_that_is_meant(
+    prefix: str, name: str, meant: str
+) -> None:
+    plan = mapped("25", annotations={f"{prefix}/{name}": ""})
+    assert forwards(plan) == ["tcp 25 all 2025"]
+    assert [each.service for each in plan.unknown] == ["default/all"]
+    assert f'"{prefix}/{name}"' in plan.unknown[0].reason
+    assert f" {prefix}/{meant} " in plan.unknown[0].reason
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize(("name", "meant"), [
+    ("intrenal", "internal"), ("Internal", "internal"), ("internal-only", "internal"), ("private", "internal"),
+    ("allow-ranges", "allow-range"), ("allowRange", "allow-range"), ("allow_range", "allow-range"),
+    ("allowed", "allow-range"), ("source-ranges", "allow-range"), ("restrict", "allow-range"), ("", "allow-range"),
+    ("internalport", "internal"), ("internal-ports", "internal"), ("externalport.internal", "internal"),
+])  # fmt: skip
+def test_a_restriction_that_may_be_misspelt_opens_nothing(prefix: str, name: str, meant: str) -> None:
+    plan = mapped("25", annotations={f"{prefix}/{name}": "192.0.2.0/24"})
+    assert not plan.forwards
+    assert [each.mapping for each in plan.rejections] == [""]
+    assert f'"{prefix}/{name}"' in plan.rejections[0].reason
+    assert f" {prefix}/{meant} " in plan.rejections[0].reason
+
+
+def test_a_service_that_takes_no_part_may_have_any_annotation() -> None:
+    plan = planned(service("bare", None, PORTS, annotations={"epok.getbetter.ro/intrenal": ""}))
+    assert (plan.warnings, plan.unknown, plan.rejections) == ([], [], [])
+
+
+def test_more_unknown_annotations_than_anybody_needs_are_one_rejection() -> None:
+    plan = mapped("25", annotations={f"getbetter.ro/externalport-{n}": "" for n in range(4000)})
+    assert not plan.forwards
+    assert not plan.unknown
+    assert len(plan.rejections) == 1
+
+
 @pytest.mark.parametrize(("annotations", "expected"), [
     ({}, False), ({"epok.getbetter.ro/internal": ""}, True), ({"epok.getbetter.ro/internal": "true"}, True),
-    ({"epok.getbetter.ro/internal": "false"}, True),
+    ({"epok.getbetter.ro/internal": "false"}, True), ({"getbetter.ro/internal": None}, True),
 ])  # fmt: skip
-def test_internal_counts_when_present_whatever_its_value(annotations: dict[str, str], expected: bool) -> None:
+def test_internal_counts_when_present_whatever_its_value(annotations: Object, expected: bool) -> None:
+    """Null too, as `internal:` is in YAML: the API server makes "" of it."""
     assert {made.internal for made in mapped("25,53", annotations=annotations).forwards} == {expected}
 
 

@@ -205,7 +205,9 @@ class Controllers:
             owners.add(pod["metadata"]["ownerReferences"][0]["name"])
             if "deletionTimestamp" in pod["metadata"] and name != self.dead:
                 self.ran.append(name)
-                assert self.world.run_pod(self.namespace, pod["spec"]).returncode == 0
+                done = self.world.run_pod(self.namespace, pod["spec"])
+                assert done.returncode == 0, done.stderr
+                self.world.server.patch(f"{place}/pods/{name}", metadata={"finalizers": None})
                 request("DELETE", f"{place}/pods/{name}?gracePeriodSeconds=0")
         for job in request("GET", f"{batch}/jobs")["items"]:
             name = job["metadata"]["name"]
@@ -267,8 +269,8 @@ SHELLS = pytest.mark.parametrize("shell", [BASH, ("dash",)], ids=["bash", "dash"
 @SHELLS
 def test_uninstall_deletes_nothing_when_the_host_cannot_be_cleaned(world: World, shell: tuple[str, ...]) -> None:
     kubectl, secret = world.server.kubectl, "/api/v1/namespaces/epok/secrets/epok-ssh"
-    kubectl("set", "env", "-n", "epok", "cronjob/epok", "EPOK_TIMEOUT=5")
     world.now(f"before-{shell[0]}")
+    kubectl("set", "env", "-n", "epok", "cronjob/epok", "EPOK_TIMEOUT=5")
     before = installed(world)
     assert len(before) == 6
     world.server.patch(secret, stringData={"ssh_port": "1"})
@@ -282,6 +284,7 @@ def test_uninstall_deletes_nothing_when_the_host_cannot_be_cleaned(world: World,
         assert installed(world) == before and world.forwards()
         assert kubectl("get", "cronjob", "-n", "epok", "epok", "-o", "jsonpath={.spec.suspend}") == "true"
     world.server.patch(secret, stringData={"ssh_port": "22"})
+    kubectl("set", "env", "-n", "epok", "cronjob/epok", "EPOK_TIMEOUT-")
 
 
 def test_uninstall_goes_no_further_than_a_pod_on_a_dead_node(world: World) -> None:

@@ -40,7 +40,7 @@ from sshd import (
 import epok
 
 SECOND = "203.0.113.10"  # another host, behind the first
-LATE, SILENT, NOBODY, IMPOSTORS_FROM = 2301, 2302, 2303, 2400  # ports where no sshd listens
+LATE, SILENT, NOBODY, OTHER, IMPOSTORS_FROM = 2301, 2302, 2303, 2304, 2400  # ports where no sshd listens
 SAVES = {"iptables-save -t filter", "iptables-save -t nat"}  # IPv4's, which are read first and at the same time
 VOCABULARY = (
     r"iptables-save -t nat",
@@ -341,6 +341,20 @@ def test_settings_come_from_the_environment(ssh: Operator) -> None:
     assert answers(ssh.lab, 25)
 
 
+@contextlib.contextmanager
+def another_sshd(ssh: Operator, *settings: str, name: str = HOST) -> Iterator[None]:
+    """One with these settings on the port OTHER, which the operator knows."""
+    running = ssh.server.start(OTHER, more=settings)
+    try:
+        with ssh.known_hosts.open("a") as file:
+            file.writelines(f"[{name}]:{OTHER} {ssh.server.host_key(kind)}\n" for kind in KEY_TYPES)
+        noted = ssh.server.connections()
+        yield
+        assert ssh.server.connections() > noted
+    finally:
+        ssh.server.stop(running, OTHER)
+
+
 # ------------------------------------------------ the client's key
 
 
@@ -403,14 +417,100 @@ def test_the_key_given_is_the_only_one_that_is_tried(ssh: Operator) -> None:
 
 @fault
 @once
-def test_a_key_that_is_refused_is_an_error_at_once_with_the_line_that_lets_it_in(ssh: Operator) -> None:
+def test_a_key_that_is_refused_is_an_error_at_once_that_leads_to_the_gate(ssh: Operator) -> None:
     run = ssh.fails(key="ed25519 stranger")
     assert ssh.server.connections() == 1
-    line = re.search(r"ssh-ed25519 AAAA[A-Za-z0-9+/]+={0,2}", run.error)
-    assert line, str(run)
-    assert "authorized_keys" in run.error
-    ssh.server.authorize(line[0])
-    ssh.succeeds(key="ed25519 stranger")
+    assert (
+        f"echo '{public(ssh.keys, 'ed25519 stranger')}' >" in run.error and "cron/setup-host --public-key" in run.error
+    )
+    assert "authorized_keys" not in run.error, "a line there would let it do all that the user may"
+
+
+@pytest.mark.parametrize("more", ["password", "keyboard-interactive"])
+@fault
+@once
+def test_a_key_that_is_accepted_but_not_enough_is_not_called_refused(ssh: Operator, more: str) -> None:
+    allowed = ["-oPasswordAuthentication=yes", "-oKbdInteractiveAuthentication=yes", "-oUsePAM=yes"]
+    with another_sshd(ssh, f"-oAuthenticationMethods=publickey,{more}", *allowed):
+        error = ssh.fails(host=f"root@{HOST}:{OTHER}").error
+    assert f"wants {more} as well" in error and "accepts the key" in error and "cron/setup-host" in error
+    assert "refused" not in error
+
+
+@fault
+@once
+def test_an_sshd_that_takes_no_keys_is_told_of(ssh: Operator) -> None:
+    with another_sshd(ssh, "-oPubkeyAuthentication=no", "-oPasswordAuthentication=yes", "-oPermitRootLogin=yes"):
+        error = ssh.fails(host=f"root@{HOST}:{OTHER}").error
+    assert "by password alone" in error and "refused" not in error
+
+
+KEY_MAKERS = {
+    "EC of openssl": "openssl genpkey -quiet -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out FILE",
+    "RSA of openssl": "openssl genpkey -quiet -algorithm RSA -pkeyopt rsa_keygen_bits:2048 -out FILE",
+    "Ed25519 of openssl": "openssl genpkey -algorithm ED25519 -out FILE",
+    "EC of ssh-keygen": "ssh-keygen -q -t ecdsa -m PKCS8 -N '' -f FILE",
+    "RSA of ssh-keygen": "ssh-keygen -q -t rsa -b 2048 -m PKCS8 -N '' -f FILE",
+    "P-521 of ssh-keygen": "ssh-keygen -q -t ecdsa -b 521 -m PKCS8 -N '' -f FILE",
+}
+
+
+@pytest.mark.parametrize("kind", KEY_TYPES)
+def test_a_key_without_a_comment_is_read_also_where_it_needs_no_padding(tmp_path: Path, kind: str) -> None:
+    for number in range(8 if kind == "ecdsa" else 2):
+        file = make_key(tmp_path / f"{kind}{number}", kind, "-C", "")
+        assert epok.load_key(str(file)).get_base64() == file.with_suffix(".pub").read_text().split()[1]
+
+
+@pytest.mark.parametrize("made", KEY_MAKERS)
+@once
+def test_a_key_in_pkcs8_lets_epok_in(ssh: Operator, made: str) -> None:
+    need("openssl", "apt-get install openssl")
+    file = ssh.home / "key"
+    subprocess.run(["sh", "-ec", KEY_MAKERS[made].replace("FILE", str(file))], check=True)
+    assert "BEGIN PRIVATE KEY" in file.read_text()
+    ssh.server.authorize(epok.load_key(str(file)).get_name() + " " + epok.load_key(str(file)).get_base64())
+    ssh.succeeds(key=str(file))
+
+
+CONVERTED = {
+    "DER": "openssl genpkey -quiet -algorithm RSA -outform DER -out FILE",
+    "a passphrase, in PKCS#8": "ssh-keygen -q -t ecdsa -m PKCS8 -N secret -f FILE",
+    "a passphrase, in PEM": "ssh-keygen -q -t rsa -b 2048 -m PEM -N secret -f FILE",
+}
+
+
+@pytest.mark.parametrize("form", CONVERTED)
+@fault
+@once
+def test_a_key_that_epok_cannot_read_comes_with_the_command_that_converts_it(ssh: Operator, form: str) -> None:
+    need("openssl", "apt-get install openssl")
+    file = ssh.home / "key"
+    subprocess.run(["sh", "-ec", CONVERTED[form].replace("FILE", str(file))], check=True)
+    file.chmod(0o600)
+    error = ssh.fails(key=str(file)).error
+    found = re.search(r"(?:convert it|take it away): (.*?), (?:and give --key (\S+)|or)", error)
+    assert found, error
+    made = found[2] or str(file)
+    subprocess.run(["sh", "-ec", found[1] + (" -P secret >/dev/null" if "passphrase" in form else "")], check=True)
+    assert Path(made).stat().st_mode & 0o077 == 0, "nobody else may read it"
+    ssh.server.authorize(subprocess.run(["ssh-keygen", "-y", "-f", made], capture_output=True, text=True).stdout)
+    ssh.succeeds(key=made)
+
+
+@pytest.mark.parametrize("text, told", [
+    ("PuTTY-User-Key-File-3: ssh-ed25519\nEncryption: none\n", r"puttygen \S+ -O private-openssh -o (\S+), .*--key \1"),
+    ("---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----\n", r"umask 077; ssh-keygen -i -f \S+ >(\S+)\), .*--key \1"),
+    ("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA me\n", "is a public key; give the private one"),
+    ("-----BEGIN CERTIFICATE-----\n", "ssh-keygen -q -t ed25519"),
+], ids=["PuTTY", "SSH2", "public", "certificate"])  # fmt: skip
+@fault
+@once
+def test_what_is_no_key_of_openssh_is_told_what_to_do_with(ssh: Operator, text: str, told: str) -> None:
+    file = ssh.home / "key"
+    file.write_text(text)
+    error = ssh.fails(key=str(file)).error
+    assert re.search(told, error), error
 
 
 @pytest.mark.parametrize("content", [
@@ -503,6 +603,57 @@ def test_an_unknown_host_key_is_an_error_at_once_with_the_line_that_accepts_it(s
     with ssh.known_hosts.open("a") as file:
         file.write(known_line(run.error, HOST) + "\n")
     ssh.succeeds()
+
+
+@once
+def test_a_key_that_changed_under_a_pattern_is_a_changed_one_and_the_pattern_stays(ssh: Operator) -> None:
+    line = f"192.0.2.* {public(ssh.keys, 'ed25519 stranger')}"
+    ssh.know("# mine", line)
+    error = ssh.fails().error
+    assert f"is not the one in {ssh.known_hosts}, line 2: somebody may be in between" in error
+    command = re.search(r"run: (.*)$", error)
+    assert command and "ssh-keygen -R" not in command[1], "it would make other hosts unknown"
+    subprocess.run(["sh", "-ec", command[1]], check=True)
+    ssh.succeeds()
+    assert line in ssh.known_hosts.read_text()
+
+
+@once
+def test_a_certificate_authority_is_what_epok_cannot_check_and_says_so(ssh: Operator) -> None:
+    ssh.know(f"@cert-authority 192.0.2.* {public(ssh.keys, 'ed25519 stranger')}")
+    error = ssh.fails().error
+    assert "epok cannot check a certificate by its @cert-authority" in error and "somebody" not in error
+    command = re.search(r"run: (.*)$", error)
+    assert command
+    subprocess.run(["sh", "-ec", command[1]], check=True)
+    ssh.succeeds()
+
+
+@once
+def test_a_file_that_may_not_be_read_is_named(ssh: Operator) -> None:
+    ssh.known_hosts.unlink()
+    ssh.known_hosts.mkdir()
+    run = ssh.fails()
+    assert [line for line in run.lines("warning") if f"{ssh.known_hosts}: Is a directory" in line], str(run)
+
+
+@once
+def test_the_file_of_the_system_counts_beside_the_users_and_not_beside_one_that_is_given(ssh: Operator) -> None:
+    ssh.known_hosts.unlink()
+    system = ssh.home / "etc"
+    system.mkdir()
+    (system / "ssh_known_hosts").write_text(f"{HOST} {ssh.server.host_key()}\n")
+    mounted = ssh.lab.client.run(["sh", "-c", f"mount --bind {system} /etc/ssh && grep -c . /etc/ssh/ssh_known_hosts"])
+    assert mounted.stdout == "1\n"
+    try:
+        ssh.succeeds()
+        assert "is unknown" in ssh.fails("--known-hosts", str(ssh.known_hosts)).error
+        (system / "ssh_known_hosts").write_text(f"{HOST} {public(ssh.keys, 'ed25519 stranger')}\n")
+        error = ssh.fails().error
+        assert "is not the one in /etc/ssh/ssh_known_hosts, line 1" in error
+        assert f">>{ssh.known_hosts}" in error and "ssh-keygen -R" not in error
+    finally:
+        ssh.lab.client.run(["umount", "/etc/ssh"])
 
 
 @pytest.mark.parametrize("host, name, args", [
@@ -627,6 +778,39 @@ def test_sudo_that_says_no_is_an_error_at_once_with_the_line_for_sudoers(ssh: Op
     assert "sudoers" in run.error
     told = [words for words in refused if f"{USER} ALL=(root) NOPASSWD: /usr/sbin/{words}" in run.error]
     assert len(told) == 1 or "requiretty" in lines[0]
+
+
+@once
+def test_sudo_that_wants_a_terminal_is_told_by_the_line_that_it_needs_none(ssh: Operator) -> None:
+    lines = ["Defaults requiretty", *SUDOERS]
+    ssh.server.sudoers(*lines)
+    found = re.search(r"/etc/sudoers.d/epok and add: (.*)$", ssh.fails(host=f"{USER}@{HOST}").error)
+    assert found
+    ssh.server.sudoers(*lines, found[1])
+    ssh.succeeds(host=f"{USER}@{HOST}")
+
+
+@once
+def test_a_broken_gate_is_mended_by_setup_host_and_by_no_line_for_sudoers(ssh: Operator) -> None:
+    """sudo -n before the gate says no to each command, also to those that epok sends without sudo."""
+    ssh.server.misbehave("exec sudo -n /usr/local/sbin/epok-gate")
+    error = ssh.fails(host=f"{USER}@{HOST}").error
+    assert error.endswith(f"; {epok.AGAIN}"), error
+    assert "NOPASSWD" not in error and "visudo" not in error
+
+
+@once
+def test_a_sudo_that_looks_long_for_the_hosts_own_name_is_named_and_not_the_connection(ssh: Operator) -> None:
+    ssh.server.sudoers(*SUDOERS)
+    ssh.server.misbehave("""case "$SSH_ORIGINAL_COMMAND" in sudo*)
+        sleep 4; echo 'sudo: unable to resolve host gateway: Name or service not known' >&2 ;;
+        esac
+        exec sh -c "$SSH_ORIGINAL_COMMAND" """)
+    run = ssh.fails(host=f"{USER}@{HOST}", timeout=10)
+    [warning] = run.lines("warning")
+    for line in (warning, run.error):
+        assert "as root on the host run: echo 127.0.1.1 gateway >>/etc/hosts" in line, str(run)
+    assert "no answer within --timeout 10 seconds" in run.error and "lost" not in run.error
 
 
 @fault
@@ -832,6 +1016,94 @@ def test_a_refused_connection_is_tried_again(ssh: Operator) -> None:
     assert answers(ssh.lab, 25)
 
 
+@contextlib.contextmanager
+def hosts_file(ssh: Operator, *lines: str) -> Iterator[None]:
+    """What names mean on the client's machine."""
+    file = ssh.home / "hosts"
+    file.write_text("".join(f"{line}\n" for line in lines))
+    ssh.lab.client.run(["mount", "--bind", str(file), "/etc/hosts"])
+    try:
+        yield
+    finally:
+        ssh.lab.client.run(["umount", "/etc/hosts"])
+
+
+@once
+def test_a_name_with_an_underscore_and_one_of_link_local_ipv6_are_names(ssh: Operator) -> None:
+    shown = ssh.lab.host.run(["ip", "-br", "-6", "addr", "show", "dev", "eth0", "scope", "link"]).stdout
+    local = re.findall(r"fe80::[0-9a-f:]+", shown)[0] + "%eth0"
+    ssh.know(
+        f"my_router {ssh.server.host_key()}",
+        *(f"{name} {ssh.server.host_key()}" for name in (local, f"[{local}]:2222")),
+    )
+    with hosts_file(ssh, f"{HOST} my_router"):
+        ssh.succeeds(host="root@my_router")
+    for host in (f"root@{local}", f"root@[{local}]", f"root@[{local}]:2222"):
+        ssh.succeeds(host=host)
+
+
+@fault
+@once
+def test_a_name_whose_first_address_is_dead_costs_a_moment(ssh: Operator) -> None:
+    ssh.know(f"gateway,{HOST} {ssh.server.host_key()}")
+    drop = ["INPUT", "-p", "tcp", "-d", HOST6, "--dport", "22", "-j", "DROP"]
+    ssh.lab.host.run(["ip6tables", "-I", *drop])
+    try:
+        with hosts_file(ssh, f"{HOST6} gateway", f"{HOST} gateway"):
+            first = ssh.lab.client.run(["getent", "ahosts", "gateway"]).stdout.split()[0]
+            assert first == HOST6
+            slow = ssh.succeeds(host="root@gateway", timeout=60)
+    finally:
+        ssh.lab.host.run(["ip6tables", "-D", *drop])
+    assert slow.seconds < ssh.succeeds(timeout=60).seconds * 1.5 + 5
+    assert ssh.server.connections() == 2
+
+
+@fault
+@once
+def test_a_name_that_means_nothing_is_an_error_soon_that_says_what_is_not_read(ssh: Operator) -> None:
+    run = ssh.fails(host="root@my-router", timeout=30)
+    assert "my-router" in run.error and "~/.ssh/config is not read" in run.error
+    assert run.err.count("trying again") <= 2 and run.seconds < 25, str(run)
+
+
+@fault
+@once
+def test_a_host_that_does_not_answer_is_named_by_address_and_port(ssh: Operator) -> None:
+    drop = ["INPUT", "-p", "tcp", "--dport", str(OTHER), "-j", "DROP"]
+    ssh.lab.host.run(["iptables", "-I", *drop])
+    try:
+        silent = ssh.fails(host=f"root@{HOST}:{OTHER}", timeout=4).error
+    finally:
+        ssh.lab.host.run(["iptables", "-D", *drop])
+    refused = ssh.fails(host=f"root@{HOST}:{NOBODY}", timeout=4).error
+    assert f"{HOST} port {OTHER}: no answer" in silent and f"{HOST} port {NOBODY}: Connection refused" in refused
+    assert "ip -br" not in silent + refused
+
+
+LACKING = {
+    "Ciphers": "chacha20-poly1305@openssh.com",
+    "KexAlgorithms": "curve25519-sha256",
+    "MACs": "umac-64@openssh.com",
+    "HostKeyAlgorithms": "ssh-rsa",
+}
+
+
+@pytest.mark.parametrize("setting", LACKING)
+@fault
+@once
+def test_what_cannot_be_negotiated_is_one_try_and_names_what_the_server_lacks(ssh: Operator, setting: str) -> None:
+    ciphers = ["-oCiphers=aes256-ctr"] * (setting == "MACs")  # others bring their own MAC
+    with another_sshd(ssh, f"-o{setting}={LACKING[setting]}", *ciphers):
+        before = ssh.server.connections()
+        error = ssh.fails(host=f"root@{HOST}:{OTHER}").error
+        assert ssh.server.connections() == before + 1
+    found = re.search(rf"on the host add (\S+) to {setting}\b.* in /etc/ssh/sshd_config$", error)
+    assert found, error
+    with another_sshd(ssh, f"-o{setting}={LACKING[setting]},{found[1]}", *ciphers):
+        ssh.succeeds(host=f"root@{HOST}:{OTHER}")
+
+
 def drip(connection: socket.socket) -> None:
     while True:
         connection.sendall(b"x")
@@ -1017,7 +1289,7 @@ def test_a_host_name_that_is_none_is_one_error(ssh: Operator, host: str) -> None
 
 def test_a_known_host_is_known_however_its_name_is_spelt() -> None:
     options = epok.parse_options(["-i", "eth0", "--known-hosts", "/dev/null", "ssh", "--host", "root@Gateway"], {})
-    assert epok.HostKeyCheck(options.host[0], options).names("gateway")
+    assert epok.is_named(epok.HostKeyCheck(options.host[0], options).name, "elsewhere,GateWay")
 
 
 @once
@@ -1039,3 +1311,24 @@ def test_a_host_that_is_no_ssh_server_is_not_taken_for_a_broken_login_plugin(ssh
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert f"{HOST}:{SILENT}" in error
     assert answers(ssh.lab, 25)
+
+
+# ------------------------------------------------ in a pod
+
+
+@pytest.mark.parametrize("what", ["unknown", "changed", "an authority", "refused", "no key", "a public key", "garbage"])
+@fault
+@once
+def test_in_a_pod_the_cure_is_setup_host_and_a_new_secret(ssh: Operator, what: str) -> None:
+    """Its files are those of a Secret, and gone with it."""
+    stranger = public(ssh.keys, "ed25519 stranger")
+    lines = {"unknown": [], "changed": [f"{HOST} {stranger}"], "an authority": [f"@cert-authority * {stranger}"]}
+    if what in lines:
+        ssh.know(*lines[what])
+    file = ssh.home / "id_rsa"
+    if what in ("a public key", "garbage"):
+        file.write_text(stranger if what == "a public key" else "garbage")
+    keys = {"refused": "ed25519 stranger", "no key": str(file), "a public key": str(file), "garbage": str(file)}
+    error = ssh.fails(key=keys.get(what, "ed25519"), env={"KUBERNETES_SERVICE_HOST": "10.96.0.1"}).error
+    assert error.endswith(epok.RENEW) and "replace the Secret" in epok.RENEW, error
+    assert not re.search(">>|authorized_keys|ssh-keygen -R|mkdir", error)

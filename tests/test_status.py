@@ -139,6 +139,17 @@ def test_with_a_cluster_it_tells_what_is_wanted_and_not_there_and_what_is_reject
     ]
 
 
+def test_misspelt_annotations_are_told(lab: Lab) -> None:
+    note = service("note", "25:2025", [port(25, 2025)], annotations={"epok.getbetter.ro/external-port": "26"})
+    inner = service("inner", "80:30080", [port(80, 30080)], annotations={"epok.getbetter.ro/intrenal": ""})
+    run(lab, note, inner)
+    lines = status(lab, note, inner)
+    assert any(
+        line.startswith("warning: default/note: ") and "epok.getbetter.ro/externalport " in line for line in lines
+    )
+    assert any(line.startswith("rejected: default/inner: ") and "epok.getbetter.ro/internal " in line for line in lines)
+
+
 @pytest.mark.parametrize("ways", [
     ("-i", "eth0,eth2,lo"),
     ("-i", "eth+,eth2", "--external-interface", "eth2"),

@@ -278,7 +278,7 @@ def api(booted: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
     """On the host itself, as k3s is, with a kubeconfig where k3s has it, which only root may read."""
     folder = tmp_path_factory.mktemp("api")
     authority = Authority()
-    (folder / "server").write_bytes(authority.issue("server", address="127.0.0.1"))
+    (folder / "server").write_bytes(authority.issue("server", "127.0.0.1"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server")
     with FakeApi(booted.lab.host, tls=context) as made:
