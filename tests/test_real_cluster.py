@@ -390,7 +390,7 @@ def test_a_renewed_key_is_refused_until_the_secret_has_it(world: World) -> None:
     world.cluster.host.run(["sh", "-c", "rm /etc/epok/id_ed25519*"])
     world.cluster.gateway.setup_host()
     failed = world.run_now("key")
-    assert failed.phase == "Failed" and "is refused; as" in failed.log, failed.log
+    assert failed.phase == "Failed" and "is refused" in failed.log, failed.log
     world.renew_secret()
     assert "in sync" in world.run_now("key-again").log
 
