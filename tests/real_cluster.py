@@ -344,7 +344,7 @@ class Watch:
         request = self.cluster.server.request
         while not self.stop.wait(0.2):
             with contextlib.suppress(AssertionError, urllib3.exceptions.HTTPError):
-                for pod in request("GET", PODS)["items"]:
+                for pod in request("GET", f"{PODS}?labelSelector=job-name")["items"]:
                     uid = pod["metadata"]["uid"]
                     self.pods[uid] = pod
                     if pod["status"]["phase"] in ("Succeeded", "Failed") and uid not in self.logs:
