@@ -31,7 +31,7 @@ from manifests import account
 from objects import CLUSTER_IP, Object
 
 ADDRESS, PORT = "127.0.0.1", 6443
-URL = f"https://{ADDRESS}:{PORT}"
+CLUSTER_ADDRESS = "10.96.0.1"  # of the Service kubernetes, where pods find it
 ISSUER = "https://kubernetes.default.svc"
 PATHS = {
     "Namespace": "/api/v1/namespaces",
@@ -40,10 +40,10 @@ PATHS = {
     "EndpointSlice": "/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices",
 }
 AUDIT = """{"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"], "rules": [
-  {"level": "Metadata", "users": ["system:serviceaccount:kube-system:epok"]}, {"level": "None"}]}"""
+  {"level": "Metadata", "users": ["system:serviceaccount:kube-system:epok", "system:serviceaccount:epok:epok"]},
+  {"level": "None"}]}"""
 FLAGS = {
     "etcd-servers": "http://127.0.0.1:2379",
-    "bind-address": ADDRESS,
     "advertise-address": "10.0.0.1",
     "secure-port": str(PORT),
     "authorization-mode": "RBAC",
@@ -73,17 +73,25 @@ class ApiServer:
     """Runs until its namespace ends; `folder` takes its certificates and logs."""
 
     def __init__(
-        self, space: Namespace, folder: Path, names: Sequence[str] = (), addresses: Sequence[str] = ()
+        self,
+        space: Namespace,
+        folder: Path,
+        names: Sequence[str] = (),
+        addresses: Sequence[str] = (),
+        address: str = ADDRESS,
+        **flags: str,
     ) -> None:
-        """With more names and addresses than 127.0.0.1 it listens at all of them."""
+        """With more names and addresses than `address` it listens at all of them; `flags` have _ for -."""
         self.space, self.folder = space, folder
+        self.url = f"https://{address}:{PORT}"
         self.programs = {name: asset(name) for name in ("kube-apiserver", "etcd", "kubectl")}
         self.authority = Authority()
         self.account_key = rsa.generate_private_key(65537, 2048)
         self.ca = self.write("ca.pem", self.authority.pem)
-        server = self.write("server.pem", self.authority.issue("kube-apiserver", ADDRESS, *addresses, names=names))
+        server = self.write("server.pem", self.authority.issue("kube-apiserver", address, *addresses, names=names))
         self.admin = self.write("admin.pem", self.authority.issue("admin", organisation="system:masters"))
         self.flags = FLAGS | {
+            "bind-address": address,
             "client-ca-file": self.ca,
             "tls-cert-file": server,
             "tls-private-key-file": server,
@@ -91,11 +99,14 @@ class ApiServer:
             "service-account-signing-key-file": self.write("accounts.key", private_pem(self.account_key)),
             "audit-policy-file": self.write("audit.json", AUDIT.encode()),
             "audit-log-path": str(folder / "audit.log"),
+            "kubelet-client-certificate": self.admin,
+            "kubelet-client-key": self.admin,
+            **{name.replace("_", "-"): value for name, value in flags.items()},
         }
         if addresses:
             self.flags["bind-address"] = "0.0.0.0"
         self.pool = urllib3.HTTPSConnectionPool(
-            ADDRESS, PORT, maxsize=8, ca_certs=self.ca, cert_file=self.admin, key_file=self.admin, retries=False
+            address, PORT, maxsize=8, ca_certs=self.ca, cert_file=self.admin, key_file=self.admin, retries=False
         )
         self.start_program("etcd", "--data-dir", "/run/etcd")
         # kube-apiserver waits no more than 20 seconds for it
@@ -179,7 +190,7 @@ class ApiServer:
         """A kubeconfig with an account's token, or a user's certificate, as context `name`."""
         user = {"token": token} if token else {"client-certificate": certificate, "client-key": certificate}
         cluster = {"certificate-authority": self.ca}
-        return write_kubeconfig(self.folder / f"{name}.config", URL, user=user, cluster=cluster)
+        return write_kubeconfig(self.folder / f"{name}.config", self.url, user=user, cluster=cluster)
 
     def token(self, account: str = "epok", namespace: str = "kube-system") -> str:
         """A token as a pod of the account would get it."""

@@ -23,6 +23,8 @@ import epok  # noqa: E402
 settings.register_profile("epok", deadline=None)  # a busy machine is no failure
 settings.load_profile("epok")
 
+# The real cluster takes minutes of waiting, and is not part of every run yet: EPOK_TEST_REAL=1 tests/run.
+collect_ignore = [] if os.environ.get("EPOK_TEST_REAL") == "1" else ["test_real_cluster.py"]
 BACKENDS = ("nft", "legacy")
 Tally = Callable[[str, int, int], None]
 
@@ -55,6 +57,12 @@ def tally(record_property: Callable[[str, object], None]) -> Tally:
     return lambda what, tried, lost: record_property("tally", (what, tried, lost))
 
 
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """figure(line): the lines of all tests stand at the end of the run."""
+    return lambda line: record_property("figure", line)
+
+
 def faults(what: str) -> pytest.MarkDecorator:
     """For tests with a fault in each: the table has them as tried, and as lost when any of what they assert fails."""
     return pytest.mark.faults(what)
@@ -70,26 +78,31 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The table of `tally` and `faults`."""
-    tried, lost = Counter[str](), Counter[str]()
+    """The table of `tally` and `faults`, and what `figure` was given."""
+    tried, lost, figures = Counter[str](), Counter[str](), []
     for report in (each for reports in terminalreporter.stats.values() for each in reports):
         # the report of the teardown has the properties too
         for name, value in report.user_properties if getattr(report, "when", "") == "call" else ():
             if name == "tally":
                 tried[value[0]] += value[1]
                 lost[value[0]] += value[2]
+            if name == "figure":
+                figures.append(value)
+    if figures:
+        terminalreporter.section("what was measured")
+        terminalreporter.write_line("\n".join(figures))
     if tried:
         terminalreporter.section("what was tried")
         for what in tried:
             terminalreporter.write_line(f"{what}: {tried[what]:,} times, {lost[what]:,} lost")
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = 10, pause: float = 0.01) -> None:
     """Wait for something that happens soon, without an event to wait for."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} seconds: {what}"
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 def busy() -> float:

@@ -201,7 +201,14 @@ def resolved(root: Path, path: str) -> str:
 
 
 class Store(Made):
-    """Images and containers, in a folder that lives as long as this."""
+    """Images and containers, in a folder that lives as long as this.
+
+    The driver overlay is quicker, but what it stores can be mounted by buildah alone, so `image` takes vfs.
+    """
+
+    def __init__(self, driver: str = "vfs") -> None:
+        super().__init__()
+        self.driver = driver
 
     def make(self) -> None:
         self.secret = secrets.token_hex(16)  # stands beside pip's settings, and must not stay in an image
@@ -214,7 +221,7 @@ class Store(Made):
 
     def command(self, *args: str) -> list[str]:
         """What runs buildah on this store; its temporary files should go to `folder`."""
-        places = [f"--root={self.folder}/root", f"--runroot={self.folder}/run", "--storage-driver=vfs"]
+        places = [f"--root={self.folder}/root", f"--runroot={self.folder}/run", f"--storage-driver={self.driver}"]
         # buildah keeps a cache in /var/lib/containers, whatever --root says
         private = 'mount -t tmpfs tmpfs /var/lib; exec "$@"'
         return [*ALONE, "sh", "-ec", private, "sh", "buildah", *places, *args]

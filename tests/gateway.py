@@ -83,9 +83,23 @@ class Gateway:
         self.syslog.bind(str(self.root / "dev/log"))
         (self.root / "dev/log").chmod(0o666)
         threading.Thread(target=self.listen, daemon=True).start()
+        self.start_sshd()
+
+    def start_sshd(self) -> None:
         options = ["MaxStartups 100", *penalties().splitlines()]
-        space.popen(["/usr/sbin/sshd", "-D", *(word for option in options for word in ("-o", option))])
-        await_banner(space, 22)
+        self.space.popen(["/usr/sbin/sshd", "-D", *(word for option in options for word in ("-o", option))])
+        await_banner(self.space, 22)
+
+    def restart_sshd(self) -> None:
+        """As systemd does it: who is logged in stays so."""
+        gone = "while ss -Hltn 'sport = :22' | grep -q .; do sleep 0.1; done"
+        self.space.run(["sh", "-ec", f"pkill -f '^sshd: .*[[]listener]'; {gone}"])
+        self.start_sshd()
+
+    def logins(self) -> set[str]:
+        """The addresses from which somebody has a connection to sshd."""
+        found = self.space.run(["ss", "-Htn", "state", "established", "sport = :22"]).stdout
+        return {line.split()[-1].rpartition(":")[0].strip("[]").removeprefix("::ffff:") for line in found.splitlines()}
 
     def listen(self) -> None:
         with contextlib.suppress(OSError):

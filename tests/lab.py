@@ -48,20 +48,6 @@ TABLES = ("nat", "filter")
 CLONE_NEWNET = 0x40000000
 SCTP_PORTS = itertools.cycle(range(20000, 60000))
 
-# The signal is for when the thread that made the lab ends in whatever way; --kill-child passes it on.
-HOLD = [
-    "setpriv",
-    "--pdeathsig",
-    "KILL",
-    "unshare",
-    "--net",
-    "--mount",
-    "--pid",
-    "--fork",
-    "--kill-child",
-    "--mount-proc",
-]
-
 # No waiting for addresses to become valid, and every closed UDP port says so, not the first six alone.
 QUICK = """
 echo 0 >/proc/sys/net/ipv4/icmp_ratelimit
@@ -128,12 +114,17 @@ class Answer(NamedTuple):
 class Namespace:
     """A network, mount and PID namespace. Whatever runs in it dies with it."""
 
+    KINDS = ("net", "mount", "pid")
+
     def __init__(self, name: str, setup: str = "") -> None:
         """Run the shell script `setup` inside, and be ready when it is through."""
         self.name = name
         self.children: list[subprocess.Popen[str]] = []
+        # The signal is for when the thread that made the lab ends in whatever way; --kill-child passes it on.
+        alone = ["setpriv", "--pdeathsig", "KILL", "unshare", *(f"--{kind}" for kind in self.KINDS)]
+        alone += ["--fork", "--kill-child", "--mount-proc"]
         hold = ["sh", "-ec", f"{setup}\necho held\nexec cat"]
-        self.holder = subprocess.Popen([*HOLD, *hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.holder = subprocess.Popen([*alone, *hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self.holder.pid
         assert self.holder.stdout
         if self.holder.stdout.readline() != "held\n":
@@ -142,10 +133,8 @@ class Namespace:
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """The argv that runs `argv` in here, in the directory /."""
-        spaces = [
-            f"--{kind}=/proc/{self.pid}/ns/{file}"
-            for kind, file in (("net", "net"), ("mount", "mnt"), ("pid", "pid_for_children"))
-        ]
+        files = {"mount": "mnt", "pid": "pid_for_children"}
+        spaces = [f"--{kind}=/proc/{self.pid}/ns/{files.get(kind, kind)}" for kind in self.KINDS]
         # nsenter stays as the parent: who kills that must not leave the child
         return ["nsenter", *spaces, "setpriv", "--pdeathsig", "KILL", *argv]
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,20 +26,17 @@ from gateway import OLDER_RULE, Gateway
 from lab import EPOK, HOST, Lab
 from manifests import environment
 from objects import Object, port, service
-from readme import BLOCKS, README
+from readme import BLOCKS, CLUSTER, OLDER, README, UPGRADE, copy_checkout
 from sshd import make_key
 
 pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 
 SECRET = "/api/v1/namespaces/epok/secrets/epok-ssh"
 RAN: set[tuple[str, int]] = set()
-CLUSTER = "In the cluster, every minute, over SSH"
 TIMER = "On the host, every minute, by systemd"
 HAND = "By hand"
 DEVELOPERS = "For developers"
 BROKEN = "When it does not work"
-OLDER = "Coming from the older epok in Rust"
-UPGRADE = "Upgrade, renew the key"
 MAIL = service("mail", "25:2025", [port(25, 2025, "smtp")])
 
 
@@ -236,15 +232,6 @@ class Controllers:
                 self.ran.append(name)
                 self.world.run_job(self.namespace, name)
         return False
-
-
-def copy_checkout(target: Path) -> None:
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=EPOK.parent, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, names.split("\0")):
-        if (EPOK.parent / name).exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(EPOK.parent / name, target / name)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,587 @@
+"""epok in a real cluster, as the README says: kubelet, controllers, containerd and a registry, and real minutes.
+
+They pass once for all tests of this file, which are parts of one story: alone, most of them fail.
+"""
+
+import datetime
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+from apiserver import CLUSTER_ADDRESS
+from conftest import lacking, need, need_lab, until
+from container import Store, scratch
+from gateway import OLDER_RULE
+from lab import CLIENT, ECHO, EPOK, HOST, Answer
+from load import Load
+from objects import Object
+from readme import BLOCKS, CLUSTER, IN_CLUSTER, OLDER, UNINSTALL, UPGRADE, Reader
+from real_cluster import NAMESPACE, NODES, REGISTRY, Cluster, Run, Watch, hierarchies, remove_stale_cgroups
+from sshd import make_key
+
+IMAGE, ECHO_IMAGE = f"{REGISTRY}/epok:1.0.0", f"{REGISTRY}/echo:1"
+RESTRICTED = "pod-security.kubernetes.io/enforce=restricted pod-security.kubernetes.io/warn=restricted"
+# A namespace as strict as they come. With a quota of cpu, a LimitRange says what a pod has that says nothing.
+STRICT = f"""
+apiVersion: v1
+kind: ResourceQuota
+metadata: {{name: strict, namespace: {NAMESPACE}}}
+spec: {{hard: {{pods: "4", requests.cpu: "1", requests.memory: 1Gi, limits.cpu: "8", limits.memory: 1Gi}}}}
+---
+apiVersion: v1
+kind: LimitRange
+metadata: {{name: strict, namespace: {NAMESPACE}}}
+spec: {{limits: [{{type: Container, default: {{cpu: "2"}}}}]}}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: strict, namespace: {NAMESPACE}}}
+spec: {{podSelector: {{}}, policyTypes: [Ingress, Egress]}}
+"""
+Figure = Callable[[str], None]
+LIMITED = ("requests.cpu", "requests.memory", "limits.cpu", "limits.memory")
+# The gateway answers nobody who wants to log in.
+AWAY = """
+table inet away {
+    chain input { type filter hook input priority 0; tcp dport 22 drop; }
+}
+"""
+
+
+class World:
+    """The cluster, and who administers it and the gateway."""
+
+    def __init__(self, store: Store, cluster: Cluster, folder: Path) -> None:
+        self.store, self.cluster, self.server = store, cluster, cluster.server
+        config = self.server.kubectl("config", "view", "--flatten", "--raw")
+        kubectl = self.server.programs["kubectl"]
+        self.desk = Reader(cluster.host, cluster.control, folder, kubectl, config)
+        self.desk.tool("docker", docker(store, cluster))
+        settings = self.desk.clone / "cron" / "epok.config"
+        settings.write_text(settings.read_text().replace("registry.example/epok:1.0.0", IMAGE))
+        self.kubectl = self.server.kubectl
+
+    def install(self) -> None:
+        self.desk.read(CLUSTER, 0)
+        self.desk.read(CLUSTER, 1)
+        made = self.server.request("GET", f"/apis/batch/v1/namespaces/{NAMESPACE}/cronjobs/epok")["metadata"]
+        self.installed = next_minute(datetime.datetime.fromisoformat(made["creationTimestamp"]).timestamp())
+        self.kubectl("label", "ns", NAMESPACE, *RESTRICTED.split())
+        self.kubectl("apply", "-f", "-", input=STRICT)
+
+    def deploy(
+        self, name: str, ports: "dict[str, tuple[int, int]]", replicas: int = 2, policy: str = "Cluster"
+    ) -> None:
+        """A Deployment of echo servers, spread over the nodes, and its Service: NAME-PROTOCOL -> port, NodePort."""
+        self.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(echo(name, ports, replicas, policy)))
+
+    def renew_secret(self, verb: str = "replace") -> None:
+        """What setup-host gives now, by the README's line that replaces the Secret, or creates it."""
+        self.desk.read(CLUSTER, 0)
+        block = BLOCKS[UPGRADE if verb == "replace" else CLUSTER, 1]
+        [line] = re.findall(f"(?m)^kubectl {verb} .*-f epok-ssh.yaml.*$", block)
+        self.desk.shell(f". cron/epok.config\n{line}")
+
+    def run_of(self, minute: float) -> Run:
+        """The CronJob's run of that minute, when it has ended."""
+        return self.watch.done(job_of(minute), minute - time.time() + 75)
+
+    def login(self, minute: float) -> str:
+        """Returns when the run of that minute is at work on the gateway: the address that it came from."""
+        sleep_until(minute)
+        found: set[str] = set()
+        while not found:
+            assert time.time() < minute + 60, "no run logs in"
+            found = self.cluster.gateway.logins()
+        return found.pop()
+
+    def succeeded(self) -> list[Run]:
+        return [run for run in self.watch.runs() if run.phase == "Succeeded" and run.log]
+
+    def run_now(self, name: str, *more: str) -> Run:
+        """A run that does not wait for the minute, as a Job of that name, with more arguments."""
+        self.start_now(name, *more)
+        return self.watch.done(name)
+
+    def start_now(self, name: str, *more: str) -> None:
+        made = yaml.safe_load(
+            self.kubectl(
+                "create", "job", "-n", NAMESPACE, "--from=cronjob/epok", name, "--dry-run=client", "-o", "yaml"
+            )
+        )
+        made["spec"]["template"]["spec"]["containers"][0]["args"] += more
+        self.kubectl("create", "-f", "-", input=yaml.safe_dump(made))
+
+    def ask(self, port: int, protocol: str = "tcp") -> "Answer | None":
+        try:
+            return self.cluster.ask(port, protocol)
+        except OSError:
+            return None
+
+    def nodes_of(self, node_port: int) -> set[str]:
+        """Those that the gateway forwards a NodePort to."""
+        found = set(re.findall(rf"--to-destination ([\d.]+):{node_port}\b", self.cluster.saved()))
+        return {name for name, address in NODES.items() if address in found}
+
+
+def docker(store: Store, cluster: Cluster) -> str:
+    """docker build, in the machine's own network, for pip, and docker push."""
+    here = f"nsenter --net=/proc/{os.getpid()}/ns/net env TMPDIR={store.folder}"
+    return f"""case $1 in
+build) shift; exec {here} {shlex.join(store.command("build", *store.how()))} "$@" ;;
+push) exec env TMPDIR={store.folder} {shlex.join(cluster.pusher())} "$2" ;;
+*) exit 1 ;;
+esac"""
+
+
+def echo(name: str, ports: "dict[str, tuple[int, int]]", replicas: int, policy: str) -> list[Object]:
+    """Port names end with their protocol; pods listen on the Service's ports."""
+    numbers = sorted({port for port, _ in ports.values()})
+    labels = {"app": name}
+    container = {
+        "name": "echo",
+        "image": ECHO_IMAGE,
+        "args": ["$(NODE)/$(POD)", "tcp,udp", ",".join(map(str, numbers))],
+        "env": [
+            {"name": variable, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+            for variable, path in (("NODE", "spec.nodeName"), ("POD", "metadata.name"))
+        ],
+        "stdin": True,
+        "ports": [{"containerPort": port, "name": key, "protocol": protocol(key)} for key, (port, _) in ports.items()],
+        "readinessProbe": {"tcpSocket": {"port": numbers[0]}, "periodSeconds": 1},
+        # until kube-proxy everywhere has heard that the pod ends
+        "lifecycle": {"preStop": {"exec": {"command": ["sleep", "10"]}}},
+    }
+    spread = {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
+    pod = {
+        "containers": [container],
+        "terminationGracePeriodSeconds": 12,
+        "topologySpreadConstraints": [{**spread, "labelSelector": {"matchLabels": labels}}],
+    }
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {
+            "replicas": replicas,
+            "selector": {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels}, "spec": pod},
+        },
+    }
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {
+            "type": "NodePort",
+            "selector": labels,
+            "externalTrafficPolicy": policy,
+            "ports": [
+                {"name": key, "port": port, "targetPort": key, "nodePort": node_port, "protocol": protocol(key)}
+                for key, (port, node_port) in ports.items()
+            ],
+        },
+    }
+    return [deployment, service]
+
+
+def protocol(key: str) -> str:
+    return key.rpartition("-")[2].upper()
+
+
+def job_of(minute: float) -> str:
+    return f"epok-{int(minute) // 60}"
+
+
+def next_minute(moment: float = 0) -> float:
+    """The next after now, or that moment."""
+    return ((moment or time.time()) // 60 + 1) * 60
+
+
+def sleep_until(moment: float) -> None:
+    time.sleep(max(0, moment - time.time()))
+
+
+def answering(world: World, port: int, protocol: str = "tcp") -> set[str]:
+    """The nodes whose pods answered a number of connections to the gateway, of which none failed."""
+    return {world.cluster.ask(port, protocol).name.split("/")[0] for _ in range(20)}
+
+
+def ready_pods(world: World) -> set[str]:
+    """The nodes with a ready endpoint of the Service mail."""
+    slices = world.server.request("GET", "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices")["items"]
+    ends = [end for one in slices if one["metadata"]["name"].startswith("mail-") for end in one["endpoints"] or ()]
+    return {end["nodeName"] for end in ends if end["conditions"]["ready"]}
+
+
+def seconds(value: float) -> str:
+    return f"{value:.1f} s"
+
+
+def events(world: World, name: str) -> str:
+    """What the cluster says about a Job and its pods."""
+    return world.kubectl("describe", "pods", "-n", NAMESPACE, "-l", f"job-name={name}")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    need_lab("nft")
+    for tool, package in (
+        ("containerd", "containerd"),
+        ("runc", "runc"),
+        ("docker-registry", "docker-registry"),
+        ("buildah", "buildah"),
+        ("mmdebstrap", "mmdebstrap"),
+        ("envsubst", "gettext-base"),
+        ("sudo", "sudo"),
+        ("sshd", "openssh-server"),
+    ):
+        need(tool, f"apt-get install {package}")
+    if not Path("/usr/lib/cni/bridge").exists():
+        lacking("CNI's bridge is missing: apt-get install containernetworking-plugins")
+    folder = tmp_path_factory.mktemp("cluster")
+    with Store("overlay") as store, Cluster(store, folder) as cluster:
+        cluster.push(
+            ECHO_IMAGE, 'FROM localhost/base\nCOPY echo.py /\nENTRYPOINT ["python3", "-I", "/echo.py"]\n', ECHO
+        )
+        made = World(store, cluster, folder)
+        made.deploy("mail", {"smtp-tcp": (25, 2025), "dns-tcp": (53, 30053), "dns-udp": (53, 30053)})
+        made.deploy("web", {"http-tcp": (80, 30080)}, policy="Local")
+        with Watch(cluster) as made.watch:
+            made.install()
+            yield made
+
+
+# ------------------------------------------------ what a killed test run leaves
+
+HOLD = """import sys, time
+import conftest
+from container import scratch
+from real_cluster import Machine, hierarchies, make_cgroups
+with scratch() as folder:
+    name = f"epok-{folder.name}"
+    make_cgroups(f"{name}/node/pod")
+    machine = Machine("node", folder / "node")
+    place = hierarchies()[0] / name / "node" / "pod" / "cgroup.procs"
+    machine.popen(["sh", "-c", f"echo 0 >{place}; exec setsid sleep 1000"])
+    while not place.read_text():
+        time.sleep(0.1)
+    print(name, flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_a_killed_run_leaves_no_process_and_the_next_one_removes_its_cgroups() -> None:
+    if os.geteuid():
+        lacking("machines are namespaces, which need root: run the tests with sudo")
+    argv = [sys.executable, "-B", "-c", HOLD]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent) as other:
+        assert other.stdout
+        name = other.stdout.readline().strip()
+        assert name
+        other.kill()
+    left = [hierarchy / name for hierarchy in hierarchies()]
+    assert all(place.exists() for place in left)
+    processes = [file for place in left for file in place.rglob("cgroup.procs")]
+    until(lambda: not any(file.read_text() for file in processes), "the end of all its processes", 30, 0.3)
+    assert name.removeprefix("epok-") not in Path("/proc/self/mounts").read_text()
+    with scratch():
+        remove_stale_cgroups()
+    assert not any(place.exists() for place in left)
+
+
+# ------------------------------------------------ the README's first way
+
+
+def test_the_first_run_is_of_the_next_minute_with_the_image_pulled(world: World, figure: Figure) -> None:
+    run = world.run_of(world.installed)
+    assert run.phase == "Succeeded", run
+    figure(f"first run: {seconds(run.begun - run.minute)} after its minute its container began, with the image pulled")
+
+
+def test_what_kubectl_annotates_is_reached_in_the_minute_after(world: World) -> None:
+    assert world.ask(25) is None
+    minute = next_minute()
+    world.kubectl("annotate", "service", "mail", "getbetter.ro/externalport=25:smtp-tcp,53:30053")
+    run = world.run_of(minute)
+    assert run.phase == "Succeeded", run
+    for protocol in ("tcp", "udp"):
+        assert answering(world, 53, protocol) == set(NODES)
+    assert answering(world, 25) == set(NODES)
+    assert "now forwarding tcp/25 to default/mail:smtp-tcp (NodePort 2025) on 2 nodes" in run.log
+    assert world.kubectl("logs", "-n", NAMESPACE, f"job/{run.job}") == run.log
+    described = world.kubectl("describe", "service", "mail")
+    assert re.search(r"Normal +ExternalPortForwarded .* epok +.*: now forwarding tcp/25 to default/mail", described)
+
+
+def test_status_and_explain_tell_the_same_in_the_cluster(world: World) -> None:
+    status = world.run_now("status", "--status")
+    assert re.search(r"tcp/25 +default/mail:smtp-tcp +2025 +2  hidden +[1-9]", status.log), status.log
+    explained = world.run_now("explain", "--explain", "default/mail")
+    assert re.search("Most likely: nothing that can be seen from here", explained.log), explained.log
+
+
+def test_kustomize_as_edited_gives_what_is_there(world: World) -> None:
+    file = world.desk.clone / "cron" / "kustomization.yaml"
+    file.write_text(file.read_text().replace("registry.example/epok:1.0.0", IMAGE))
+    assert world.desk.read(CLUSTER, 4).count(" unchanged\n") == 4
+
+
+def test_a_key_of_ones_own_and_a_secret_made_by_hand_do_as_well(world: World) -> None:
+    key = make_key(world.desk.home / ".ssh" / "epok", "ed25519")
+    shown = world.cluster.gateway.setup_host("--public-key", f"{key}.pub").stdout
+    (world.desk.home / ".ssh" / "epok_known_hosts").write_text(shown)
+    world.kubectl("delete", "secret", "-n", NAMESPACE, "epok-ssh")
+    settings = world.desk.clone / "cron" / "epok.config"
+    settings.write_text(settings.read_text().replace("epok@192.0.2.1", "epok@10.0.0.1"))
+    world.desk.read(CLUSTER, 3)
+    assert "in sync" in world.run_now("own-key").log
+
+
+def test_all_this_was_in_a_namespace_for_restricted_pods_with_a_quota(world: World) -> None:
+    labels = world.kubectl("get", "ns", NAMESPACE, "-o", "jsonpath={.metadata.labels}")
+    assert '"pod-security.kubernetes.io/enforce":"restricted"' in labels
+    quota = world.server.request("GET", f"/api/v1/namespaces/{NAMESPACE}/resourcequotas/strict")["status"]
+    assert quota["used"].keys() == quota["hard"].keys() == {"pods", *LIMITED}
+    assert "FailedCreate" not in world.kubectl("get", "events", "-n", NAMESPACE)
+
+
+def test_a_pod_needs_the_api_server_and_ssh_alone(world: World) -> None:
+    """What a NetworkPolicy must let through, by what the node's kernel saw of the last run that ended."""
+    ended = [pod for uid, pod in world.watch.pods.items() if uid in world.watch.logs]
+    pod = max(ended, key=lambda pod: pod["metadata"]["creationTimestamp"])
+    machine = world.cluster.machines[pod["spec"]["nodeName"]].machine
+    flows = machine.run(["conntrack", "-L", "-s", pod["status"]["podIP"]]).stdout
+    assert set(re.findall(r"^(\w+) .*? dst=(\S+) sport=\d+ dport=(\d+) src=", flows, re.MULTILINE)) == {
+        ("tcp", CLUSTER_ADDRESS, "443"),
+        ("tcp", "10.0.0.1", "22"),
+    }
+
+
+# ------------------------------------------------ the gateway and the way to it
+
+
+def test_a_restart_of_sshd_in_the_middle_of_a_run_does_not_stop_it(world: World) -> None:
+    minute = next_minute()
+    world.login(minute)
+    world.cluster.gateway.restart_sshd()
+    assert world.run_of(minute).phase == "Succeeded"
+
+
+def test_a_changed_host_key_stops_runs_until_it_is_renewed_as_the_readme_says(world: World) -> None:
+    world.cluster.host.run(["sh", "-c", "rm /etc/ssh/ssh_host_*; ssh-keygen -A"])
+    world.cluster.gateway.restart_sshd()
+    failed = world.run_now("host-key")
+    assert failed.phase == "Failed" and "its host key" in failed.log, failed.log
+    assert answering(world, 25) == set(NODES)
+    world.renew_secret()
+    assert "in sync" in world.run_now("host-key-again").log
+
+
+def test_a_renewed_key_is_refused_until_the_secret_has_it(world: World) -> None:
+    world.cluster.host.run(["sh", "-c", "rm /etc/epok/id_ed25519*"])
+    world.cluster.gateway.setup_host()
+    failed = world.run_now("key")
+    assert failed.phase == "Failed" and "is refused" in failed.log, failed.log
+    world.renew_secret()
+    assert "in sync" in world.run_now("key-again").log
+
+
+def test_a_run_without_its_secret_goes_on_when_it_is_made_again(world: World) -> None:
+    world.kubectl("delete", "secret", "-n", NAMESPACE, "epok-ssh")
+    world.start_now("secret")
+    until(lambda: "Warning" in events(world, "secret"), "the kubelet misses the Secret", 30, 0.3)
+    world.renew_secret("create")
+    assert "in sync" in world.watch.done("secret").log
+
+
+# ------------------------------------------------ dead nodes
+
+
+@pytest.mark.parametrize("moment", ["in the middle of a run", "between two runs"])
+def test_a_dead_node_costs_one_run_at_most_and_gets_no_connection_once_it_is_not_ready(
+    world: World, moment: str, figure: Figure
+) -> None:
+    """Until then the scheduler may still choose it for a run."""
+    minute = next_minute()
+    midst = moment == "in the middle of a run"
+    address = world.login(minute) if midst else NODES[world.run_of(minute).node]
+    [dead] = [node for node in world.cluster.machines.values() if node.address == address]
+    [alive] = NODES.keys() - {dead.name}
+    dead.cut_power()
+    cut = time.time()
+    until(lambda: not dead.ready(), "the dead node is NotReady", 120, 0.3)
+    noticed = time.time()
+    first = next_minute()
+    assert world.run_of(first).node == alive
+    assert world.nodes_of(2025) == world.nodes_of(30053) == {alive}
+    gone = time.time()
+    assert answering(world, 25) == {alive}
+    ran = {run.minute for run in world.succeeded()}
+    minutes = [int(first - 60 * ago) for ago in (1, 0) if first - 60 * ago > cut]
+    lost = [minute for minute in minutes if minute not in ran]
+    assert len(lost) <= 1 and first not in lost
+    figure(
+        f"power cut {moment}, at second {cut % 60:.0f}: NotReady {seconds(noticed - cut)} later, out of the forwards "
+        f"{seconds(gone - cut)} later; minutes without a run: {len(lost)}"
+    )
+    dead.boot()
+    until(dead.ready, "the node is back", 120)
+    until(lambda: ready_pods(world) == set(NODES), "its pod is back", 60, 0.3)
+    assert world.run_now(f"back-{int(cut)}").phase == "Succeeded"
+    assert world.nodes_of(2025) == set(NODES)
+
+
+# ------------------------------------------------ the API server
+
+
+def test_without_an_api_server_forwards_stay_and_with_it_runs_come_again(world: World, figure: Figure) -> None:
+    """The cluster's own controllers take up to a minute to find it again."""
+    assert answering(world, 25) == set(NODES)
+    before = world.cluster.saved()
+    world.server.kill()
+    away, served = time.time(), []
+    while time.time() < away + 90:
+        served.append(answering(world, 25))
+        time.sleep(5)
+    after = world.cluster.saved()
+    world.server.start()
+    assert after == before and served == [set(NODES)] * len(served)
+    until(lambda: all(node.ready() for node in world.cluster.machines.values()), "the nodes are Ready again", 120, 0.3)
+    back = time.time()
+    until(lambda: any(run.begun > back and run.minute for run in world.succeeded()), "a run", 180, 0.3)
+    figure(
+        f"API server away for 90 s: the first run came {seconds(time.time() - back)} after the nodes were Ready again"
+    )
+    assert world.nodes_of(2025) == set(NODES)
+
+
+# ------------------------------------------------ on a node
+
+
+def test_local_on_a_node_goes_by_the_systemd_units_command_line(world: World) -> None:
+    """Beside the CronJob on the gateway and a real kube-proxy: straight to the ready pods."""
+    world.kubectl("annotate", "service", "web", "getbetter.ro/externalport=80:http-tcp")
+    node = world.cluster.machines["node1"]
+    unit = (EPOK.parent / "cron" / "epok.service").read_text()
+    [command] = re.findall(r"(?m)^ExecStart=(.*)$", unit)
+    command = command.replace("/opt/epok/.venv/bin/python", sys.executable).replace("/opt/epok", str(EPOK.parent))
+    config = world.server.kubeconfig("admin", certificate=world.server.admin)
+    env = {"PATH": os.environ["PATH"], "EPOK_INTERFACES": "eth0", "KUBECONFIG": config}
+    done = node.machine.run(command.split(), env=env)
+    assert "now forwarding tcp/25" in done.stderr and "now forwarding tcp/80" in done.stderr, done.stderr
+    mail = {world.cluster.ask(25, to=node.address).name.split("/")[0] for _ in range(40)}
+    assert mail == set(NODES)
+    local = {world.cluster.ask(80, to=node.address)[:2] for _ in range(20)}
+    assert {(name.split("/")[0], saw) for name, saw in local} == {("node1", CLIENT[0])}
+    assert "in sync" in node.machine.run(command.split(), env=env).stderr
+    assert world.run_now("beside").phase == "Succeeded"
+    assert {world.cluster.ask(80).saw for _ in range(20)} == {CLIENT[0]}
+    node.machine.run([*command.split()[:-1], "--clean", "local"], env=env)
+    world.kubectl("annotate", "service", "web", "getbetter.ro/externalport-")
+
+
+# ------------------------------------------------ the end
+
+
+def test_an_uninstall_that_does_not_reach_the_gateway_fails_and_leaves_what_another_try_needs(world: World) -> None:
+    """Meanwhile pods come and go, and no connection is lost."""
+    world.cluster.host.run(["nft", "-f", "-"], AWAY)
+    before = world.cluster.saved()
+    sleep_until(next_minute())
+    with ThreadPoolExecutor(1) as pool:
+        uninstall = pool.submit(world.desk.read, UNINSTALL, 0, succeeds=False)
+        with Load(world.cluster.client, HOST, {25: [25]}, rate=50) as load:
+            come_and_go(world)
+        told = uninstall.result()
+    assert load.result.failed == 0, load.result
+    assert "epok is not uninstalled" in told, told
+    log = world.watch.done("clean").log
+    assert re.search(r"(?m)^error: .*10\.0\.0\.1", log), log
+    assert world.cluster.saved() == before
+    for kind in ("cronjob", "serviceaccount", "clusterrole", "clusterrolebinding", "secret/epok-ssh"):
+        name = kind if "/" in kind else f"{kind}/epok"
+        assert world.kubectl("get", "-n", NAMESPACE, name, "-o", "name")
+    world.cluster.host.run(["nft", "delete", "table", "inet", "away"])
+
+
+def come_and_go(world: World) -> None:
+    """Rolling update, a pod deleted, a node drained."""
+    world.kubectl("rollout", "restart", "deployment/mail")
+    until(lambda: settled(world), "the rolling update is through", 180, 0.3)
+    pod = world.kubectl("get", "pods", "-l", "app=mail", "-o", "name").split()[0]
+    world.kubectl("delete", pod)
+    until(lambda: settled(world), "another pod is there", 120, 0.3)
+    world.kubectl("drain", "node2", "--ignore-daemonsets", "--pod-selector=app=mail", "--timeout=50s")
+    until(lambda: settled(world), "all pods are on the other node", 120, 0.3)
+    world.kubectl("uncordon", "node2")
+
+
+def settled(world: World) -> bool:
+    """Whether the Deployment mail has its pods, all of them new and ready."""
+    found = world.server.request("GET", "/apis/apps/v1/namespaces/default/deployments/mail")
+    status, wanted = found["status"], found["spec"]["replicas"]
+    counts = [status.get(f"{what}Replicas", 0) for what in ("updated", "ready", "available")]
+    seen = status["observedGeneration"] == found["metadata"]["generation"]
+    return seen and [status.get("replicas"), *counts] == [wanted] * 4
+
+
+def test_no_pods_are_no_answer_until_there_are_some_again(world: World) -> None:
+    world.kubectl("scale", "deployment/mail", "--replicas=0")
+    until(lambda: world.ask(25) is None, "the last pod is gone", 60, 0.3)
+    world.kubectl("scale", "deployment/mail", "--replicas=2")
+    until(lambda: world.ask(25) is not None, "a pod is there again", 60, 0.3)
+
+
+def test_the_uninstall_that_is_pasted_again_leaves_nothing(world: World) -> None:
+    sleep_until(next_minute())
+    world.desk.read(UNINSTALL, 0)
+    assert world.ask(25) is None and "EPOK" not in world.cluster.saved() + world.cluster.saved(6)
+    everywhere = world.kubectl("get", "ns,cronjob,job,pod,secret,sa,clusterrole,clusterrolebinding", "-A", "-o", "name")
+    assert "epok" not in everywhere
+    world.desk.read(UNINSTALL, 1)
+    assert "epok" not in world.cluster.host.run(["cat", "/etc/passwd"]).stdout
+
+
+def test_coming_from_the_older_epok(world: World) -> None:
+    host = world.cluster.host
+    host.run(["useradd", "--create-home", "epok"])
+    sudoers = "%epok ALL=(ALL) NOPASSWD: /usr/sbin/iptables, /usr/sbin/iptables-save"
+    host.run(["sh", "-c", "cat >/etc/sudoers.d/epok"], sudoers)
+    host.run(["iptables-restore", "-n"], f"*nat\n{OLDER_RULE}COMMIT\n")
+    world.kubectl("create", "ns", NAMESPACE)
+    world.kubectl("create", "secret", "-n", NAMESPACE, "generic", "epok-ssh", "--from-literal=ssh_host=10.0.0.1")
+    world.kubectl("create", "deployment", "-n", NAMESPACE, "epok", f"--image={ECHO_IMAGE}")
+    world.desk.read(OLDER, 0)
+    world.desk.read(OLDER, 1)
+    assert world.kubectl("get", "deployments", "-n", NAMESPACE, "-o", "name") == ""
+    before = world.cluster.saved()
+    assert "now forwarding tcp/25" in world.run_now("older").log
+    assert world.cluster.saved().count("epok_rule_id") == before.count("epok_rule_id") == 1
+    assert answering(world, 25) == set(NODES)
+
+
+def test_every_block_of_the_readme_for_a_cluster_was_run(world: World) -> None:
+    """By the tests above; alone, this one fails."""
+    assert world.desk.ran >= IN_CLUSTER
+
+
+def test_the_figures(world: World, figure: Figure) -> None:
+    runs = [run for run in world.succeeded() if run.minute and run.begun]
+    idle = [run for run in runs if "in sync" in run.log]
+    for what, found in (
+        ("container's start after the minute, s", [run.begun - run.minute for run in runs]),
+        ("length of a run, s", [run.ended - run.begun for run in runs]),
+        ("peak of a pod's cgroup, MB", [run.peak / 1e6 for run in runs]),
+        ("API requests of an idle run", [len(run.requests) for run in idle]),
+    ):
+        figure(f"{what}: {statistics.median(found):.1f} (median), {max(found):.1f} (worst) of {len(found)}")
