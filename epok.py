@@ -365,10 +365,7 @@ def execute(
 
     def stop() -> None:
         with contextlib.suppress(OSError):  # sudo may not be killed
-            if alone:
-                os.killpg(child.pid, signal.SIGKILL)
-            else:
-                child.kill()
+            os.killpg(child.pid, signal.SIGKILL) if alone else child.kill()
 
     if group:
         atexit.register(stop)
@@ -379,12 +376,9 @@ def execute(
     try:
         texts = [within_limit(stream.result(deadline, doing, 0), doing) for stream in streams]
         return Result(child.wait(deadline.remaining()), texts[0], "".join(texts[1:]))
-    except subprocess.TimeoutExpired:
+    except (Fatal, subprocess.TimeoutExpired) as error:
         stop()
-        raise deadline.missed(doing) from None
-    except Fatal:
-        stop()
-        raise
+        raise error if isinstance(error, Fatal) else deadline.missed(doing) from None
     finally:
         atexit.unregister(stop)
 
@@ -926,7 +920,7 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
             )
         return user_access(user, cluster, access, deadline)
     except OSError as error:  # as under systemd, which copies the kubeconfig alone
-        instead = f"what {shlex.join(kubectl)} config view --flatten prints needs no such files"
+        instead = f"what {shlex.join(kubectl)} config view --raw --flatten prints needs no such files"
         raise Fatal(f"{origin}: {one_line(error)}; {instead}") from None
     except ValueError as error:
         raise Fatal(f"{origin}: {one_line(error)}") from None
@@ -1130,18 +1124,22 @@ def run_plugin(
         said = one_line(done.err or f"exit status {done.status}")  # what it printed may have a token
         raise Fatal(f"{doing} failed, {said}; {instead}")
     try:
-        answer = msgspec.convert(without_nulls(next(documents(done.out.encode(*CODING)), {})), PluginAnswer)
-        if answer.api_version != plugin.api_version:
-            raise ValueError(f"apiVersion {quoted(answer.api_version)}")
-        made = answer.status
-        if bool(made.client_certificate_data) != bool(made.client_key_data):
-            raise ValueError("half of a pair of certificate and key")
-        if not (made.token or made.client_certificate_data):
-            raise ValueError("neither a token nor a certificate")
+        return credentials_in(done.out, plugin.api_version)
     except (ValueError, RecursionError) as error:
         raise Fatal(f"{doing} prints no credentials: {one_line(error)}; {instead}") from None
-    pair = made.client_certificate_data, made.client_key_data
-    return made.token, pair if pair[0] else None
+
+
+def credentials_in(out: str, version: str) -> tuple[str, tuple[str, str] | None]:
+    """The token, and the certificate and key, in what a login plugin printed. Raises ValueError."""
+    answer = msgspec.convert(without_nulls(next(documents(out.encode(*CODING)), {})), PluginAnswer)
+    if answer.api_version != version:
+        raise ValueError(f"apiVersion {quoted(answer.api_version)}")
+    pair = answer.status.client_certificate_data, answer.status.client_key_data
+    if bool(pair[0]) != bool(pair[1]):
+        raise ValueError("half of a pair of certificate and key")
+    if not (answer.status.token or pair[0]):
+        raise ValueError("neither a token nor a certificate")
+    return answer.status.token, pair if pair[0] else None
 
 
 def plugin_cluster(cluster: ClusterEntry, access: Access) -> dict[str, Any]:
@@ -2861,12 +2859,7 @@ class SshHost:
             except check.Refused:
                 client.close()
             except socket.gaierror as error:
-                what = f"{self.name}: {quoted(self.login.host)} does not resolve ({error.strerror})"
-                advice = "; give an address, or a name that has one where epok runs; "
-                advice += "~/.ssh/config is not read"
-                if error.errno == socket.EAI_AGAIN and not self.closed:
-                    raise Transient(what, attempts=3, advice=advice) from None
-                raise Fatal(what + advice) from None
+                raise self.unresolved(error) from None
             except paramiko.ssh_exception.IncompatiblePeer as error:
                 client.close()
                 if "host key" not in str(error) or not check.pins:
@@ -2889,6 +2882,14 @@ class SshHost:
                 what = f"{self.name}: {one_line(error)}"
                 raise Fatal(f"{what}; check --host, and give a key with --key") from None
         raise Fatal(check.advice())
+
+    def unresolved(self, error: socket.gaierror) -> Exception:
+        """What a name without an address means: Transient where no name server answers."""
+        what = f"{self.name}: {quoted(self.login.host)} does not resolve ({error.strerror})"
+        advice = "; give an address, or a name that has one where epok runs; ~/.ssh/config is not read"
+        if error.errno == socket.EAI_AGAIN and not self.closed:
+            return Transient(what, attempts=3, advice=advice)
+        return Fatal(what + advice)
 
     def log_in(self, client: Any, key: Any, algorithms: Sequence[str], deadline: Deadline) -> None:
         import paramiko
