@@ -50,6 +50,7 @@ def main(times: int) -> None:
         )
         world = World(store, cluster, Path(folder))
         world.deploy("mail", {"smtp-tcp": (25, 2025)})
+        world.kubectl("annotate", "service", "mail", "getbetter.ro/externalport=25")
         with Watch(cluster) as world.watch:
             for number in range(times):
                 offset = round(number / 10 - (times - 1) // 2 / 10, 1)
