@@ -909,10 +909,7 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
         cluster = chosen(everything.clusters, context.cluster, "cluster", f"context {quoted(name)} names it")
         access = cluster_access(cluster, Access(origin, server_url(cluster.server), shlex.join(kubectl), file))
         user = everything.users.get(context.user, UserEntry())
-        clear = access.server.startswith("http:")  # kubectl proxy, say, which needs none
-        if clear and identifies(user) and (access.proxy or not is_loopback(access.server)):
-            raise ValueError(f"no credentials go in the clear to {access.server}; give its https:// address")
-        if not clear and not identifies(user):
+        if not identifies(user) and access.server.startswith("https:"):  # kubectl proxy needs none
             why = "has none" if context.user in everything.users else "is not among its users"
             raise ValueError(
                 f"there are no credentials: user {quoted(context.user)} of context {quoted(name)} {why}; "
@@ -1582,7 +1579,9 @@ class Cluster:
         headers["Accept"] = "application/json"
         headers["User-Agent"] = f"epok/{VERSION}"
         headers["Content-Type"] = "application/merge-patch+json" if method == "PATCH" else "application/json"
-        url = f"{self.access.server}{path}" + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        url = f"{self.access.server}{path}" + (
+            f"?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote, safe='/')}" if query else ""
+        )
         data = None if body is None else json.dumps(body).encode()
         left = deadline.remaining()
         timeout = urllib3.Timeout(connect=min(CONNECT_SECONDS, left), read=left)

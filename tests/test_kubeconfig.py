@@ -303,17 +303,6 @@ def test_no_credentials_are_said_to_be_none(
     assert "clusterrole" not in error
 
 
-@pytest.mark.parametrize("user", [{"token": "secret"}, {"username": "me", "password": "secret"}, {"exec": {}}])
-def test_no_credentials_go_over_the_network_in_the_clear(ground: Ground, tmp_path: Path, user: Object) -> None:
-    """kubectl leaves them out and is nobody; epok says so. On the machine itself they go as they are."""
-    file = written(tmp_path / "config", config({"server": f"http://{ELSEWHERE}:1"}, user))
-    assert "in the clear" in ground.both(f"--kubeconfig={file}")[1]["error"]
-    file = written(
-        tmp_path / "config", config({"server": "http://127.0.0.1:1", "proxy-url": f"http://{ELSEWHERE}:1"}, user)
-    )
-    assert "in the clear" in ground.both(f"--kubeconfig={file}")[1]["error"]
-
-
 def test_a_token_file_counts_before_the_token_beside_it(ground: Ground, cluster: Object, tmp_path: Path) -> None:
     fresh, stale = ground.server.token(), ground.server.expired(ground.server.token())
     written(tmp_path / "fresh", fresh + "\n")
