@@ -226,6 +226,11 @@ def printable(text: str) -> str:
     return re.sub(r"[^ -~]", lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def in_pod() -> bool:
+    """Whether epok runs in a pod: with an account there, and files of a Secret, which nobody can write to."""
+    return bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
+
+
 # ------------------------------------------------ time: deadline, retries, threads, programs
 
 
@@ -1520,8 +1525,8 @@ class Cluster:
 
         self.deadline = deadline
         configuration = client.Configuration(proxy="", no_proxy="")
-        in_pod = os.environ.get("KUBERNETES_SERVICE_HOST") and not (options.kubeconfig or options.context)
-        self.access = pod_access() if in_pod else kubeconfig_access(options, deadline)
+        by_account = in_pod() and not (options.kubeconfig or options.context)
+        self.access = pod_access() if by_account else kubeconfig_access(options, deadline)
         self.pool = connections(self.access, configuration)
         self.name = self.access.server
         if self.access.proxy:
@@ -2969,11 +2974,6 @@ NEGOTIATED = {
     "ciphers": ("cipher", "Ciphers", "aes256-gcm@openssh.com"),
     "macs": ("MAC", "MACs", "hmac-sha2-256-etm@openssh.com"),
 }
-
-
-def in_pod() -> bool:
-    """Whether files are those of a Secret, which nobody can write to."""
-    return bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
 
 
 def how_to_agree(error: Exception) -> str:
