@@ -177,6 +177,7 @@ MAIL_PORTS = (25, 465, 587)
 CONNECT_SECONDS = 5  # to each address of an API server: of several, the first may drop all packets
 LOOK_SECONDS = 10  # that --status and --explain wait for the cluster, or for the nodes
 ANSWER_LIMIT = 1 << 27  # bytes; a page has 500 objects, and each may have 256 KiB of annotations
+RACES = 6  # tries where another writer may have come between, or the kernel refuses for good
 EVENT_SECONDS = 5  # for all Events of a run, so that many rejections cannot make it a long one
 
 log = logging.getLogger("epok")
@@ -255,8 +256,9 @@ def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
     def cause(state: tenacity.RetryCallState) -> Any:
         return state.outcome.exception() if state.outcome else None
 
+    # Two that lost a race must not meet again, so chance may double the pause.
+    backoff = tenacity.wait_exponential(multiplier=0.2, max=5) + tenacity.wait_random_exponential(multiplier=0.2, max=5)
     # a try that has less than half a second left would end as one that took too long, and hide the cause
-    backoff = tenacity.wait_exponential_jitter(multiplier=0.2, max=5, jitter=0.2)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Transient),
         wait=lambda state: cause(state).after + backoff(state),
@@ -3323,7 +3325,7 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
     if result.status == 2:
         return Fatal(f"{failed}; this is a defect of epok or an iptables that is too old")
     # a race with another writer, which goes away, or something that the kernel refuses, which stays
-    return Transient(failed, attempts=3)
+    return Transient(failed, attempts=RACES)
 
 
 def how_to_allow_sudo(host: Host, argv: Sequence[str], result: Result) -> str:
@@ -3382,7 +3384,7 @@ def converge(host: Host, wanted: Wanted, found: Found, options: Options, deadlin
         left = next_inputs(wanted, read_all_tables(host, deadline), options) if inputs else []
         if left:
             example = quoted(left[0][1].splitlines()[1])
-            raise Transient(f"{host.name}: the rules differ again after the swap, at {example}", attempts=3)
+            raise Transient(f"{host.name}: the rules differ again after the swap, at {example}", attempts=RACES)
 
     try:
         persist(deadline, attempt)

@@ -102,6 +102,12 @@ COMMIT
 """
 
 
+def warnings_in(log: str) -> list[str]:
+    """What a run warned of, without what it left undone since the machine was too busy."""
+    found = re.findall(r"(?m)^warning: (.*)$", log)
+    return [text for text in found if not re.search("no answer within the time for (looking|Events)", text)]
+
+
 class Answer(NamedTuple):
     """What an echo server said: who it is, and from what address and port it saw the question come."""
 

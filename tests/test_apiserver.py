@@ -16,7 +16,7 @@ import yaml
 from apiserver import ADDRESS, PORT, ApiServer
 from conftest import BACKENDS, need
 from fake_api import write_kubeconfig
-from lab import CLIENT, EPOK, HOST6, Lab, Namespace
+from lab import CLIENT, EPOK, HOST6, Lab, Namespace, warnings_in
 from manifests import account, one
 from objects import endpoint, endpoint_slice, port, service
 from sshd import Sshd, make_key
@@ -78,10 +78,6 @@ def fails(lab: Lab, config: str, *says: str) -> None:
     assert lab.saved() + lab.saved(6) == before
 
 
-def warnings(done: Done) -> list[str]:
-    return [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-
-
 def account_without(server: ApiServer, resource: str) -> str:
     """The kubeconfig of an account whose role lacks all verbs on that resource."""
     name = f"no-{resource}"
@@ -135,7 +131,8 @@ def test_1200_services_of_every_kind_are_read_in_pages(lab: Lab, api: ApiServer,
     )
     done = succeeds(lab, config)
     assert targets(lab) == {f"10.0.0.{number}:{node_port}" for number in (11, 12, 13) for _, node_port in ports}
-    assert {re.search(r"default/(\S+):", line)[1] for line in warnings(done)} == {"cluster-ip", "headless", "named"}
+    warned = {line.partition(":")[0] for line in warnings_in(done.stderr.replace("rejected: ", ""))}
+    assert warned == {"default/cluster-ip", "default/headless", "default/named"}
     pages = [asked.uri for asked in api.asked() if asked.resource == "services"]
     assert len(pages) == 3
     assert all(uri.startswith("/api/v1/services?limit=500") for uri in pages)
@@ -152,7 +149,7 @@ def test_every_field_of_a_real_service_counts(lab: Lab, api: ApiServer, config: 
         service("some", "86:30006", [port(86, 30006)], type="LoadBalancer", loadBalancerSourceRanges=["192.0.2.11/32"]),
     )
     done = succeeds(lab, config)
-    assert not warnings(done)
+    assert not warnings_in(done.stderr)
     assert who(lab, 81) == who(lab, 81, to=HOST6) == who(lab, 82, to=HOST6) == NODES
     assert len(who(lab, 83)) == 1
     assert lab.ask(53).port == lab.ask(53, "udp").port == 30053
@@ -200,7 +197,7 @@ def test_local_without_any_endpoint_goes_away_with_a_warning(lab: Lab, api: ApiS
         "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/mail-abcde",
         endpoints=[endpoint("node2", "10.244.1.5", ready=False) | {"conditions": {"ready": False, "serving": False}}],
     )
-    [warning] = warnings(succeeds(lab, config))
+    [warning] = warnings_in(succeeds(lab, config).stderr)
     assert re.search("default/mail.*endpoint", warning)
     assert who(lab, 80) == NODES
     with pytest.raises(ConnectionRefusedError):
@@ -437,7 +434,7 @@ def test_a_service_that_is_deleted_is_no_event_and_no_trouble(lab: Lab, api: Api
     api.create(MAIL)
     succeeds(lab, config)
     api.request("DELETE", "/api/v1/namespaces/default/services/mail")
-    assert not warnings(succeeds(lab, config))
+    assert not warnings_in(succeeds(lab, config).stderr)
     assert [reason for _, _, reason, _ in events(api)] == ["ExternalPortForwarded"]
 
 
@@ -450,7 +447,7 @@ def test_many_rejections_of_a_service_are_a_handful_of_events(lab: Lab, api: Api
 def test_without_the_permission_events_are_one_warning(lab: Lab, api: ApiServer) -> None:
     api.create(MAIL, service("web", "80:nope", [port(80, 30080)]))
     done = succeeds(lab, account_without(api, "events"))
-    rejected, warning = warnings(done)
+    rejected, warning = warnings_in(done.stderr)
     assert "default/web" in rejected
     assert re.search(r"403.*\bpatch\b.*\bevents\b", warning)
     assert who(lab, 25) == NODES
@@ -463,11 +460,11 @@ def test_a_namespace_that_takes_no_events_silences_no_other(lab: Lab, api: ApiSe
     here_alone = account_without(api, "events")
     account = "--serviceaccount=kube-system:no-events"
     api.kubectl("create", "rolebinding", "here-alone", "-n", "default", "--clusterrole=epok", account)
-    *_, warning = warnings(succeeds(lab, here_alone))
+    *_, warning = warnings_in(succeeds(lab, here_alone).stderr)
     assert re.search(r"403.*\bevents\b.*namespace closed$", warning)
     assert events(api) == [("second", "Warning", "ExternalPortRejected", 1)]
     api.kubectl("delete", "namespace", "closed", "--wait=false")
-    assert all("rejected: " in warning for warning in warnings(succeeds(lab, config)))
+    assert all("rejected: " in warning for warning in warnings_in(succeeds(lab, config).stderr))
     assert events(api) == [("second", "Warning", "ExternalPortRejected", 2)]
 
 

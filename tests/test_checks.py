@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab import HOST, HOST6, Lab
+from lab import HOST, HOST6, Lab, warnings_in
 from objects import port, service
 
 import epok
@@ -51,7 +51,7 @@ def warnings(lab: Lab, *services: dict[str, Any], argv: Sequence[str] = LOCAL) -
     """What a plain run warns of; it never fails for it."""
     done = lab.epok(*argv, snapshot=lab.cluster(*(services or (MAIL,))))
     assert done.returncode == 0, done.stderr
-    return [line.removeprefix("warning: ") for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    return warnings_in(done.stderr)
 
 
 def status(lab: Lab, *services: dict[str, Any], argv: Sequence[str] = LOCAL) -> Problems:

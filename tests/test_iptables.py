@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import busy, faults
 from gateway import OLDER_RULE
-from lab import HOST, HOST6, Lab
+from lab import HOST, HOST6, Lab, warnings_in
 from objects import node, port, service, snapshot
 
 import epok
@@ -657,4 +657,4 @@ def test_what_is_missing_is_named_and_nothing_else(said: str, advice: str, other
 
 def warnings(done: "subprocess.CompletedProcess[str]") -> list[str]:
     assert done.returncode == 0, done.stderr
-    return [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    return warnings_in(done.stderr)
