@@ -102,6 +102,27 @@ Exit status: 0 the host is right; 1 it failed and the rules are as they were, or
 done; 2 the command line is wrong; 3 --dry-run and the host differs.
 """
 
+# Contents. A section uses only names of the sections before it.
+#
+#   words         errors, and values and lists for messages
+#   time          deadline, retries, threads, programs
+#   options       argv, environment -> Options
+#   access        kubeconfigs, or a pod's account -> Access
+#   cluster       Kubernetes API or file -> Snapshot
+#   plan          Snapshot -> Forwards and Rejections
+#   ruleset       Forwards -> chains, in iptables-save's words
+#   live          chains -> the forwards in them, and what changed
+#   transaction   iptables-save -> Tables -> iptables-restore
+#   hosts         the only part that runs anything there
+#   swap          makes a host right, and proves it
+#   news          what a run did: in the log, in Events, as metrics
+#
+# So far what changes a host; the rest only looks.
+#
+#   looking       what else on a host decides about a connection
+#   showing       --dry-run, --status and --explain
+#   main          the pieces put together
+
 from __future__ import annotations
 
 import sys
@@ -148,7 +169,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 HOW_TO_INSTALL = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, then .venv/bin/python epok.py"
 try:
@@ -184,6 +205,9 @@ log = logging.getLogger("epok")
 T = TypeVar("T")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+# ------------------------------------------------ words: errors, and values and lists for messages
 
 
 class Fatal(Exception):
@@ -227,9 +251,35 @@ def printable(text: str) -> str:
     return re.sub(r"[^ -~]", lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def in_pod() -> bool:
-    """Whether epok runs in a pod: with an account there, and files of a Secret, which nobody can write to."""
-    return bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
+def plural(count: int, one: str, many: str = "") -> str:
+    return one if count == 1 else many or one + "s"
+
+
+def enumerated(texts: Iterable[str]) -> str:
+    """The first ten of them for a message, and how many more there are."""
+    known = list(texts)
+    return ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
+
+
+COLOURS = {"+": 32, "-": 31, "~": 33, "ok": 32, "FAILED": 31, "maybe": 33, "title": 1}
+
+
+def painted(text: str, what: str) -> str:
+    """In colour on a terminal, unless NO_COLOR (no-color.org) is set."""
+    if what not in COLOURS or os.environ.get("NO_COLOR") or not (sys.stdout and sys.stdout.isatty()):
+        return text
+    return f"\033[{COLOURS[what]}m{text}\033[0m"
+
+
+def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
+    """Lines of a table; a column of numbers is aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numbers = [all(cell.isdigit() for cell in column[1:]) for column in zip(*rows, strict=True)]
+    return [
+        (indent + "  ".join(cell.rjust(width) if number else cell.ljust(width)
+                            for cell, width, number in zip(row, widths, numbers, strict=True))).rstrip()
+        for row in rows
+    ]  # fmt: skip
 
 
 # ------------------------------------------------ time: deadline, retries, threads, programs
@@ -273,10 +323,6 @@ def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
     except Transient as error:
         tries = retrying.statistics["attempt_number"]
         raise Fatal(f"{error} (gave up after {tries} {plural(tries, 'try', 'tries')}){error.advice}") from error
-
-
-def plural(count: int, one: str, many: str = "") -> str:
-    return one if count == 1 else many or one + "s"
 
 
 class Background(threading.Thread):
@@ -696,6 +742,11 @@ def check_combination(options: Options) -> None:
 
 
 # ------------------------------------------------ access: kubeconfigs, or a pod's account -> Access
+
+
+def in_pod() -> bool:
+    """Whether epok runs in a pod: with an account there, and files of a Secret, which nobody can write to."""
+    return bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
 
 
 # What kubectl reads of a kubeconfig: k8s.io/client-go/tools/clientcmd/api/v1. What stands nowhere is empty.
@@ -2253,12 +2304,6 @@ def spans(ports: Iterable[int]) -> str:
     return enumerated(str(Range(block[0], block[-1])) for block in blocks)
 
 
-def enumerated(texts: Iterable[str]) -> str:
-    """The first ten of them for a message, and how many more there are."""
-    known = list(texts)
-    return ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
-
-
 def forward_of(
     service: Service,
     claim: Claim,
@@ -2359,6 +2404,7 @@ class Table:
 
 Tables = dict[str, Table]
 Wanted = Mapping[int, Tables]  # by IP version
+Found = Mapping[int, Tables | None]  # by IP version, None where the host cannot do it
 NOTHING: Tables = {"filter": Table(), "nat": Table()}
 
 
@@ -2543,7 +2589,218 @@ def target_ports(forward: Forward, target: Target) -> str:
     return f"{target.port}-{target.port + forward.last - forward.first}/{forward.first}"
 
 
-# ------------------------------------------------ transaction: iptables-save, Tables -> iptables-restore
+# ------------------------------------------------ live: chains -> the forwards in them, and what changed
+
+
+@dataclass(frozen=True)
+class Live:
+    """A forward as rules say it: `ways` are the interfaces, and addresses, by which it is reached.
+
+    `counts` are the new connections since its rules were made, all and those to each target; empty is not known.
+    """
+
+    first: int
+    last: int
+    protocol: str
+    service: str
+    port: str
+    version: int
+    chain: str
+    targets: tuple[Target, ...]
+    direct: bool
+    kept: bool
+    sources: tuple[str, ...]
+    ways: tuple[str, ...] = ()
+    counts: tuple[int, ...] = field(default=(), compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.protocol}/{Range(self.first, self.last)}"
+
+    @property
+    def key(self) -> tuple[int, int, str, str]:
+        return self.first, self.last, self.protocol, self.service
+
+    @property
+    def node_ports(self) -> str:
+        ports = {target.port: Range(target.port, target.port + self.last - self.first) for target in self.targets}
+        return ", ".join(map(str, ports.values()))
+
+    @property
+    def text(self) -> str:
+        """Where it goes, as a person says it: "default/mail:smtp (NodePort 2025) on 3 nodes, client address kept"."""
+        what, place = ("port", "pod") if self.direct else ("NodePort", "node")
+        count = len(self.targets)
+        return (
+            f"{self.service}:{self.port} ({what} {self.node_ports}) on {count} {plural(count, place)}"
+            + (", client address kept" if self.kept else "")
+            + (f", for {enumerated(self.sources)} only" if self.sources else "")
+            + (" over IPv6" if self.version == 6 else "")
+        )
+
+    def document(self) -> dict[str, Any]:
+        """The same for programs."""
+        named = {"protocol": self.protocol, "first": self.first, "last": self.last, "service": self.service}
+        places = [{"address": str(target.address), "port": target.port} for target in self.targets]
+        for place, count in zip(places, self.counts[1:], strict=False):
+            place["connections"] = count
+        return {
+            **named,
+            "port": self.port,
+            "ipVersion": self.version,
+            "pods" if self.direct else "nodes": places,
+            "clientAddressKept": self.kept,
+            "onlyFor": list(self.sources),
+            "reachedBy": list(self.ways),
+            "connections": self.counts[0] if self.counts else None,
+            "chain": self.chain,
+        }
+
+
+# strict: another program may have written these rules
+DISPATCH = re.compile(
+    r"-p (\w+) -m \w+ --dport (\d{1,5})(?::(\d{1,5}))? "
+    r'-m comment --comment "([\w.-]+/[\w.-]+) ([\w-]+)( pods)?" -g (\S+)',
+    re.ASCII,
+)
+TARGET = re.compile(r"--to-destination \[?([0-9a-f.:]+)\]?:(\d{1,5})", re.ASCII)
+ENTRY = re.compile(r"(?:(! )?-d (\S+) )?(?:-i|-o) (\S+) -p \w+ -g (\S+)")
+Key = tuple[int, int, str, str]  # ports, protocol and Service
+Dispatch = tuple[re.Match[str], tuple[str, ...]]  # a rule that leads to a forward, and the ways by which it is met
+
+
+def dispatches_in(tables: Tables) -> dict[Key, Dispatch]:
+    """What rules lead to forwards."""
+    chains = tables["nat"].chains
+    found: dict[Key, Dispatch] = {}
+    for way, start in ways_in(tables):
+        todo, seen = [start], {start}
+        while todo:
+            for rule in chains.get(todo.pop(), []):
+                jump = rule.rpartition(" -g ")[2]
+                if match := DISPATCH.match(rule):
+                    protocol, first, last, service = match.groups()[:4]
+                    key = int(first), int(last or first), protocol, service
+                    ways = found[key][1] if key in found else ()
+                    found[key] = match, ways if way in ways else (*ways, way)
+                elif jump not in seen:
+                    seen.add(jump)
+                    todo.append(jump)
+    return found
+
+
+def forwards_in(tables: Tables, version: int, counts: Mapping[str, Sequence[int]] | None = None) -> dict[Key, Live]:
+    """What rules forward; `counts` are those of the rules, by chain."""
+    found = dispatches_in(tables).items()
+    return {key: read_forward(key, dispatch, tables["nat"], version, counts) for key, dispatch in found}
+
+
+def entries_in(tables: Tables) -> list[re.Match[str]]:
+    """The rules of EPOK that lead packets in: whether the address is negated, address, interface and chain."""
+    return [match for rule in tables["nat"].chains.get(ROOT, []) if (match := ENTRY.fullmatch(rule))]
+
+
+def ways_in(tables: Tables) -> list[tuple[str, str]]:
+    """How packets come to the forwards, "eth0" or "192.0.2.1/32 by eth0", and the chain that they come to."""
+    entries = (match.groups() for match in entries_in(tables))
+    return [(f"{to} by {name}" if to and not negated else name, chain) for negated, to, name, chain in entries]
+
+
+def read_forward(
+    key: Key, dispatch: Dispatch, nat: Table, version: int, counts: Mapping[str, Sequence[int]] | None = None
+) -> Live:
+    """The forward that a rule leads to."""
+    (match, ways), chains, counts = dispatch, nat.chains, counts or nat.counts
+    (first, last, protocol, service), (port, pods, chain) = key, match.groups()[4:]
+    sources = {rule.split()[1]: rule.split()[-1] for rule in chains.get(chain, []) if re.match("-s .* -g ", rule)}
+    leaf = next(iter(sources.values()), chain)
+    rules = chains.get(leaf, [])
+    met: dict[Target, int] = {}
+    for rule, count in itertools.zip_longest(rules, counts.get(leaf, ())):
+        if (found := TARGET.search(rule or "")) and (address := to_address(found[1])):
+            target = Target(address, int(found[2]))
+            met[target] = met.get(target, 0) + (count or 0)
+    marks = re.search(r"--set-xmark (\w+)/(\w+)", rules[0] if rules else "")
+    return Live(
+        first=first,
+        last=last,
+        protocol=protocol,
+        service=service,
+        port=port,
+        version=version,
+        chain=chain,
+        targets=tuple(met),
+        direct=bool(pods),
+        kept=bool(marks and marks[1] != marks[2]),
+        sources=tuple(sources),
+        ways=ways,
+        counts=(counts[leaf][0], *met.values()) if counts.get(leaf) else (),
+    )
+
+
+class Change(NamedTuple):
+    """A forward of a Service that came (+), went (-), or goes elsewhere now (~), and how it was before."""
+
+    sign: str
+    live: Live
+    before: Live | None = None
+
+    @property
+    def text(self) -> str:
+        return f"{self.live.text}{self.before and ': ' + difference(self.before, self.live) or ''}"
+
+    @property
+    def line(self) -> str:
+        return painted(f"{self.sign} {self.live} -> {self.text}", self.sign)
+
+    def document(self) -> dict[str, Any]:
+        before = {"before": self.before.document()} if self.before else {}
+        return {"change": self.sign, **self.live.document(), **before}
+
+
+def difference(old: Live, new: Live) -> str:
+    """What changed about a forward, as a person says it."""
+    lists = [(old.ways, new.ways, "by "), (old.sources, new.sources, "for ")]
+    told = [f"NodePort {old.node_ports} before"] if old.node_ports != new.node_ports else []
+    pairs = [([str(t.address) for t in old.targets], [str(t.address) for t in new.targets], ""), *lists]
+    for before, after, word in pairs:
+        gone, come = [x for x in before if x not in after], [x for x in after if x not in before]
+        told += [f"no longer {word}{enumerated(gone)}"] if gone and after else []
+        told += [f"now {word}{enumerated(come)}" + (" too" if len(come) < len(after) else "")] if come else []
+    told += ["for everybody"] if old.sources and not new.sources else []
+    told += [f"client address {'kept' if new.kept else 'hidden'} now"] if old.kept != new.kept else []
+    told += [f"port {old.port} before"] if old.port != new.port else []
+    return "; ".join(told) or "nodes picked in another way"
+
+
+VERBS = {"+": "now forwarding", "-": "no longer forwarding", "~": "changed:"}
+REASONS = {"+": "ExternalPortForwarded", "-": "ExternalPortRemoved"}  # of Events
+
+
+def changes_between(before: Found, after: Wanted) -> list[Change]:
+    changes = []
+    for version, tables in before.items():
+        if tables is None:
+            continue
+        old, new = dispatches_in(tables), dispatches_in(after[version])
+        had, has = tables["nat"], after[version]["nat"]
+        tampered = any(rules != has.chains.get(chain, rules) for chain, rules in had.chains.items() if chain != ROOT)
+        for key in sorted(old.keys() | new.keys()):
+            if key in old and key in new and not tampered and same(old[key], new[key]):
+                continue  # the names of chains say what is in them
+            was = read_forward(key, old[key], had, version) if key in old else None
+            now = read_forward(key, new[key], has, version) if key in new else None
+            if now and now != was:
+                changes.append(Change("~" if was else "+", now, was))
+            elif was and not now:
+                changes.append(Change("-", was))
+    return changes
+
+
+def same(one: Dispatch, other: Dispatch) -> bool:
+    return one[0].string == other[0].string and one[1] == other[1]
+
+
+# ------------------------------------------------ transaction: iptables-save -> Tables -> iptables-restore
 
 
 @functools.cache
@@ -2711,7 +2968,12 @@ def hook_changes(chain: str, wanted: list[str], found: list[str]) -> list[str]:
     return lines + [f"-I {chain} {rule}" for rule in wanted if rule not in kept]
 
 
-# ------------------------------------------------ hosts: the only part that runs anything
+def older_rules(found: Found) -> int:
+    """How many rules the older epok has left, which made them in this table alone."""
+    return len((found[4] or NOTHING)["nat"].older)
+
+
+# ------------------------------------------------ hosts: the only part that runs anything there
 
 
 REACH_SECONDS = 2
@@ -3214,7 +3476,6 @@ class HostKeyCheck:
 
 
 Host = LocalHost | SshHost
-Found = Mapping[int, Tables | None]  # by IP version, None where the host cannot do it
 
 
 class Facts(NamedTuple):
@@ -3226,17 +3487,6 @@ class Facts(NamedTuple):
     @property
     def addresses(self) -> list[Address]:
         return [address for addresses in self.interfaces.values() for address in addresses]
-
-
-def read_host(host: Host, deadline: Deadline, counted: bool = False) -> tuple[Facts, Background, Background | None]:
-    """The facts, and the tables and surroundings, which take longer, as results to come.
-
-    Over SSH the surroundings must wait: what is sent must not share its sessions, or its connection, with anything.
-    """
-    facts = persist(deadline, read_facts, host, deadline)
-    tables = Background(read_all_tables, host, deadline, counted)
-    local = isinstance(host, LocalHost)
-    return facts, tables, Background(persist, deadline, read_surroundings, host, deadline) if local else None
 
 
 def read_facts(host: Host, deadline: Deadline) -> Facts:
@@ -3350,6 +3600,9 @@ def how_to_be_root(by: str) -> str:
     return f"run epok as root: {by} {shlex.quote(words) if by == 'su -c' else words}"
 
 
+# ------------------------------------------------ swap: makes a host right, and proves it
+
+
 Input = tuple[tuple[str, ...], str]  # a command of the iptables-restore family, and a text for its standard input
 
 
@@ -3398,7 +3651,275 @@ def converge(host: Host, wanted: Wanted, found: Found, options: Options, deadlin
     return sent
 
 
-# ------------------------------------------------ checks: what else on the host decides about a connection
+def udp_targets(tables: Tables, version: int) -> dict[int, set[tuple[str, int]]]:
+    """Where each external UDP port goes."""
+    return {
+        port: {(str(target.address), target.port + port - live.first) for target in live.targets}
+        for key, dispatch in dispatches_in(tables).items()
+        if "udp" in key
+        for live in [read_forward(key, dispatch, tables["nat"], version)]
+        for port in range(live.first, live.last + 1)
+    }
+
+
+def end_stale_flows(host: Host, found: Found, wanted: Wanted, facts: Facts, deadline: Deadline) -> None:
+    """Lets UDP clients that keep their port, and so the way of their first packet, go the new way."""
+    for version, tables in found.items():
+        had, has = (udp_targets(each or NOTHING, version) for each in (tables, wanted[version]))
+        own = [str(address) for address in facts.addresses if address.version == version and tables]
+        for port, address in itertools.product(sorted(had.keys() | has.keys()), own):
+            gone = {target for target, _ in had.get(port, set()) - has.get(port, set())}
+            # to a port that is new, flows are answered by the host itself
+            for reply in sorted(gone) if port in had else [address]:
+                if not end_flows(host, version, address, port, reply, deadline):
+                    return
+
+
+def end_flows(host: Host, version: int, address: str, port: int, reply: str, deadline: Deadline) -> bool:
+    """Forgets the UDP flows to a port of the host that `reply` answers; False when that cannot be done."""
+    flow = ("--orig-dst", address, "--orig-port-dst", str(port), "--reply-src", reply)
+    argv = (*host.sudo, "conntrack", "-D", "-p", "udp", *flow, *(("-f", "ipv6") if version == 6 else ()))
+    result = host.run(argv, "", deadline)
+    if result.status == 0 or (result.status == 1 and "0 flow entries have been deleted" in result.err):
+        return True
+    log.warning(
+        "%s: %s: %s; old UDP flows may stay where they were: %s",
+        host.name, shlex.join(argv), result.said,
+        "apt-get install conntrack" if result.status == 127 else "let it run as cron/setup-host does",
+    )  # fmt: skip
+    return False
+
+
+# ------------------------------------------------ news: what a run did: in the log, in Events, as metrics
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    """Notes how long a step takes."""
+    start = time.monotonic()
+    yield
+    seconds[step] = time.monotonic() - start
+
+
+def rendered(plan: Plan, options: Options) -> Wanted:
+    return {family.version: render(plan.forwards, family, options) for family in FAMILIES}
+
+
+class Planner:
+    """Makes the tables for each host from one snapshot; they differ only where a host is itself a node."""
+
+    def __init__(self, options: Options, deadline: Deadline) -> None:
+        self.options = options
+        self.seconds: dict[str, float] = {}
+        with timed(self.seconds, "cluster"):
+            self.reader = Reader(options, deadline)
+            self.snapshot = self.reader.snapshot(options.explain)
+        self.plans: dict[Set[str], Plan] = {}
+        self.rulesets: dict[Set[str], Wanted] = {}
+        self.untold: list[Event] = []
+        self.lock = threading.Lock()
+
+    def own(self, facts: Facts) -> Set[str]:
+        """The names of the nodes that a host itself is."""
+        return frozenset(node.name for node in self.snapshot.nodes if set(node.addresses) & set(facts.addresses))
+
+    def plan(self, facts: Facts) -> Plan:
+        """What shall be forwarded. Raises Fatal."""
+        own = self.own(facts)
+        with self.lock:
+            if own not in self.plans:
+                with timed(self.seconds, "plan"):
+                    self.snapshot = self.reader.with_endpoints(self.snapshot, bool(own), self.options.explain)
+                    self.plans[own] = make_plan(self.snapshot, self.options, own)
+                if not self.options.looks:
+                    self.announce(self.plans[own])
+            return self.plans[own]
+
+    def wanted(self, facts: Facts) -> Wanted:
+        """The rules for it. Raises Fatal."""
+        plan, own = self.plan(facts), self.own(facts)
+        with self.lock:
+            if own not in self.rulesets:
+                with timed(self.seconds, "ruleset"):
+                    self.rulesets[own] = rendered(plan, self.options)
+            return self.rulesets[own]
+
+    def announce(self, plan: Plan) -> None:
+        for warning in plan.warnings:
+            log.warning("%s", warning)
+        for remark in plan.unknown:
+            log.warning("%s", remark)
+            self.untold.append(Event(remark.service, "Warning", "UnknownAnnotation", remark.message))
+        for rejection in brief(plan.rejections):
+            log.warning("rejected: %s", rejection)
+            self.untold.append(Event(rejection.service, "Warning", "ExternalPortRejected", rejection.message))
+
+    def tell(self, news: Iterable[Event]) -> None:
+        """Writes Events about a host, then those about rejections, which the first host that is done takes along.
+
+        That they cannot be written is a warning, since the host is right without them.
+        """
+        with self.lock:
+            # in any order: where the time does not suffice for all, each gets its turn
+            events, self.untold = [*news, *random.sample(self.untold, len(self.untold))], []
+        source = self.reader.source
+        if not events or not isinstance(source, Cluster):
+            return
+        deadline = Deadline(min(EVENT_SECONDS, self.reader.deadline.remaining()), "the time for Events,")
+        uids = {service.key: service.uid for service in self.snapshot.services}
+        try:
+            writing = Background(source.record_all, events, uids, deadline)
+            writing.result(deadline, f"{source.name}: writing Events")
+        except Fatal as error:
+            log.warning("%s", error)
+
+
+def events_of(changes: Iterable[Change], machine: str) -> list[Event]:
+    """An Event for each forward that a Service has got or lost, in one IP version or both."""
+    events: dict[tuple[object, ...], Event] = {}
+    for sign, live, _ in changes:
+        if sign in REASONS:
+            message = f"{machine}: {VERBS[sign]} {live} to {live.text}"
+            events.setdefault((sign, *live.key), Event(live.service, "Normal", REASONS[sign], message))
+    return list(events.values())
+
+
+def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Input], changes: Sequence[Change]) -> None:
+    for change in changes:
+        log.info("%s%s %s to %s", prefix, VERBS[change.sign], change.live, change.text)
+    rules = [rule for tables in wanted.values() for chain in tables["nat"].chains.values() for rule in chain]
+    # each once, in both IP versions; those of the external interface have a tree of their own
+    count = len({rule.rpartition(" -g ")[0] for rule in rules if " --dport " in rule and " --comment " in rule})
+    total = f"{count} {plural(count, 'forward')}"
+    older = 0 if wanted[4]["nat"].hooks else older_rules(before)
+    if older:
+        log.info("%sremoved %d %s of the older epok", prefix, older, plural(older, "rule"))
+    if not inputs:
+        log.info("%sin sync, %s, nothing changed", prefix, total)
+    elif not changes and not older:
+        lines = sum(len(text.splitlines()) - 2 for _, text in inputs)
+        log.info("%srules of epok's were put right with %d %s, %s", prefix, lines, plural(lines, "line"), total)
+    for version, name in itertools.product(wanted, BUILT_IN):
+        held = (before[version] or NOTHING)[name].held - wanted[version][name].chains.keys()
+        if held:
+            rule = "a rule that is not epok's refers to them; delete it"
+            log.warning("%skept these chains, empty, in table %s: %s: %s", prefix, name, enumerated(sorted(held)), rule)
+    marks = [tables["filter"].chains.get(FORWARD) for tables in (before[4] or NOTHING, wanted[4])]
+    if marks[0] and marks[1] and marks[0] != marks[1]:
+        log.warning("%s--mark is another one now: connections that were open have lost their way", prefix)
+
+
+def all_lives(tables: Found, counted: Found) -> list[Live]:
+    """The forwards of both IP versions, with the counts of the rules that were there already."""
+    lives: list[Live] = []
+    for version, each in tables.items():
+        counts = (counted[version] or NOTHING)["nat"].counts
+        lives += forwards_in(each, version, counts).values() if each else []
+    return sorted(lives, key=lambda live: (live.first, live.protocol, live.version, live.service))
+
+
+class Shown(Protocol):
+    """What is printed about a host."""
+
+    def text(self) -> str: ...
+
+    def document(self) -> dict[str, Any]: ...
+
+
+@dataclass
+class Outcome:
+    """What came of one host: the exit status for it, what is to be printed, and what the metrics tell."""
+
+    host: str
+    status: int = 1
+    shown: Shown | None = None
+    lives: Sequence[Live] = ()
+    changes: Sequence[Change] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+Sample = tuple[str, float, Mapping[str, object]]  # a metric, its value and its labels
+
+
+def metrics_text(outcomes: Sequence[Outcome], planner: Planner | None, seconds: float, before: str) -> str:
+    """What the runs on all hosts did, in Prometheus' text format; `before` is the file of the last run."""
+    samples = [sample for outcome in outcomes for sample in host_samples(outcome, before)]
+    if planner:
+        samples += [
+            ("step_duration_seconds", took, {"host": "", "step": step}) for step, took in planner.seconds.items()
+        ]
+        rejections = {rejection for plan in planner.plans.values() for rejection in plan.rejections}
+        samples.append(("rejections", len(rejections), {}))
+    samples.append(("duration_seconds", seconds, {}))
+    metrics: dict[str, list[str]] = {}
+    for name, value, labels in samples:
+        within = ",".join(f"{key}={json.dumps(str(text))}" for key, text in labels.items())
+        metrics.setdefault(name, []).append(f"epok_{name}{within and f'{{{within}}}'} {value:.15g}\n")
+    return "".join(
+        f"# HELP epok_{name} {HELP[name]}\n"
+        f"# TYPE epok_{name} {'counter' if name.endswith('_total') else 'gauge'}\n" + "".join(lines)
+        for name, lines in metrics.items()
+    )
+
+
+def host_samples(outcome: Outcome, before: str) -> Iterator[Sample]:
+    """What a run did on one host; of one that failed the time of its last success, from the file of `before`."""
+    host = {"host": outcome.host}
+    success, lives = "last_success_timestamp_seconds", outcome.lives
+    yield "success", int(outcome.status == 0), host
+    if outcome.status:
+        last = re.search(rf"^epok_{success}{{host={re.escape(json.dumps(outcome.host))}}} (\S+)$", before, re.M)
+        yield from [(success, float(last[1]), host)] if last else []
+        return
+    yield success, time.time(), host
+    yield "forwards", len({live.key for live in lives}), host
+    for version in sorted({live.version for live in lives}):
+        targets = {target.address for live in lives if live.version == version for target in live.targets}
+        yield "nodes", len(targets), {**host, "ip_version": version}
+    for sign, name in (("+", "added"), ("-", "removed"), ("~", "changed")):
+        yield "changes", sum(change.sign == sign for change in outcome.changes), {**host, "change": name}
+    for live in lives:
+        if live.counts:
+            port = {"protocol": live.protocol, "port": Range(live.first, live.last), "service": live.service}
+            yield "connections_total", live.counts[0], {**host, "ip_version": live.version, **port}
+    for step, took in outcome.seconds.items():
+        yield "step_duration_seconds", took, {**host, "step": step}
+
+
+HELP = {
+    "success": "Whether the last run made the host right.",
+    "last_success_timestamp_seconds": "When a run last made the host right, in seconds since 1970.",
+    "forwards": "Forwards of the host.",
+    "nodes": "Nodes, or pods, that the host forwards to.",
+    "changes": "Forwards that the last run added, removed or changed.",
+    "connections_total": "New connections through a forward since its rules were made.",
+    "step_duration_seconds": "How long a step of the last run took; steps of hosts, and of the cluster, overlap.",
+    "rejections": "Mappings and Services that the last run rejected.",
+    "duration_seconds": "How long the last run took.",
+}
+
+
+def write_metrics(name: str, make: Callable[[str], str]) -> None:
+    """Puts what `make` makes of the file's old text in its place, whole or not at all; failing is a warning."""
+    try:
+        before = ""
+        with contextlib.suppress(FileNotFoundError), open(name, encoding="utf-8", errors="replace") as file:
+            before = file.read(1 << 24)
+        fresh = f"{name}.{os.getpid()}"  # node_exporter reads *.prom alone
+        try:
+            with open(fresh, "x", encoding="utf-8") as file:
+                file.write(make(before))
+            os.chmod(fresh, 0o644)  # node_exporter is another user, and has no secrets to see here
+            os.replace(fresh, name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            raise
+    except OSError as error:
+        log.warning("--metrics-file %s: %s; nothing else depends on it", name, one_line(error))
+
+
+# ------------------------------------------------ looking: what else on a host decides about a connection
 
 
 class Packet(NamedTuple):
@@ -3843,11 +4364,6 @@ IS_OLDER = r'--comment "[^"]*\bepok_rule_id[:=] ?\w'
 DELETE_OLDER = rf"sed -nE '/^(\*|COMMIT)/p; s/^-A (.*{IS_OLDER}.*)/-D \1/p'"
 
 
-def older_rules(found: Found) -> int:
-    """How many rules the older epok has left, which made them in this table alone."""
-    return len((found[4] or NOTHING)["nat"].older)
-
-
 def check_older(view: View) -> Iterator[Check]:
     """What the older epok has left forwards whatever the annotations say by now."""
     count = older_rules(view.found)
@@ -4035,289 +4551,7 @@ def hides(forward: Forward | Live, address: Address | None, options: Options) ->
     return address.version in {t.address.version for t in forward.targets} and bool(given or not options.addresses)
 
 
-# ------------------------------------------------ report: Tables -> what a person reads
-
-
-@dataclass(frozen=True)
-class Live:
-    """A forward as rules say it: `ways` are the interfaces, and addresses, by which it is reached.
-
-    `counts` are the new connections since its rules were made, all and those to each target; empty is not known.
-    """
-
-    first: int
-    last: int
-    protocol: str
-    service: str
-    port: str
-    version: int
-    chain: str
-    targets: tuple[Target, ...]
-    direct: bool
-    kept: bool
-    sources: tuple[str, ...]
-    ways: tuple[str, ...] = ()
-    counts: tuple[int, ...] = field(default=(), compare=False)
-
-    def __str__(self) -> str:
-        return f"{self.protocol}/{Range(self.first, self.last)}"
-
-    @property
-    def key(self) -> tuple[int, int, str, str]:
-        return self.first, self.last, self.protocol, self.service
-
-    @property
-    def node_ports(self) -> str:
-        ports = {target.port: Range(target.port, target.port + self.last - self.first) for target in self.targets}
-        return ", ".join(map(str, ports.values()))
-
-    @property
-    def text(self) -> str:
-        """Where it goes, as a person says it: "default/mail:smtp (NodePort 2025) on 3 nodes, client address kept"."""
-        what, place = ("port", "pod") if self.direct else ("NodePort", "node")
-        count = len(self.targets)
-        return (
-            f"{self.service}:{self.port} ({what} {self.node_ports}) on {count} {plural(count, place)}"
-            + (", client address kept" if self.kept else "")
-            + (f", for {enumerated(self.sources)} only" if self.sources else "")
-            + (" over IPv6" if self.version == 6 else "")
-        )
-
-    def document(self) -> dict[str, Any]:
-        """The same for programs."""
-        named = {"protocol": self.protocol, "first": self.first, "last": self.last, "service": self.service}
-        places = [{"address": str(target.address), "port": target.port} for target in self.targets]
-        for place, count in zip(places, self.counts[1:], strict=False):
-            place["connections"] = count
-        return {
-            **named,
-            "port": self.port,
-            "ipVersion": self.version,
-            "pods" if self.direct else "nodes": places,
-            "clientAddressKept": self.kept,
-            "onlyFor": list(self.sources),
-            "reachedBy": list(self.ways),
-            "connections": self.counts[0] if self.counts else None,
-            "chain": self.chain,
-        }
-
-
-# strict: another program may have written these rules
-DISPATCH = re.compile(
-    r"-p (\w+) -m \w+ --dport (\d{1,5})(?::(\d{1,5}))? "
-    r'-m comment --comment "([\w.-]+/[\w.-]+) ([\w-]+)( pods)?" -g (\S+)',
-    re.ASCII,
-)
-TARGET = re.compile(r"--to-destination \[?([0-9a-f.:]+)\]?:(\d{1,5})", re.ASCII)
-ENTRY = re.compile(r"(?:(! )?-d (\S+) )?(?:-i|-o) (\S+) -p \w+ -g (\S+)")
-Key = tuple[int, int, str, str]  # ports, protocol and Service
-Dispatch = tuple[re.Match[str], tuple[str, ...]]  # a rule that leads to a forward, and the ways by which it is met
-
-
-def dispatches_in(tables: Tables) -> dict[Key, Dispatch]:
-    """What rules lead to forwards."""
-    chains = tables["nat"].chains
-    found: dict[Key, Dispatch] = {}
-    for way, start in ways_in(tables):
-        todo, seen = [start], {start}
-        while todo:
-            for rule in chains.get(todo.pop(), []):
-                jump = rule.rpartition(" -g ")[2]
-                if match := DISPATCH.match(rule):
-                    protocol, first, last, service = match.groups()[:4]
-                    key = int(first), int(last or first), protocol, service
-                    ways = found[key][1] if key in found else ()
-                    found[key] = match, ways if way in ways else (*ways, way)
-                elif jump not in seen:
-                    seen.add(jump)
-                    todo.append(jump)
-    return found
-
-
-def forwards_in(tables: Tables, version: int, counts: Mapping[str, Sequence[int]] | None = None) -> dict[Key, Live]:
-    """What rules forward; `counts` are those of the rules, by chain."""
-    found = dispatches_in(tables).items()
-    return {key: read_forward(key, dispatch, tables["nat"], version, counts) for key, dispatch in found}
-
-
-def entries_in(tables: Tables) -> list[re.Match[str]]:
-    """The rules of EPOK that lead packets in: whether the address is negated, address, interface and chain."""
-    return [match for rule in tables["nat"].chains.get(ROOT, []) if (match := ENTRY.fullmatch(rule))]
-
-
-def ways_in(tables: Tables) -> list[tuple[str, str]]:
-    """How packets come to the forwards, "eth0" or "192.0.2.1/32 by eth0", and the chain that they come to."""
-    entries = (match.groups() for match in entries_in(tables))
-    return [(f"{to} by {name}" if to and not negated else name, chain) for negated, to, name, chain in entries]
-
-
-def read_forward(
-    key: Key, dispatch: Dispatch, nat: Table, version: int, counts: Mapping[str, Sequence[int]] | None = None
-) -> Live:
-    """The forward that a rule leads to."""
-    (match, ways), chains, counts = dispatch, nat.chains, counts or nat.counts
-    (first, last, protocol, service), (port, pods, chain) = key, match.groups()[4:]
-    sources = {rule.split()[1]: rule.split()[-1] for rule in chains.get(chain, []) if re.match("-s .* -g ", rule)}
-    leaf = next(iter(sources.values()), chain)
-    rules = chains.get(leaf, [])
-    met: dict[Target, int] = {}
-    for rule, count in itertools.zip_longest(rules, counts.get(leaf, ())):
-        if (found := TARGET.search(rule or "")) and (address := to_address(found[1])):
-            target = Target(address, int(found[2]))
-            met[target] = met.get(target, 0) + (count or 0)
-    marks = re.search(r"--set-xmark (\w+)/(\w+)", rules[0] if rules else "")
-    return Live(
-        first=first,
-        last=last,
-        protocol=protocol,
-        service=service,
-        port=port,
-        version=version,
-        chain=chain,
-        targets=tuple(met),
-        direct=bool(pods),
-        kept=bool(marks and marks[1] != marks[2]),
-        sources=tuple(sources),
-        ways=ways,
-        counts=(counts[leaf][0], *met.values()) if counts.get(leaf) else (),
-    )
-
-
-class Change(NamedTuple):
-    """A forward of a Service that came (+), went (-), or goes elsewhere now (~), and how it was before."""
-
-    sign: str
-    live: Live
-    before: Live | None = None
-
-    @property
-    def text(self) -> str:
-        return f"{self.live.text}{self.before and ': ' + difference(self.before, self.live) or ''}"
-
-    @property
-    def line(self) -> str:
-        return painted(f"{self.sign} {self.live} -> {self.text}", self.sign)
-
-    def document(self) -> dict[str, Any]:
-        before = {"before": self.before.document()} if self.before else {}
-        return {"change": self.sign, **self.live.document(), **before}
-
-
-def difference(old: Live, new: Live) -> str:
-    """What changed about a forward, as a person says it."""
-    lists = [(old.ways, new.ways, "by "), (old.sources, new.sources, "for ")]
-    told = [f"NodePort {old.node_ports} before"] if old.node_ports != new.node_ports else []
-    pairs = [([str(t.address) for t in old.targets], [str(t.address) for t in new.targets], ""), *lists]
-    for before, after, word in pairs:
-        gone, come = [x for x in before if x not in after], [x for x in after if x not in before]
-        told += [f"no longer {word}{enumerated(gone)}"] if gone and after else []
-        told += [f"now {word}{enumerated(come)}" + (" too" if len(come) < len(after) else "")] if come else []
-    told += ["for everybody"] if old.sources and not new.sources else []
-    told += [f"client address {'kept' if new.kept else 'hidden'} now"] if old.kept != new.kept else []
-    told += [f"port {old.port} before"] if old.port != new.port else []
-    return "; ".join(told) or "nodes picked in another way"
-
-
-VERBS = {"+": "now forwarding", "-": "no longer forwarding", "~": "changed:"}
-REASONS = {"+": "ExternalPortForwarded", "-": "ExternalPortRemoved"}  # of Events
-
-
-def changes_between(before: Found, after: Wanted) -> list[Change]:
-    changes = []
-    for version, tables in before.items():
-        if tables is None:
-            continue
-        old, new = dispatches_in(tables), dispatches_in(after[version])
-        had, has = tables["nat"], after[version]["nat"]
-        tampered = any(rules != has.chains.get(chain, rules) for chain, rules in had.chains.items() if chain != ROOT)
-        for key in sorted(old.keys() | new.keys()):
-            if key in old and key in new and not tampered and same(old[key], new[key]):
-                continue  # the names of chains say what is in them
-            was = read_forward(key, old[key], had, version) if key in old else None
-            now = read_forward(key, new[key], has, version) if key in new else None
-            if now and now != was:
-                changes.append(Change("~" if was else "+", now, was))
-            elif was and not now:
-                changes.append(Change("-", was))
-    return changes
-
-
-def same(one: Dispatch, other: Dispatch) -> bool:
-    return one[0].string == other[0].string and one[1] == other[1]
-
-
-def events_of(changes: Iterable[Change], machine: str) -> list[Event]:
-    """An Event for each forward that a Service has got or lost, in one IP version or both."""
-    events: dict[tuple[object, ...], Event] = {}
-    for sign, live, _ in changes:
-        if sign in REASONS:
-            message = f"{machine}: {VERBS[sign]} {live} to {live.text}"
-            events.setdefault((sign, *live.key), Event(live.service, "Normal", REASONS[sign], message))
-    return list(events.values())
-
-
-def udp_targets(tables: Tables, version: int) -> dict[int, set[tuple[str, int]]]:
-    """Where each external UDP port goes."""
-    return {
-        port: {(str(target.address), target.port + port - live.first) for target in live.targets}
-        for key, dispatch in dispatches_in(tables).items()
-        if "udp" in key
-        for live in [read_forward(key, dispatch, tables["nat"], version)]
-        for port in range(live.first, live.last + 1)
-    }
-
-
-def end_stale_flows(host: Host, found: Found, wanted: Wanted, facts: Facts, deadline: Deadline) -> None:
-    """Lets UDP clients that keep their port, and so the way of their first packet, go the new way."""
-    for version, tables in found.items():
-        had, has = (udp_targets(each or NOTHING, version) for each in (tables, wanted[version]))
-        own = [str(address) for address in facts.addresses if address.version == version and tables]
-        for port, address in itertools.product(sorted(had.keys() | has.keys()), own):
-            gone = {target for target, _ in had.get(port, set()) - has.get(port, set())}
-            # to a port that is new, flows are answered by the host itself
-            for reply in sorted(gone) if port in had else [address]:
-                if not end_flows(host, version, address, port, reply, deadline):
-                    return
-
-
-def end_flows(host: Host, version: int, address: str, port: int, reply: str, deadline: Deadline) -> bool:
-    """Forgets the UDP flows to a port of the host that `reply` answers; False when that cannot be done."""
-    flow = ("--orig-dst", address, "--orig-port-dst", str(port), "--reply-src", reply)
-    argv = (*host.sudo, "conntrack", "-D", "-p", "udp", *flow, *(("-f", "ipv6") if version == 6 else ()))
-    result = host.run(argv, "", deadline)
-    if result.status == 0 or (result.status == 1 and "0 flow entries have been deleted" in result.err):
-        return True
-    log.warning(
-        "%s: %s: %s; old UDP flows may stay where they were: %s",
-        host.name, shlex.join(argv), result.said,
-        "apt-get install conntrack" if result.status == 127 else "let it run as cron/setup-host does",
-    )  # fmt: skip
-    return False
-
-
-def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Input], changes: Sequence[Change]) -> None:
-    for change in changes:
-        log.info("%s%s %s to %s", prefix, VERBS[change.sign], change.live, change.text)
-    rules = [rule for tables in wanted.values() for chain in tables["nat"].chains.values() for rule in chain]
-    # each once, in both IP versions; those of the external interface have a tree of their own
-    count = len({rule.rpartition(" -g ")[0] for rule in rules if " --dport " in rule and " --comment " in rule})
-    total = f"{count} {plural(count, 'forward')}"
-    older = 0 if wanted[4]["nat"].hooks else older_rules(before)
-    if older:
-        log.info("%sremoved %d %s of the older epok", prefix, older, plural(older, "rule"))
-    if not inputs:
-        log.info("%sin sync, %s, nothing changed", prefix, total)
-    elif not changes and not older:
-        lines = sum(len(text.splitlines()) - 2 for _, text in inputs)
-        log.info("%srules of epok's were put right with %d %s, %s", prefix, lines, plural(lines, "line"), total)
-    for version, name in itertools.product(wanted, BUILT_IN):
-        held = (before[version] or NOTHING)[name].held - wanted[version][name].chains.keys()
-        if held:
-            rule = "a rule that is not epok's refers to them; delete it"
-            log.warning("%skept these chains, empty, in table %s: %s: %s", prefix, name, enumerated(sorted(held)), rule)
-    marks = [tables["filter"].chains.get(FORWARD) for tables in (before[4] or NOTHING, wanted[4])]
-    if marks[0] and marks[1] and marks[0] != marks[1]:
-        log.warning("%s--mark is another one now: connections that were open have lost their way", prefix)
+# ------------------------------------------------ showing: --dry-run, --status and --explain
 
 
 class DryRun:
@@ -4339,27 +4573,6 @@ class DryRun:
     def document(self) -> dict[str, Any]:
         inputs = [{"command": list(argv), "input": text} for argv, text in self.inputs]
         return {"host": self.name, "changes": [change.document() for change in self.changes], "inputs": inputs}
-
-
-COLOURS = {"+": 32, "-": 31, "~": 33, "ok": 32, "FAILED": 31, "maybe": 33, "title": 1}
-
-
-def painted(text: str, what: str) -> str:
-    """In colour on a terminal, unless NO_COLOR (no-color.org) is set."""
-    if what not in COLOURS or os.environ.get("NO_COLOR") or not (sys.stdout and sys.stdout.isatty()):
-        return text
-    return f"\033[{COLOURS[what]}m{text}\033[0m"
-
-
-def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
-    """Lines of a table; a column of numbers is aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numbers = [all(cell.isdigit() for cell in column[1:]) for column in zip(*rows, strict=True)]
-    return [
-        (indent + "  ".join(cell.rjust(width) if number else cell.ljust(width)
-                            for cell, width, number in zip(row, widths, numbers, strict=True))).rstrip()
-        for row in rows
-    ]  # fmt: skip
 
 
 @dataclass
@@ -4621,90 +4834,6 @@ class Story:
         return {**self.status.document(), **story, "cause": self.cause()}
 
 
-Sample = tuple[str, float, Mapping[str, object]]  # a metric, its value and its labels
-
-
-def metrics_text(outcomes: Sequence[Outcome], planner: Planner | None, seconds: float, before: str) -> str:
-    """What the runs on all hosts did, in Prometheus' text format; `before` is the file of the last run."""
-    samples = [sample for outcome in outcomes for sample in host_samples(outcome, before)]
-    if planner:
-        samples += [
-            ("step_duration_seconds", took, {"host": "", "step": step}) for step, took in planner.seconds.items()
-        ]
-        rejections = {rejection for plan in planner.plans.values() for rejection in plan.rejections}
-        samples.append(("rejections", len(rejections), {}))
-    samples.append(("duration_seconds", seconds, {}))
-    metrics: dict[str, list[str]] = {}
-    for name, value, labels in samples:
-        within = ",".join(f"{key}={json.dumps(str(text))}" for key, text in labels.items())
-        metrics.setdefault(name, []).append(f"epok_{name}{within and f'{{{within}}}'} {value:.15g}\n")
-    return "".join(
-        f"# HELP epok_{name} {HELP[name]}\n"
-        f"# TYPE epok_{name} {'counter' if name.endswith('_total') else 'gauge'}\n" + "".join(lines)
-        for name, lines in metrics.items()
-    )
-
-
-def host_samples(outcome: Outcome, before: str) -> Iterator[Sample]:
-    """What a run did on one host; of one that failed the time of its last success, from the file of `before`."""
-    host = {"host": outcome.host}
-    success, lives = "last_success_timestamp_seconds", outcome.lives
-    yield "success", int(outcome.status == 0), host
-    if outcome.status:
-        last = re.search(rf"^epok_{success}{{host={re.escape(json.dumps(outcome.host))}}} (\S+)$", before, re.M)
-        yield from [(success, float(last[1]), host)] if last else []
-        return
-    yield success, time.time(), host
-    yield "forwards", len({live.key for live in lives}), host
-    for version in sorted({live.version for live in lives}):
-        targets = {target.address for live in lives if live.version == version for target in live.targets}
-        yield "nodes", len(targets), {**host, "ip_version": version}
-    for sign, name in (("+", "added"), ("-", "removed"), ("~", "changed")):
-        yield "changes", sum(change.sign == sign for change in outcome.changes), {**host, "change": name}
-    for live in lives:
-        if live.counts:
-            port = {"protocol": live.protocol, "port": Range(live.first, live.last), "service": live.service}
-            yield "connections_total", live.counts[0], {**host, "ip_version": live.version, **port}
-    for step, took in outcome.seconds.items():
-        yield "step_duration_seconds", took, {**host, "step": step}
-
-
-HELP = {
-    "success": "Whether the last run made the host right.",
-    "last_success_timestamp_seconds": "When a run last made the host right, in seconds since 1970.",
-    "forwards": "Forwards of the host.",
-    "nodes": "Nodes, or pods, that the host forwards to.",
-    "changes": "Forwards that the last run added, removed or changed.",
-    "connections_total": "New connections through a forward since its rules were made.",
-    "step_duration_seconds": "How long a step of the last run took; steps of hosts, and of the cluster, overlap.",
-    "rejections": "Mappings and Services that the last run rejected.",
-    "duration_seconds": "How long the last run took.",
-}
-
-
-def write_metrics(name: str, make: Callable[[str], str]) -> None:
-    """Puts what `make` makes of the file's old text in its place, whole or not at all; failing is a warning."""
-    try:
-        before = ""
-        with contextlib.suppress(FileNotFoundError), open(name, encoding="utf-8", errors="replace") as file:
-            before = file.read(1 << 24)
-        fresh = f"{name}.{os.getpid()}"  # node_exporter reads *.prom alone
-        try:
-            with open(fresh, "x", encoding="utf-8") as file:
-                file.write(make(before))
-            os.chmod(fresh, 0o644)  # node_exporter is another user, and has no secrets to see here
-            os.replace(fresh, name)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(fresh)
-            raise
-    except OSError as error:
-        log.warning("--metrics-file %s: %s; nothing else depends on it", name, one_line(error))
-
-
-# ------------------------------------------------ main
-
-
 def show(text: str) -> None:
     """Prints what was asked for; a reader that has seen enough, like head, is no error."""
     if sys.stdout is None:
@@ -4716,6 +4845,9 @@ def show(text: str) -> None:
         pass
     except OSError as error:
         raise Fatal(f"standard output: {one_line(error)}") from None
+
+
+# ------------------------------------------------ main: the pieces put together
 
 
 class OneLine(logging.Formatter):
@@ -4735,97 +4867,42 @@ def start_log(level: str) -> None:
         logging.getLogger().addHandler(logging.NullHandler())
 
 
-class Planner:
-    """Makes the tables for each host from one snapshot; they differ only where a host is itself a node."""
+def read_host(host: Host, deadline: Deadline, counted: bool = False) -> tuple[Facts, Background, Background | None]:
+    """The facts, and the tables and surroundings, which take longer, as results to come.
 
-    def __init__(self, options: Options, deadline: Deadline) -> None:
-        self.options = options
-        self.seconds: dict[str, float] = {}
-        with timed(self.seconds, "cluster"):
-            self.reader = Reader(options, deadline)
-            self.snapshot = self.reader.snapshot(options.explain)
-        self.plans: dict[Set[str], Plan] = {}
-        self.rulesets: dict[Set[str], Wanted] = {}
-        self.untold: list[Event] = []
-        self.lock = threading.Lock()
-
-    def own(self, facts: Facts) -> Set[str]:
-        """The names of the nodes that a host itself is."""
-        return frozenset(node.name for node in self.snapshot.nodes if set(node.addresses) & set(facts.addresses))
-
-    def plan(self, facts: Facts) -> Plan:
-        """What shall be forwarded. Raises Fatal."""
-        own = self.own(facts)
-        with self.lock:
-            if own not in self.plans:
-                with timed(self.seconds, "plan"):
-                    self.snapshot = self.reader.with_endpoints(self.snapshot, bool(own), self.options.explain)
-                    self.plans[own] = make_plan(self.snapshot, self.options, own)
-                if not self.options.looks:
-                    self.announce(self.plans[own])
-            return self.plans[own]
-
-    def wanted(self, facts: Facts) -> Wanted:
-        """The rules for it. Raises Fatal."""
-        plan, own = self.plan(facts), self.own(facts)
-        with self.lock:
-            if own not in self.rulesets:
-                with timed(self.seconds, "ruleset"):
-                    self.rulesets[own] = rendered(plan, self.options)
-            return self.rulesets[own]
-
-    def announce(self, plan: Plan) -> None:
-        for warning in plan.warnings:
-            log.warning("%s", warning)
-        for remark in plan.unknown:
-            log.warning("%s", remark)
-            self.untold.append(Event(remark.service, "Warning", "UnknownAnnotation", remark.message))
-        for rejection in brief(plan.rejections):
-            log.warning("rejected: %s", rejection)
-            self.untold.append(Event(rejection.service, "Warning", "ExternalPortRejected", rejection.message))
-
-    def tell(self, news: Iterable[Event]) -> None:
-        """Writes Events about a host, then those about rejections, which the first host that is done takes along.
-
-        That they cannot be written is a warning, since the host is right without them.
-        """
-        with self.lock:
-            # in any order: where the time does not suffice for all, each gets its turn
-            events, self.untold = [*news, *random.sample(self.untold, len(self.untold))], []
-        source = self.reader.source
-        if not events or not isinstance(source, Cluster):
-            return
-        deadline = Deadline(min(EVENT_SECONDS, self.reader.deadline.remaining()), "the time for Events,")
-        uids = {service.key: service.uid for service in self.snapshot.services}
-        try:
-            writing = Background(source.record_all, events, uids, deadline)
-            writing.result(deadline, f"{source.name}: writing Events")
-        except Fatal as error:
-            log.warning("%s", error)
+    Over SSH the surroundings must wait: what is sent must not share its sessions, or its connection, with anything.
+    """
+    facts = persist(deadline, read_facts, host, deadline)
+    tables = Background(read_all_tables, host, deadline, counted)
+    local = isinstance(host, LocalHost)
+    return facts, tables, Background(persist, deadline, read_surroundings, host, deadline) if local else None
 
 
-def rendered(plan: Plan, options: Options) -> Wanted:
-    return {family.version: render(plan.forwards, family, options) for family in FAMILIES}
+def surroundings(host: Host, looking: Background | None, deadline: Deadline) -> Surroundings:
+    """What read_surroundings() finds, or has found already. Raises Fatal."""
+    looking = looking or Background(persist, deadline, read_surroundings, host, deadline)
+    found: Surroundings = looking.result(deadline, f"{host.name}: reading what else is there")
+    return found
 
 
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    """Notes how long a step takes."""
-    start = time.monotonic()
-    yield
-    seconds[step] = time.monotonic() - start
-
-
-@dataclass
-class Outcome:
-    """What came of one host: the exit status for it, what is to be printed, and what the metrics tell."""
-
-    host: str
-    status: int = 1
-    shown: DryRun | Status | Story | None = None
-    lives: Sequence[Live] = ()
-    changes: Sequence[Change] = ()
-    seconds: dict[str, float] = field(default_factory=dict)
+def warn(
+    host: Host,
+    options: Options,
+    forwards: Sequence[Forward],
+    found: Found,
+    facts: Facts,
+    looking: Background | None,
+    deadline: Deadline,
+) -> None:
+    """Warns about what makes forwards fail without a word; that it cannot be looked at is no failure."""
+    limit = Deadline(min(LOOK_SECONDS, deadline.remaining() / 2), "the time for looking,")
+    try:
+        view = View(host, options, found, facts, surroundings(host, looking, limit), limit)
+        for check in check_host(view, forwards):
+            if check.problem and check.sure:
+                log.warning("%s", check.problem)
+    except (Fatal, Transient) as error:
+        log.warning("%s; so what else may be in the way was not checked", error)
 
 
 def serve(host: Host, reader: Background, planner: Planner | None, options: Options, deadline: Deadline) -> Outcome:
@@ -4864,40 +4941,19 @@ def serve(host: Host, reader: Background, planner: Planner | None, options: Opti
         host.close()
 
 
-def warn(
-    host: Host,
-    options: Options,
-    forwards: Sequence[Forward],
-    found: Found,
-    facts: Facts,
-    looking: Background | None,
-    deadline: Deadline,
-) -> None:
-    """Warns about what makes forwards fail without a word; that it cannot be looked at is no failure."""
-    limit = Deadline(min(LOOK_SECONDS, deadline.remaining() / 2), "the time for looking,")
-    try:
-        view = View(host, options, found, facts, surroundings(host, looking, limit), limit)
-        for check in check_host(view, forwards):
-            if check.problem and check.sure:
-                log.warning("%s", check.problem)
-    except (Fatal, Transient) as error:
-        log.warning("%s; so what else may be in the way was not checked", error)
-
-
-def surroundings(host: Host, looking: Background | None, deadline: Deadline) -> Surroundings:
-    """What read_surroundings() finds, or has found already. Raises Fatal."""
-    looking = looking or Background(persist, deadline, read_surroundings, host, deadline)
-    found: Surroundings = looking.result(deadline, f"{host.name}: reading what else is there")
-    return found
-
-
-def all_lives(tables: Found, counted: Found) -> list[Live]:
-    """The forwards of both IP versions, with the counts of the rules that were there already."""
-    lives: list[Live] = []
-    for version, each in tables.items():
-        counts = (counted[version] or NOTHING)["nat"].counts
-        lives += forwards_in(each, version, counts).values() if each else []
-    return sorted(lives, key=lambda live: (live.first, live.protocol, live.version, live.service))
+def as_found(options: Options, found: Found) -> Options:
+    """The options, and where they say nothing the interfaces and addresses that the live rules have."""
+    known = [tables for tables in found.values() if tables]
+    ways = [match for tables in known for match in entries_in(tables)]
+    if options.interfaces or not ways:
+        return options
+    rules = itertools.chain.from_iterable(
+        tables["nat"].chains[ROOT] for tables in known if ROOT in tables["nat"].chains
+    )
+    barred = next((match[1] for rule in rules if (match := re.fullmatch(r"-[io] (\S+) -j RETURN", rule))), "")
+    names = dict.fromkeys([match[3] for match in ways] + [barred] * bool(barred))
+    addresses = to_networks(",".join(match[2] for match in ways if match[2] and not match[1]))
+    return dataclasses.replace(options, interfaces=tuple(names), external_interface=barred, addresses=addresses)
 
 
 def look(host: Host, reader: Background, planner: Background, options: Options, deadline: Deadline) -> Outcome:
@@ -4935,19 +4991,33 @@ def look(host: Host, reader: Background, planner: Background, options: Options, 
         host.close()
 
 
-def as_found(options: Options, found: Found) -> Options:
-    """The options, and where they say nothing the interfaces and addresses that the live rules have."""
-    known = [tables for tables in found.values() if tables]
-    ways = [match for tables in known for match in entries_in(tables)]
-    if options.interfaces or not ways:
-        return options
-    rules = itertools.chain.from_iterable(
-        tables["nat"].chains[ROOT] for tables in known if ROOT in tables["nat"].chains
-    )
-    barred = next((match[1] for rule in rules if (match := re.fullmatch(r"-[io] (\S+) -j RETURN", rule))), "")
-    names = dict.fromkeys([match[3] for match in ways] + [barred] * bool(barred))
-    addresses = to_networks(",".join(match[2] for match in ways if match[2] and not match[1]))
-    return dataclasses.replace(options, interfaces=tuple(names), external_interface=barred, addresses=addresses)
+def everywhere(
+    task: Callable[..., Outcome],
+    hosts: Sequence[Host],
+    readers: Sequence[Background],
+    planning: Planner | Background | None,
+    options: Options,
+    deadline: Deadline,
+) -> list[Outcome]:
+    """Does a task on all hosts at the same time; one that fails holds none of the others back."""
+    pairs = zip(hosts, readers, strict=True)
+    work = [Background(task, host, reader, planning, options, deadline) for host, reader in pairs]
+    outcomes = []
+    for host, thread in zip(hosts, work, strict=True):
+        try:
+            outcomes.append(thread.result(deadline, host.name, grace=1))
+        except Fatal as error:
+            log.error("%s", error)
+            outcomes.append(Outcome(host.name, error.status))
+    return outcomes
+
+
+def print_outcomes(outcomes: Iterable[Outcome], options: Options) -> None:
+    shown = [outcome.shown for outcome in outcomes if outcome.shown]
+    if options.output == "json":
+        show(json.dumps({"hosts": [each.document() for each in shown]}, indent=2))
+    elif shown:
+        show(("\n\n" if options.looks else "\n").join(text for each in shown if (text := each.text())))
 
 
 def run(options: Options) -> int:
@@ -4976,35 +5046,6 @@ def run(options: Options) -> int:
         write_metrics(options.metrics_file, lambda before: metrics_text(outcomes, planner, took, before))
     statuses = [outcome.status for outcome in outcomes]
     return 1 if 1 in statuses else max(statuses)
-
-
-def everywhere(
-    task: Callable[..., Outcome],
-    hosts: Sequence[Host],
-    readers: Sequence[Background],
-    planning: Planner | Background | None,
-    options: Options,
-    deadline: Deadline,
-) -> list[Outcome]:
-    """Does a task on all hosts at the same time; one that fails holds none of the others back."""
-    pairs = zip(hosts, readers, strict=True)
-    work = [Background(task, host, reader, planning, options, deadline) for host, reader in pairs]
-    outcomes = []
-    for host, thread in zip(hosts, work, strict=True):
-        try:
-            outcomes.append(thread.result(deadline, host.name, grace=1))
-        except Fatal as error:
-            log.error("%s", error)
-            outcomes.append(Outcome(host.name, error.status))
-    return outcomes
-
-
-def print_outcomes(outcomes: Iterable[Outcome], options: Options) -> None:
-    shown = [outcome.shown for outcome in outcomes if outcome.shown]
-    if options.output == "json":
-        show(json.dumps({"hosts": [each.document() for each in shown]}, indent=2))
-    elif shown:
-        show(("\n\n" if options.looks else "\n").join(text for each in shown if (text := each.text())))
 
 
 def main(argv: Sequence[str]) -> int:
