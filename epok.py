@@ -138,7 +138,9 @@ if sys.version_info < (3, 11):  # noqa: UP036 (before anything that an older one
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Ctrl-C during the imports, which take a while, is a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # or Ctrl-C during the imports, which take a while, is a traceback
 
 import atexit
 import base64
@@ -181,7 +183,9 @@ except ModuleNotFoundError as error:
 
 VERSION = "1.0.0"
 PREFIXES = ("getbetter.ro/", "epok.getbetter.ro/")  # either is right for every annotation
-PORT_ANNOTATIONS = tuple(prefix + word for word in ("externalport", "externalports") for prefix in PREFIXES)
+PORT_ANNOTATIONS = tuple(
+    prefix + word for word in ("externalport", "externalports") for prefix in PREFIXES
+)
 INTERNAL_ANNOTATIONS = tuple(prefix + "internal" for prefix in PREFIXES)
 ALLOW_ANNOTATIONS = tuple(prefix + "allow-range" for prefix in PREFIXES)
 SERVICE_ANNOTATIONS = (*PORT_ANNOTATIONS, *INTERNAL_ANNOTATIONS, *ALLOW_ANNOTATIONS)
@@ -224,7 +228,9 @@ class Transient(Exception):
     `advice` is for when it stays.
     """
 
-    def __init__(self, message: str, after: float = 0, attempts: int = 1000, advice: str = "") -> None:
+    def __init__(
+        self, message: str, after: float = 0, attempts: int = 1000, advice: str = ""
+    ) -> None:
         super().__init__(message)
         self.after = after
         self.attempts = attempts
@@ -266,7 +272,11 @@ COLOURS = {"+": 32, "-": 31, "~": 33, "ok": 32, "FAILED": 31, "maybe": 33, "titl
 
 def painted(text: str, what: str) -> str:
     """In colour on a terminal, unless NO_COLOR (no-color.org) is set."""
-    if what not in COLOURS or os.environ.get("NO_COLOR") or not (sys.stdout and sys.stdout.isatty()):
+    if (
+        what not in COLOURS
+        or os.environ.get("NO_COLOR")
+        or not (sys.stdout and sys.stdout.isatty())
+    ):
         return text
     return f"\033[{COLOURS[what]}m{text}\033[0m"
 
@@ -307,22 +317,29 @@ def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
         return state.outcome.exception() if state.outcome else None
 
     # Two that lost a race must not meet again, so chance may double the pause.
-    backoff = tenacity.wait_exponential(multiplier=0.2, max=5) + tenacity.wait_random_exponential(multiplier=0.2, max=5)
+    backoff = tenacity.wait_exponential(multiplier=0.2, max=5) + tenacity.wait_random_exponential(
+        multiplier=0.2, max=5
+    )
     # a try that has less than half a second left would end as one that took too long, and hide the cause
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Transient),
         wait=lambda state: cause(state).after + backoff(state),
         stop=lambda state: (
-            state.attempt_number >= cause(state).attempts or state.upcoming_sleep + 0.5 >= deadline.remaining()
+            state.attempt_number >= cause(state).attempts
+            or state.upcoming_sleep + 0.5 >= deadline.remaining()
         ),
-        before_sleep=lambda state: log.info("%s; trying again in %.1f s", cause(state), state.upcoming_sleep),
+        before_sleep=lambda state: log.info(
+            "%s; trying again in %.1f s", cause(state), state.upcoming_sleep
+        ),
         reraise=True,
     )
     try:
         return retrying(action, *args)
     except Transient as error:
         tries = retrying.statistics["attempt_number"]
-        raise Fatal(f"{error} (gave up after {tries} {plural(tries, 'try', 'tries')}){error.advice}") from error
+        raise Fatal(
+            f"{error} (gave up after {tries} {plural(tries, 'try', 'tries')}){error.advice}"
+        ) from error
 
 
 class Background(threading.Thread):
@@ -355,7 +372,10 @@ class Background(threading.Thread):
         return self.value
 
 
-CODING = ("utf-8", "surrogateescape")  # a foreign comment may have any bytes, and they must come back as they were
+CODING = (
+    "utf-8",
+    "surrogateescape",
+)  # a foreign comment may have any bytes, and they must come back as they were
 OUTPUT_LIMIT = 1 << 28  # bytes: a host that sends without end must not fill the memory
 
 
@@ -410,7 +430,9 @@ def execute(
     stdin, stderr = (None, None) if terminal else (pipe, pipe)
     alone = group and not terminal  # another session could not read from the terminal
     try:
-        child = subprocess.Popen(argv, stdin=stdin, stdout=pipe, stderr=stderr, env=env, start_new_session=alone)
+        child = subprocess.Popen(
+            argv, stdin=stdin, stdout=pipe, stderr=stderr, env=env, start_new_session=alone
+        )
     except FileNotFoundError:
         return Result(127, "", f"{argv[0]}: command not found")
     except OSError as error:  # it may not be run
@@ -508,7 +530,9 @@ def items(text: str) -> list[str]:
 def to_interfaces(text: str) -> tuple[str, ...]:
     for name in items(text):
         if not re.fullmatch(r"[A-Za-z0-9_.@][A-Za-z0-9_.@-]*\+?", name) or len(name) > 15:
-            raise ValueError(f"{quoted(name)} is no interface; accepted are names like eth0, and eth+ for all of eth")
+            raise ValueError(
+                f"{quoted(name)} is no interface; accepted are names like eth0, and eth+ for all of eth"
+            )
     return tuple(dict.fromkeys(items(text)))
 
 
@@ -523,7 +547,9 @@ def to_networks(text: str) -> tuple[Network, ...]:
                 raise ValueError  # 0.0.0.255 is 255.255.255.0 to ipaddress, but not to iptables
             networks.append(network)
         except ValueError:
-            raise ValueError(f"{quoted(item)} is no CIDR; accepted are ones like 192.0.2.0/24, 2001:db8::/32") from None
+            raise ValueError(
+                f"{quoted(item)} is no CIDR; accepted are ones like 192.0.2.0/24, 2001:db8::/32"
+            ) from None
     return tuple(dict.fromkeys(networks))
 
 
@@ -573,15 +599,21 @@ def to_logins(text: str) -> tuple[Login, ...]:
         user, bracketed, name, bare, port = match.groups() if match else (None,) * 5
         address = bracketed or bare
         if not match or (address and not to_address(address)):
-            raise ValueError(f"{quoted(item)}: accepted are user@host, user@host:port and user@[IPv6]:port")
+            raise ValueError(
+                f"{quoted(item)}: accepted are user@host, user@host:port and user@[IPv6]:port"
+            )
         logins.append(Login(user or "", address or name or "", to_port(port) if port else 0))
     return tuple(logins)
 
 
 def to_host_keys(text: str) -> tuple[str, ...]:
     for key in items(text) or [text] * bool(text):
-        if not re.fullmatch(r"any|SHA256:[A-Za-z0-9+/]{43}=?|[a-z0-9@.-]+ +[A-Za-z0-9+/]+={0,2}( .*)?", key):
-            raise ValueError(f'{quoted(key)}: accepted are an "ssh-ed25519 AAAA..." line, "SHA256:..." and "any"')
+        if not re.fullmatch(
+            r"any|SHA256:[A-Za-z0-9+/]{43}=?|[a-z0-9@.-]+ +[A-Za-z0-9+/]+={0,2}( .*)?", key
+        ):
+            raise ValueError(
+                f'{quoted(key)}: accepted are an "ssh-ed25519 AAAA..." line, "SHA256:..." and "any"'
+            )
     return tuple(items(text))
 
 
@@ -681,7 +713,9 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
             values[setting.option.strip("-").replace("-", "_")] = setting.convert(text)
         except ValueError as error:
             raise Fatal(f"{source}: {quoted(text)}: {error}", 2) from None
-    values["host"] = tuple(login._replace(port=login.port or values["port"]) for login in values["host"])
+    values["host"] = tuple(
+        login._replace(port=login.port or values["port"]) for login in values["host"]
+    )
     executor = "ssh" if words["ssh"] else "local"
     flags = {name: words[f"--{name.replace('_', '-')}"] for name in ("dry_run", "clean", "status")}
     options = Options(executor=executor, **flags, **values)
@@ -696,7 +730,9 @@ def read_words(argv: Sequence[str]) -> dict[str, Any]:
     for word in argv:
         # docopt takes any unique beginning of an option for it, so that --cle would clean, and -:V for -V
         option = word.split("=")[0] if word.startswith("--") else word
-        if (word.startswith("--") and option not in known) or re.match(rf"-[^-{valued}]*[^-{valued}\w]", word):
+        if (word.startswith("--") and option not in known) or re.match(
+            rf"-[^-{valued}]*[^-{valued}\w]", word
+        ):
             raise Fatal(f"unknown option {quoted(option)}; epok.py --help lists them all", 2)
     try:
         return dict(docopt.docopt(__doc__ or "", list(argv), version=f"epok {VERSION}"))
@@ -716,7 +752,9 @@ def explain_usage(problem: str, argv: Sequence[str]) -> str:
     arguments = [word for word in rest if not (word in takes_value and next(rest, None))]
     if not {"local", "ssh"} & set(arguments):
         return "say where the rules go: epok.py [options] local, or epok.py [options] ssh --host=<user@host>"
-    names = re.findall(r"Option\((?:'-\w', )?(?:None, )?'?(--?[\w-]+)|Argument\(None, '(.*?)'\)", first)
+    names = re.findall(
+        r"Option\((?:'-\w', )?(?:None, )?'?(--?[\w-]+)|Argument\(None, '(.*?)'\)", first
+    )
     unexpected = ", ".join(quoted(option or word) for option, word in names)
     return f"unexpected or repeated: {unexpected or quoted(' '.join(argv))}; see epok.py --help"
 
@@ -728,17 +766,31 @@ def check_combination(options: Options) -> None:
             "which interfaces of the host? give --interfaces (or EPOK_INTERFACES), like -i eth0; see ip -br addr",
             2,
         )
-    if options.external_interface and options.external_interface not in options.interfaces and needs_interfaces:
+    if (
+        options.external_interface
+        and options.external_interface not in options.interfaces
+        and needs_interfaces
+    ):
         listed = ",".join(options.interfaces)
-        raise Fatal(f"--external-interface {quoted(options.external_interface)} is not one of -i {listed}", 2)
+        raise Fatal(
+            f"--external-interface {quoted(options.external_interface)} is not one of -i {listed}",
+            2,
+        )
     if options.executor == "ssh" and not options.host:
         raise Fatal("which host? give --host (or EPOK_SSH_HOST), like --host epok@192.0.2.1", 2)
-    if options.executor == "ssh" and len({(host.lower(), port) for _, host, port in options.host}) < len(options.host):
+    if options.executor == "ssh" and len(
+        {(host.lower(), port) for _, host, port in options.host}
+    ) < len(options.host):
         raise Fatal("--host names one host twice", 2)
     if bool(options.explain) + options.status + (options.dry_run or options.clean) > 1:
-        raise Fatal("--status, --explain and --dry-run or --clean show different things; give one of them", 2)
+        raise Fatal(
+            "--status, --explain and --dry-run or --clean show different things; give one of them",
+            2,
+        )
     if options.output == "json" and not (options.looks or options.dry_run):
-        raise Fatal("--output json is for --status, --explain and --dry-run; a run itself prints nothing", 2)
+        raise Fatal(
+            "--output json is for --status, --explain and --dry-run; a run itself prints nothing", 2
+        )
 
 
 # ------------------------------------------------ access: kubeconfigs, or a pod's account -> Access
@@ -868,8 +920,12 @@ class Access:
     @property
     def shows(self) -> str:
         """By what the server may know who asks; empty when by nothing."""
-        kind = dict(self.headers).get("Authorization", "").partition(" ")[0].lower()  # a pod's is bearer
-        return {"basic": "password", "bearer": "token"}.get(kind, "client certificate" if self.certificate else "")
+        kind = (
+            dict(self.headers).get("Authorization", "").partition(" ")[0].lower()
+        )  # a pod's is bearer
+        return {"basic": "password", "bearer": "token"}.get(
+            kind, "client certificate" if self.certificate else ""
+        )
 
 
 def documents(data: bytes) -> Iterator[Any]:
@@ -886,9 +942,17 @@ def documents(data: bytes) -> Iterator[Any]:
 
     Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
     try:
-        yield from yaml.load_all(io.BytesIO(data), Loader)  # a file: of a text PyYAML's errors show the line
-    except (yaml.YAMLError, ValueError, LookupError) as error:  # the last for !!int and !!bool of what is none
-        raise ValueError(re.sub(r"(^|(alias|anchor|tag|handle|:) )'[^']*'", r"\1'...'", one_line(error))) from None
+        yield from yaml.load_all(
+            io.BytesIO(data), Loader
+        )  # a file: of a text PyYAML's errors show the line
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+    ) as error:  # the last for !!int and !!bool of what is none
+        raise ValueError(
+            re.sub(r"(^|(alias|anchor|tag|handle|:) )'[^']*'", r"\1'...'", one_line(error))
+        ) from None
 
 
 def without_nulls(value: Any) -> Any:
@@ -905,11 +969,15 @@ def read_kubeconfig(file: str) -> KubeconfigFile | None:
     try:
         with open(file, "rb") as opened:
             document: Any = next(documents(opened.read()), None)
-        found: KubeconfigFile = msgspec.convert({} if document is None else without_nulls(document), KubeconfigFile)
+        found: KubeconfigFile = msgspec.convert(
+            {} if document is None else without_nulls(document), KubeconfigFile
+        )
         for entries in (found.clusters, found.users, found.contexts):
             names = [entry.name for entry in entries]
             if len(set(names)) < len(names):
-                raise ValueError(f"a name stands twice in one list: {enumerated(map(quoted, sorted(names)))}")
+                raise ValueError(
+                    f"a name stands twice in one list: {enumerated(map(quoted, sorted(names)))}"
+                )
     except FileNotFoundError:
         return None
     except PermissionError:  # as k3s and kubeadm make it
@@ -951,7 +1019,11 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
     names = options.kubeconfig or "~/.kube/config"
     # the variable is a list; the option names one file, whatever is in its name
     several = names == os.environ.get("KUBECONFIG")
-    files = [os.path.expanduser(file) for file in (names.split(os.pathsep) if several else [names]) if file]
+    files = [
+        os.path.expanduser(file)
+        for file in (names.split(os.pathsep) if several else [names])
+        if file
+    ]
     origin = f"kubeconfig {names if several else files[0]}"
     found = [read for file in files if (read := read_kubeconfig(file))]
     if not found:
@@ -964,8 +1036,12 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
     try:
         name = options.context or everything.current_context
         context = chosen(everything.contexts, name, "context", "give --context")
-        cluster = chosen(everything.clusters, context.cluster, "cluster", f"context {quoted(name)} names it")
-        access = cluster_access(cluster, Access(origin, server_url(cluster.server), shlex.join(kubectl), file))
+        cluster = chosen(
+            everything.clusters, context.cluster, "cluster", f"context {quoted(name)} names it"
+        )
+        access = cluster_access(
+            cluster, Access(origin, server_url(cluster.server), shlex.join(kubectl), file)
+        )
         user = everything.users.get(context.user, UserEntry())
         if not identifies(user) and access.server.startswith("https:"):  # kubectl proxy needs none
             why = "has none" if context.user in everything.users else "is not among its users"
@@ -975,7 +1051,9 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
             )
         return user_access(user, cluster, access, deadline)
     except OSError as error:  # as under systemd, which copies the kubeconfig alone
-        instead = f"what {shlex.join(kubectl)} config view --raw --flatten prints needs no such files"
+        instead = (
+            f"what {shlex.join(kubectl)} config view --raw --flatten prints needs no such files"
+        )
         raise Fatal(f"{origin}: {one_line(error)}; {instead}") from None
     except ValueError as error:
         raise Fatal(f"{origin}: {one_line(error)}") from None
@@ -983,7 +1061,9 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
 
 def chosen(entries: Mapping[str, T], name: str, what: str, hint: str) -> T:
     if name not in entries:
-        there = f"there are {enumerated(map(quoted, entries))}" if entries else "there are none at all"
+        there = (
+            f"there are {enumerated(map(quoted, entries))}" if entries else "there are none at all"
+        )
         which = f"there is no {what} {quoted(name)}" if name else f"no {what} is named"
         raise ValueError(f"{which}; {hint}; {there}")
     return entries[name]
@@ -1010,7 +1090,9 @@ def to_url(text: str, what: str, *schemes: str) -> urllib.parse.SplitResult:
         if url.scheme in schemes and url.hostname and url.port != 0:
             return url
     ways = " or ".join(f"{scheme}://" for scheme in schemes)
-    raise ValueError(f"{what} {quoted(hidden(text))}: accepted is {ways} with a host and maybe a port")
+    raise ValueError(
+        f"{what} {quoted(hidden(text))}: accepted is {ways} with a host and maybe a port"
+    )
 
 
 def server_url(server: str) -> str:
@@ -1019,7 +1101,9 @@ def server_url(server: str) -> str:
         raise ValueError("the cluster has no server")
     url = to_url(server if "://" in server else f"http://{server}", "server", "https", "http")
     if "@" in url.netloc:
-        raise ValueError(f"server {quoted(hidden(server))}: user and password are not for its address")
+        raise ValueError(
+            f"server {quoted(hidden(server))}: user and password are not for its address"
+        )
     return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}"
 
 
@@ -1027,7 +1111,9 @@ def cluster_access(cluster: ClusterEntry, access: Access) -> Access:
     """Adds the server's authority and the way to it. Raises ValueError, OSError."""
     ca = data_or_file(cluster, "certificate_authority")
     if ca and cluster.insecure_skip_tls_verify:
-        raise ValueError("there are both a certificate-authority and insecure-skip-tls-verify; take one of them out")
+        raise ValueError(
+            "there are both a certificate-authority and insecure-skip-tls-verify; take one of them out"
+        )
     proxy = cluster.proxy_url
     if proxy:
         to_url(proxy, "proxy-url", "http", "https", "socks5")
@@ -1082,20 +1168,32 @@ def spares(entry: str, host: str, port: int) -> bool:
     if address or to_address(name):
         return address == to_address(name)
     name = name.removeprefix("*")
-    return host.endswith(name) if name.startswith(".") else host == name or host.endswith(f".{name}")
+    return (
+        host.endswith(name) if name.startswith(".") else host == name or host.endswith(f".{name}")
+    )
 
 
 def identifies(user: UserEntry) -> bool:
     """Whether there are credentials, of whatever kind."""
     words = user.token or user.token_file or user.username or user.password
-    return bool(words or user.client_certificate or user.client_certificate_data or user.auth_provider or user.exec)
+    return bool(
+        words
+        or user.client_certificate
+        or user.client_certificate_data
+        or user.auth_provider
+        or user.exec
+    )
 
 
-def user_access(user: UserEntry, cluster: ClusterEntry, access: Access, deadline: Deadline) -> Access:
+def user_access(
+    user: UserEntry, cluster: ClusterEntry, access: Access, deadline: Deadline
+) -> Access:
     """Adds who epok is. Raises Fatal, ValueError, OSError."""
     if user.auth_provider:
         name = quoted(user.auth_provider.get("name", ""))
-        raise ValueError(f"auth-provider {name} is not one of epok's; give the user a token, or a login plugin (exec)")
+        raise ValueError(
+            f"auth-provider {name} is not one of epok's; give the user a token, or a login plugin (exec)"
+        )
     token, basic = bearer_token(user), bool(user.username or user.password)
     if token and basic:
         raise ValueError("there are both a token and a username; take one of them out")
@@ -1154,29 +1252,43 @@ def run_plugin(
     plugin: Plugin, cluster: ClusterEntry, access: Access, deadline: Deadline
 ) -> tuple[str, tuple[str, str] | None]:
     """The token, and the certificate and key, that a login plugin makes. Raises Fatal, ValueError."""
-    mode = plugin.interactive_mode or ("IfAvailable" if plugin.api_version.endswith("v1beta1") else "")
+    mode = plugin.interactive_mode or (
+        "IfAvailable" if plugin.api_version.endswith("v1beta1") else ""
+    )
     if not plugin.command or plugin.api_version not in PLUGIN_VERSIONS:
         raise ValueError(f"exec needs a command, and an apiVersion: {' or '.join(PLUGIN_VERSIONS)}")
-    if mode not in ("Never", "IfAvailable", "Always") or not all(variable.name for variable in plugin.env):
-        raise ValueError("exec needs interactiveMode Never, IfAvailable or Always, and a name for each variable of env")
+    if mode not in ("Never", "IfAvailable", "Always") or not all(
+        variable.name for variable in plugin.env
+    ):
+        raise ValueError(
+            "exec needs interactiveMode Never, IfAvailable or Always, and a name for each variable of env"
+        )
     doing = f"{access.origin}: its login plugin {quoted(plugin.command)}"
-    instead = f"check it with {access.kubectl} get nodes; a token or client-certificate needs no plugin"
+    instead = (
+        f"check it with {access.kubectl} get nodes; a token or client-certificate needs no plugin"
+    )
     terminal = mode != "Never" and sys.stdin is not None and sys.stdin.isatty()
     if mode == "Always" and not terminal:
-        raise Fatal(f"{doing} asks a person, and there is no terminal (interactiveMode Always); {instead}")
+        raise Fatal(
+            f"{doing} asks a person, and there is no terminal (interactiveMode Always); {instead}"
+        )
     spec: dict[str, Any] = {"interactive": terminal}
     if plugin.provide_cluster_info:
         spec["cluster"] = plugin_cluster(cluster, access)
     asked = {"apiVersion": plugin.api_version, "kind": "ExecCredential", "spec": spec}
     variables = {variable.name: variable.value for variable in plugin.env}
     env = {**os.environ, **variables, "KUBERNETES_EXEC_INFO": json.dumps(asked)}
-    program = shutil.which(plugin.command) or plugin.command  # in epok's PATH, whatever is in its own
+    program = (
+        shutil.which(plugin.command) or plugin.command
+    )  # in epok's PATH, whatever is in its own
     try:
         done = execute([program, *plugin.args], b"", env, deadline, doing, True, terminal)
     except Fatal as error:
         raise Fatal(f"{error}; does it wait for a person? {instead}") from None
     if done.status:
-        said = one_line(done.err or f"exit status {done.status}")  # what it printed may have a token
+        said = one_line(
+            done.err or f"exit status {done.status}"
+        )  # what it printed may have a token
         raise Fatal(f"{doing} failed, {said}; {instead}")
     try:
         return credentials_in(done.out, plugin.api_version)
@@ -1207,7 +1319,9 @@ def plugin_cluster(cluster: ClusterEntry, access: Access) -> dict[str, Any]:
         "proxy-url": cluster.proxy_url,
     }
     key = "client.authentication.k8s.io/exec"
-    config = next((entry.get("extension") for entry in cluster.extensions if entry.get("name") == key), None)
+    config = next(
+        (entry.get("extension") for entry in cluster.extensions if entry.get("name") == key), None
+    )
     return {name: value for name, value in {**told, "config": config}.items() if value}
 
 
@@ -1222,9 +1336,13 @@ def pod_access() -> Access:
             ca = file.read()
     except (config.ConfigException, OSError, ValueError) as error:
         what = one_line(error).rstrip(".")
-        raise Fatal(f"the pod's account: {what}; give --kubeconfig, or --snapshot to do without") from None
+        raise Fatal(
+            f"the pod's account: {what}; give --kubeconfig, or --snapshot to do without"
+        ) from None
     headers = [("Authorization", each["value"].strip()) for each in pod.auth_settings().values()]
-    return Access("the pod's account", pod.host, ca=ca, proxy=proxy_for(pod.host, os.environ), headers=headers)
+    return Access(
+        "the pod's account", pod.host, ca=ca, proxy=proxy_for(pod.host, os.environ), headers=headers
+    )
 
 
 def tls_context(access: Access) -> ssl.SSLContext:
@@ -1238,18 +1356,27 @@ def tls_context(access: Access) -> ssl.SSLContext:
     context = urllib3.util.ssl_.create_urllib3_context()
     context.check_hostname = access.verify
     context.verify_mode = ssl.CERT_REQUIRED if access.verify else ssl.CERT_NONE
-    context.verify_flags = context.verify_flags & ~ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
-    pem = re.findall("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", access.ca, re.DOTALL)
+    context.verify_flags = (
+        context.verify_flags & ~ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
+    )
+    pem = re.findall(
+        "-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", access.ca, re.DOTALL
+    )
     try:
         if access.ca:
             context.load_verify_locations(cadata="\n".join(pem))
         else:
             context.load_default_certs()
     except (ssl.SSLError, ValueError):
-        raise Fatal(f"{access.origin}: its certificate-authority has no certificate, or a broken one") from None
+        raise Fatal(
+            f"{access.origin}: its certificate-authority has no certificate, or a broken one"
+        ) from None
     if access.certificate:
         try:
-            with private_file(access.certificate[0]) as chain, private_file(access.certificate[1]) as key:
+            with (
+                private_file(access.certificate[0]) as chain,
+                private_file(access.certificate[1]) as key,
+            ):
                 context.load_cert_chain(chain, key, password=lambda: "")
         except (ssl.SSLError, ValueError) as error:
             why = "client-certificate and client-key are no pair of PEM files without a password"
@@ -1374,7 +1501,9 @@ class Fields:
 
     def wrong(self, expected: str, key: str = "") -> NoReturn:
         value = self.value.get(key) if key else self.value
-        raise Fatal(f"{self.path}{key and '.' + key}: {quoted(value)} is not {expected}; nothing was changed")
+        raise Fatal(
+            f"{self.path}{key and '.' + key}: {quoted(value)} is not {expected}; nothing was changed"
+        )
 
     def get(self, key: str, default: T) -> T:
         value = self.value.get(key)
@@ -1406,7 +1535,9 @@ def object_name(kind: str, item: Any) -> tuple[Fields, str]:
     parts = [meta.get(key, "") for key in ("namespace", "name") if key == "name" or kind != "Node"]
     # names go into comments of rules; the API server lets no other characters through
     if not all(re.fullmatch(r"[A-Za-z0-9.-]{1,253}", part) for part in parts):
-        raise Fatal(f"{kind} {quoted('/'.join(parts))}: not a name that Kubernetes allows; nothing was changed")
+        raise Fatal(
+            f"{kind} {quoted('/'.join(parts))}: not a name that Kubernetes allows; nothing was changed"
+        )
     name = "/".join(parts)
     meta.path = f"{kind} {name} metadata"
     return meta, name
@@ -1433,7 +1564,9 @@ def to_service(item: Any, always: str = "") -> Service | None:
         return None
     spec = Fields(Fields(item, f"Service {key}").get("spec", {}), f"Service {key} spec")
     ports = [to_service_port(port) for port in spec.each("ports")]
-    families = spec.texts("ipFamilies") or tuple("IPv6" if ":" in ip else "IPv4" for ip in spec.texts("clusterIPs"))
+    families = spec.texts("ipFamilies") or tuple(
+        "IPv6" if ":" in ip else "IPv4" for ip in spec.texts("clusterIPs")
+    )
     return Service(
         key=key,
         uid=meta.get("uid", ""),
@@ -1454,14 +1587,22 @@ def usable(text: str) -> Address | None:
     if address is None:
         return None
     mapped = address.version == 6 and (address.ipv4_mapped or address.scope_id)
-    bad = address.is_unspecified or address.is_loopback or address.is_multicast or address.is_reserved
+    bad = (
+        address.is_unspecified or address.is_loopback or address.is_multicast or address.is_reserved
+    )
     return None if bad or mapped or address.is_link_local else address
 
 
 def to_node(item: Any) -> Node:
     meta, name = object_name("Node", item)
-    spec, status = Fields(item, f"Node {name}").inner("spec"), Fields(item, f"Node {name}").inner("status")
-    listed = [(entry.get("type", ""), usable(entry.get("address", ""))) for entry in status.each("addresses")]
+    spec, status = (
+        Fields(item, f"Node {name}").inner("spec"),
+        Fields(item, f"Node {name}").inner("status"),
+    )
+    listed = [
+        (entry.get("type", ""), usable(entry.get("address", "")))
+        for entry in status.each("addresses")
+    ]
     addresses = []
     for version in (4, 6):
         candidates = [a for kind in ("InternalIP", "ExternalIP") for k, a in listed
@@ -1474,7 +1615,9 @@ def to_node(item: Any) -> Node:
         f"label {EXCLUDE_LABEL}": EXCLUDE_LABEL in labels,
         f"taint {AUTOSCALER_TAINT}": tainted,
     }
-    conditions = {entry.get("type", ""): entry.get("status", "") for entry in status.each("conditions")}
+    conditions = {
+        entry.get("type", ""): entry.get("status", "") for entry in status.each("conditions")
+    }
     return Node(
         name=name,
         addresses=tuple(addresses),
@@ -1493,10 +1636,14 @@ def to_endpoints(item: Any) -> list[Endpoint]:
     endpoints = []
     for entry in fields.each("endpoints"):
         conditions = entry.inner("conditions")
-        ready = conditions.get("ready", True)  # "a nil value should be interpreted as true": its API reference
+        ready = conditions.get(
+            "ready", True
+        )  # "a nil value should be interpreted as true": its API reference
         serving = conditions.get("serving", ready)
         address = usable(next(iter(entry.texts("addresses")), ""))
-        endpoints.append(Endpoint(service, entry.get("nodeName", ""), address, ports, ready, serving))
+        endpoints.append(
+            Endpoint(service, entry.get("nodeName", ""), address, ports, ready, serving)
+        )
     return endpoints
 
 
@@ -1511,7 +1658,9 @@ class Kind(NamedTuple):
 
 SERVICES = Kind("Service", "/api/v1/services", "", to_service)
 NODES = Kind("Node", "/api/v1/nodes", "", to_node)
-ENDPOINT_SLICES = Kind("EndpointSlice", "/apis/discovery.k8s.io/v1/endpointslices", "discovery.k8s.io", to_endpoints)
+ENDPOINT_SLICES = Kind(
+    "EndpointSlice", "/apis/discovery.k8s.io/v1/endpointslices", "discovery.k8s.io", to_endpoints
+)
 HOW_TO_WRITE = "write it with kubectl get services,nodes,endpointslices -A -o json"
 
 
@@ -1527,7 +1676,9 @@ class SnapshotFile:
         except OSError as error:
             raise Fatal(f"{self.name}: {one_line(error)}; {HOW_TO_WRITE}") from None
         except ValueError as error:
-            raise Fatal(f"{self.name} is neither JSON nor YAML: {one_line(error)}; {HOW_TO_WRITE}") from None
+            raise Fatal(
+                f"{self.name} is neither JSON nor YAML: {one_line(error)}; {HOW_TO_WRITE}"
+            ) from None
         except RecursionError:
             raise Fatal(f"{self.name}: nested too deeply; {HOW_TO_WRITE}") from None
 
@@ -1550,7 +1701,9 @@ def flatten(documents: Iterable[Any]) -> Iterator[dict[str, Any]]:
             yield document
             continue
         for item in Fields(document, "snapshot").objects("items"):
-            yield from flatten([{"kind": kind.removesuffix("List"), **Fields(item, "snapshot item").value}])
+            yield from flatten(
+                [{"kind": kind.removesuffix("List"), **Fields(item, "snapshot item").value}]
+            )
 
 
 class Answer(NamedTuple):
@@ -1622,11 +1775,18 @@ class Cluster:
         version, name = f"{kind.group}/v1".lstrip("/"), f"{kind.name}List"
         what = (listed.get("apiVersion"), listed.get("kind")) if isinstance(listed, dict) else ()
         if what != (version, name) or listed.get("items") is None:
-            raise Fatal(f"{self.name} answers no {name} of {version}, but {quoted(status_message(answer.data))}")
+            raise Fatal(
+                f"{self.name} answers no {name} of {version}, but {quoted(status_message(answer.data))}"
+            )
         return Fields(listed, f"{kind.name}List")
 
     def request(
-        self, method: str, path: str, deadline: Deadline, query: Mapping[str, str] | None = None, body: Any = None
+        self,
+        method: str,
+        path: str,
+        deadline: Deadline,
+        query: Mapping[str, str] | None = None,
+        body: Any = None,
     ) -> Answer:
         """The answer: status, headers, body. `body` is for PATCH the fields to merge in. Raises Transient or Fatal."""
         import urllib3
@@ -1636,36 +1796,56 @@ class Cluster:
         headers = urllib3.HTTPHeaderDict(sent)
         headers["Accept"] = "application/json"
         headers["User-Agent"] = f"epok/{VERSION}"
-        headers["Content-Type"] = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        headers["Content-Type"] = (
+            "application/merge-patch+json" if method == "PATCH" else "application/json"
+        )
         url = f"{self.access.server}{path}" + (
-            f"?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote, safe='/')}" if query else ""
+            f"?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote, safe='/')}"
+            if query
+            else ""
         )
         data = None if body is None else json.dumps(body).encode()
         left = deadline.remaining()
         timeout = urllib3.Timeout(connect=min(CONNECT_SECONDS, left), read=left)
         try:
             answer = self.pool.request(
-                method, url, body=data, headers=headers, timeout=timeout, redirect=False, preload_content=False
+                method,
+                url,
+                body=data,
+                headers=headers,
+                timeout=timeout,
+                redirect=False,
+                preload_content=False,
             )
             content = self.body_of(answer)
         except urllib3.exceptions.SSLError as error:
             if "EOF" in str(error):  # a load balancer, say, whose API server is about to come back
                 raise Transient(f"{self.name}: {one_line(error)}") from None
-            raise Fatal(f"{self.name}: {one_line(error)}: {tls_trouble(error)}{self.how_to_reach()}") from None
+            raise Fatal(
+                f"{self.name}: {one_line(error)}: {tls_trouble(error)}{self.how_to_reach()}"
+            ) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise self.unreachable(error) from None
         except ValueError:  # its text would show the token
             what = "the address, the token or an as has characters that no request can have"
             raise Fatal(f"{self.name}: {what}") from None
-        log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, len(content))
+        log.debug(
+            "%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, len(content)
+        )
         return Answer(answer.status, answer.headers, content)
 
     def unreachable(self, error: Exception) -> Exception:
         """What a connection that was not made, or that broke, means."""
-        refused = re.search(r"Tunnel connection failed: (4[0-9][0-9])|SOCKS5 authentication", str(error))
+        refused = re.search(
+            r"Tunnel connection failed: (4[0-9][0-9])|SOCKS5 authentication", str(error)
+        )
         if refused:
             login = refused[1] in ("401", "407", None)
-            why = "user:password@ in its address is missing or wrong" if login else "its rules forbid it"
+            why = (
+                "user:password@ in its address is missing or wrong"
+                if login
+                else "its rules forbid it"
+            )
             what = f"answers {refused[1]}" if refused[1] else "lets nobody in like that"
             return Fatal(f"{self.name}: the proxy {what}: {why}; see proxy-url, or HTTPS_PROXY")
         return Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach())
@@ -1677,7 +1857,9 @@ class Cluster:
         except ValueError as error:  # the length of a chunk is less than nothing, say
             raise OSError(one_line(error)) from None
         if len(body) == ANSWER_LIMIT:
-            raise Fatal(f"{self.name}: more than {ANSWER_LIMIT >> 20} MiB in one answer; nothing was changed")
+            raise Fatal(
+                f"{self.name}: more than {ANSWER_LIMIT >> 20} MiB in one answer; nothing was changed"
+            )
         return body
 
     def refusal(self, answer: Any, verb: str, resource: str, group: str = "") -> Exception:
@@ -1687,15 +1869,21 @@ class Cluster:
             return Transient(told, retry_after(answer.headers.get("Retry-After", "")))
         if answer.status == 401:
             if not self.access.shows:
-                return Fatal(f"{told}: no credentials were sent, since {self.access.origin} has none")
+                return Fatal(
+                    f"{told}: no credentials were sent, since {self.access.origin} has none"
+                )
             renew = f"the {self.access.shows} is not accepted; renew it"
             if self.access.kubectl:
                 renew += "; k3s: copy /etc/rancher/k3s/k3s.yaml anew; kubeadm: kubeadm certs renew admin.conf"
             return Fatal(f"{told}: {renew}")
         if answer.status == 403:
             said = status_message(answer.data)
-            allow = f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
-            return Fatal(f"{told}: {mistaken(said, self.access) or allow + how_to_allow(verb, said)}")
+            allow = (
+                f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
+            )
+            return Fatal(
+                f"{told}: {mistaken(said, self.access) or allow + how_to_allow(verb, said)}"
+            )
         return Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
 
     def how_to_reach(self) -> str:
@@ -1724,7 +1912,13 @@ class Cluster:
         uid = uids.get(event.service) or self.uid_of(namespace, service, deadline)
         if not uid:
             return  # nobody would look for it
-        involved = {"apiVersion": "v1", "kind": "Service", "namespace": namespace, "name": service, "uid": uid}
+        involved = {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "namespace": namespace,
+            "name": service,
+            "uid": uid,
+        }
         name = f"{service}.{hashlib.sha256(repr((uid, event)).encode()).hexdigest()[:16]}"
         path = f"/api/v1/namespaces/{namespace}/events"
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -1735,11 +1929,23 @@ class Cluster:
             self.send("PATCH", f"{path}/{name}", again, deadline)
             return
         times = {"firstTimestamp": now, "lastTimestamp": now, "count": 1}
-        said = {"type": event.type, "reason": event.reason, "message": event.message, "source": {"component": "epok"}}
-        made = {"metadata": {"name": name, "namespace": namespace}, "involvedObject": involved, **said, **times}
+        said = {
+            "type": event.type,
+            "reason": event.reason,
+            "message": event.message,
+            "source": {"component": "epok"},
+        }
+        made = {
+            "metadata": {"name": name, "namespace": namespace},
+            "involvedObject": involved,
+            **said,
+            **times,
+        }
         self.send("POST", path, made, deadline)
 
-    def record_all(self, events: Iterable[Event], uids: Mapping[str, str], deadline: Deadline) -> None:
+    def record_all(
+        self, events: Iterable[Event], uids: Mapping[str, str], deadline: Deadline
+    ) -> None:
         """Writes Events, in other namespaces also when one refuses them. Raises Fatal when any was not written."""
         failed: dict[str, str] = {}
         for event in events:
@@ -1751,7 +1957,9 @@ class Cluster:
             except Fatal as error:
                 failed[namespace] = str(error)
         if failed:
-            raise Fatal(f"{next(iter(failed.values()))}; no Events in namespace {enumerated(failed)}")
+            raise Fatal(
+                f"{next(iter(failed.values()))}; no Events in namespace {enumerated(failed)}"
+            )
 
     def send(self, method: str, path: str, body: Any, deadline: Deadline) -> Fields | None:
         """Creates or patches an Event; None where it, or its namespace, is not there, or where it is there already."""
@@ -1767,16 +1975,22 @@ class Cluster:
         try:
             return json.loads(body)
         except (ValueError, RecursionError):
-            raise Fatal(f"{self.name} answers no JSON, but {quoted(status_message(body))}") from None
+            raise Fatal(
+                f"{self.name} answers no JSON, but {quoted(status_message(body))}"
+            ) from None
 
 
 def mistaken(message: str, access: Access) -> str:
     """Why the server takes epok for nobody, or for somebody else than it may be, if an answer with 403 says so."""
-    if re.search('User "system:(anonymous|unauthenticated)"', message):  # who are everybody: never grant them anything
+    if re.search(
+        'User "system:(anonymous|unauthenticated)"', message
+    ):  # who are everybody: never grant them anything
         if not access.shows:
             return f"no credentials were sent, since {access.origin} has none"
         if access.shows == "password":
-            return f"API servers take no username and password any more; give {access.origin} a token"
+            return (
+                f"API servers take no username and password any more; give {access.origin} a token"
+            )
         return f"the {access.shows} of {access.origin} did not arrive; is there something in between that ends TLS?"
     if "cannot impersonate" in message:
         return f"take as, as-uid, as-groups and as-user-extra out of {access.origin}"
@@ -1797,17 +2011,31 @@ def how_to_allow(verb: str, message: str) -> str:
 
 # What OpenSSL says, and what is wrong then.
 TLS_TROUBLES = (
-    ("certificate has expired", "the server's certificate has expired, or this machine's clock is wrong"),
+    (
+        "certificate has expired",
+        "the server's certificate has expired, or this machine's clock is wrong",
+    ),
     ("not yet valid", "this machine's clock is behind, or the server's certificate is for later"),
-    ("mismatch", "the server's certificate is for other names than the one in server, or in tls-server-name"),
-    ("verify failed", "the server's certificate is not by the certificate-authority (without one: this machine's)"),
+    (
+        "mismatch",
+        "the server's certificate is for other names than the one in server, or in tls-server-name",
+    ),
+    (
+        "verify failed",
+        "the server's certificate is not by the certificate-authority (without one: this machine's)",
+    ),
     ("WRONG_VERSION_NUMBER|record layer|HTTP_REQUEST", "what answers there speaks no TLS"),
-    ("alert", "the server, or what is before it, refuses to talk to a client with this certificate, or with none"),
+    (
+        "alert",
+        "the server, or what is before it, refuses to talk to a client with this certificate, or with none",
+    ),
 )
 
 
 def tls_trouble(error: Exception) -> str:
-    return next((why for pattern, why in TLS_TROUBLES if re.search(pattern, str(error))), "TLS failed")
+    return next(
+        (why for pattern, why in TLS_TROUBLES if re.search(pattern, str(error))), "TLS failed"
+    )
 
 
 def status_message(body: bytes) -> str:
@@ -1834,8 +2062,16 @@ class Reader:
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
         self.deadline = deadline
-        login = Background(*((SnapshotFile, options.snapshot) if options.snapshot else (Cluster, options, deadline)))
-        self.source = login.result(deadline, "logging in to the cluster, or reading the snapshot", 1)
+        login = Background(
+            *(
+                (SnapshotFile, options.snapshot)
+                if options.snapshot
+                else (Cluster, options, deadline)
+            )
+        )
+        self.source = login.result(
+            deadline, "logging in to the cluster, or reading the snapshot", 1
+        )
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
         reading = Background(self.source.read, kind, selector)
@@ -1847,10 +2083,14 @@ class Reader:
         services = self.once_each(SERVICES._replace(convert=convert), "key")
         nodes = self.once_each(NODES, "name")
         if not nodes:
-            raise Fatal(f"{self.source.name} has no node at all, so it cannot be whole; nothing was changed")
+            raise Fatal(
+                f"{self.source.name} has no node at all, so it cannot be whole; nothing was changed"
+            )
         if not any(node.addresses for node in nodes):
             why = "none of its nodes has an InternalIP or ExternalIP that packets can be sent to"
-            raise Fatal(f"{self.source.name}: {why}; see kubectl get nodes -o wide; nothing was changed")
+            raise Fatal(
+                f"{self.source.name}: {why}; see kubectl get nodes -o wide; nothing was changed"
+            )
         return Snapshot(services, nodes, {})
 
     def once_each(self, kind: Kind, key: str) -> tuple[Any, ...]:
@@ -1859,7 +2099,9 @@ class Reader:
         for each in self.read(kind):
             name = getattr(each, key)
             if found.setdefault(name, each) != each:
-                raise Fatal(f"{self.source.name} has {kind.name} {name} twice, and not the same; nothing was changed")
+                raise Fatal(
+                    f"{self.source.name} has {kind.name} {name} twice, and not the same; nothing was changed"
+                )
         return tuple(found.values())
 
     def with_endpoints(self, snapshot: Snapshot, on_node: bool, explained: str = "") -> Snapshot:
@@ -1995,7 +2237,9 @@ def to_mapping(text: str) -> PortMapping:
         raise ValueError(f"no protocol {quoted(protocol)}; there are tcp, udp and sctp")
     external = to_range(words[0])
     if external is None or len(words) > 2:
-        raise ValueError('not understood; write it like "25:2025", "53:dns/udp" or "8000-8010:30000-30010"')
+        raise ValueError(
+            'not understood; write it like "25:2025", "53:dns/udp" or "8000-8010:30000-30010"'
+        )
     target = None
     if len(words) == 2:
         target = to_range(words[1]) or words[1]
@@ -2011,7 +2255,10 @@ def to_mapping(text: str) -> PortMapping:
 
 def listed(ports: Iterable[Port]) -> str:
     """The NodePorts of a Service for a message."""
-    return enumerated(f"{p.node_port} ({p.name or p.port}/{p.protocol})" for p in ports if p.node_port) or "none"
+    return (
+        enumerated(f"{p.node_port} ({p.name or p.port}/{p.protocol})" for p in ports if p.node_port)
+        or "none"
+    )
 
 
 PortIndex = dict[tuple[str, int | str], list[Port]]
@@ -2039,7 +2286,9 @@ def ports_for(service: Service, index: PortIndex, mapping: PortMapping, offset: 
     if not found:
         raise ValueError(f"no {what}; the NodePorts of this Service are {listed(service.ports)}")
     if not wanted:
-        raise ValueError(f"{what} has no {mapping.protocol}; the NodePorts of this Service are {listed(service.ports)}")
+        raise ValueError(
+            f"{what} has no {mapping.protocol}; the NodePorts of this Service are {listed(service.ports)}"
+        )
     if not all(port.node_port for port in wanted):
         raise ValueError(f"{what} has no NodePort; let the Service allocate NodePorts")
     return wanted
@@ -2059,15 +2308,23 @@ def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
     index = index_ports(service)
     for number, text in enumerate(dict.fromkeys(texts)):
         if number == MAX_MAPPINGS:
-            plan.rejections.append(Rejection(service.key, "", f"has more than {number} mappings; the rest is left out"))
+            plan.rejections.append(
+                Rejection(service.key, "", f"has more than {number} mappings; the rest is left out")
+            )
             return
         try:
             if service.type not in ("NodePort", "LoadBalancer"):
-                raise ValueError(f"a Service of type {service.type} has no NodePorts; make it NodePort or LoadBalancer")
+                raise ValueError(
+                    f"a Service of type {service.type} has no NodePorts; make it NodePort or LoadBalancer"
+                )
             mapping = to_mapping(text)
             size = mapping.external.last - mapping.external.first + 1
             # the list first: a mapping stands as a whole or not at all
-            found = [(offset, port) for offset in range(size) for port in ports_for(service, index, mapping, offset)]
+            found = [
+                (offset, port)
+                for offset in range(size)
+                for port in ports_for(service, index, mapping, offset)
+            ]
         except ValueError as error:
             plan.rejections.append(Rejection(service.key, text, str(error)))
             continue
@@ -2080,7 +2337,9 @@ def check_annotations(service: Service, plan: Plan) -> None:
     if not strange or not service.annotations.keys() & set(PORT_ANNOTATIONS):
         return
     if len(strange) > MAX_STRANGE:
-        raise ValueError(f"has {len(strange)} annotations that epok does not know, like {quoted(strange[0])}")
+        raise ValueError(
+            f"has {len(strange)} annotations that epok does not know, like {quoted(strange[0])}"
+        )
     for name in strange:
         meant = nearest(name)
         what = f"epok knows no annotation {quoted(name)}; is {meant} meant?"
@@ -2109,7 +2368,9 @@ def allowed_sources(service: Service) -> tuple[Network, ...] | None:
     """The networks that may use a Service, None for everybody. Raises ValueError: in doubt nobody may."""
     given = [name for name in ALLOW_ANNOTATIONS if name in service.annotations]
     if len({service.annotations[name] for name in given}) > 1:
-        raise ValueError(f"{' and '.join(given)} say different things; until one of them is gone nobody may")
+        raise ValueError(
+            f"{' and '.join(given)} say different things; until one of them is gone nobody may"
+        )
     text = service.annotations[given[0]] if given else None
     if text is None and not service.source_ranges:
         return None
@@ -2139,7 +2400,9 @@ def choose_nodes(nodes: Iterable[Node], plan: Plan) -> list[Node]:
         if chosen:
             plan.warnings += [warning] if warning else []
             return chosen
-    plan.warnings.append("every node is excluded by an annotation, label or taint; nothing can be forwarded")
+    plan.warnings.append(
+        "every node is excluded by an annotation, label or taint; nothing can be forwarded"
+    )
     return []
 
 
@@ -2157,7 +2420,8 @@ class Place(NamedTuple):
 
     def target(self, port: Port) -> Target:
         return Target(
-            self.address, port.node_port if self.ports is None else self.ports.get((port.name, port.protocol), 0)
+            self.address,
+            port.node_port if self.ports is None else self.ports.get((port.name, port.protocol), 0),
         )
 
 
@@ -2169,7 +2433,9 @@ def each_address_once(places: Iterable[Place]) -> Places:
     unique: dict[Address, Place] = {}
     for place in sorted(places, key=lambda place: (place.live, place.name)):
         ports = unique.get(place.address, place).ports
-        unique[place.address] = place._replace(ports=place.ports and {**(ports or {}), **place.ports})
+        unique[place.address] = place._replace(
+            ports=place.ports and {**(ports or {}), **place.ports}
+        )
     found: dict[int, list[Place]] = {4: [], 6: []}
     for address in sorted(unique, key=lambda address: (address.version, address)):
         found[address.version].append(unique[address])
@@ -2195,7 +2461,11 @@ def having_pods(nodes: Iterable[Place], endpoints: Sequence[Endpoint]) -> list[P
     """Of the nodes those that have pods; only where these can be used they are live."""
     having = {e.node for e in endpoints}
     using = {e.node for e in itertools.compress(endpoints, in_use(endpoints))}
-    return [node._replace(live=node.live and node.name in using) for node in nodes if node.name in having]
+    return [
+        node._replace(live=node.live and node.name in using)
+        for node in nodes
+        if node.name in having
+    ]
 
 
 def in_use(endpoints: Sequence[Endpoint]) -> list[bool]:
@@ -2212,7 +2482,9 @@ def highest(service: str, places: list[Place], most: int) -> list[Place]:
     """
     if len(places) <= most:
         return places
-    ranked = sorted(places, key=lambda place: hashlib.sha256(f"{service} {place.name}".encode()).digest())
+    ranked = sorted(
+        places, key=lambda place: hashlib.sha256(f"{service} {place.name}".encode()).digest()
+    )
     firsts, others = ranked[:most], (place for place in ranked[most:] if place.live)
     lacking = sum(not place.live for place in firsts)
     stand_ins = [place._replace(first=False) for place in itertools.islice(others, lacking)]
@@ -2227,7 +2499,9 @@ class Nodes:
         self.all = each_address_once(places)
 
 
-def places_of(service: Service, snapshot: Snapshot, nodes: Nodes, own: Set[str], options: Options) -> list[Place]:
+def places_of(
+    service: Service, snapshot: Snapshot, nodes: Nodes, own: Set[str], options: Options
+) -> list[Place]:
     """Where a Service's connections may go: nodes, or, on a host that is one of them, its pods.
 
     On such a host a NodePort cannot be the target: a connection is translated once, so kube-proxy would not see it.
@@ -2236,8 +2510,13 @@ def places_of(service: Service, snapshot: Snapshot, nodes: Nodes, own: Set[str],
     if own:
         found = each_address_once(pod_places(service, endpoints, own))
     else:
-        found = each_address_once(having_pods(nodes.places, endpoints)) if service.local else nodes.all
-        found = {version: highest(service.key, places, options.max_nodes) for version, places in found.items()}
+        found = (
+            each_address_once(having_pods(nodes.places, endpoints)) if service.local else nodes.all
+        )
+        found = {
+            version: highest(service.key, places, options.max_nodes)
+            for version, places in found.items()
+        }
     return [place for version in sorted({*service.versions}) for place in found[version]]
 
 
@@ -2250,7 +2529,9 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
     if options.executor == "ssh":
         taken = {("tcp", login.port): ("", 0) for login in options.host}
     # the older Service wins a port that two ask for
-    for service in sorted(snapshot.services, key=lambda service: (service.created or "~", service.key)):
+    for service in sorted(
+        snapshot.services, key=lambda service: (service.created or "~", service.key)
+    ):
         try:
             check_annotations(service, plan)
             sources = allowed_sources(service)
@@ -2264,11 +2545,17 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
         live = any(place.live for place in places)
         if claims and not live and (nodes or own):
             what = "ready endpoint" if own or service.local else "node"
-            plan.warnings.append(f"{service.key}: not forwarded, there is no {what} of its IP families to forward to")
-        forwards = [forward_of(service, claim, places, sources, options, bool(own)) for claim in claims]
+            plan.warnings.append(
+                f"{service.key}: not forwarded, there is no {what} of its IP families to forward to"
+            )
+        forwards = [
+            forward_of(service, claim, places, sources, options, bool(own)) for claim in claims
+        ]
         lacking = [forward.port for forward in forwards if live and not forward.targets]
         if lacking:
-            plan.warnings.append(f"{service.key}: not forwarded, no ready pod has the port {enumerated(lacking)}")
+            plan.warnings.append(
+                f"{service.key}: not forwarded, no ready pod has the port {enumerated(lacking)}"
+            )
         merged = merge([forward for forward in forwards if forward.targets])
         if len(merged) * len(sources or ()) > MAX_SOURCES:
             what = f"{len(merged)} external ports for {len(sources or ())} networks make more than {MAX_SOURCES} rules"
@@ -2279,7 +2566,9 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
     return plan
 
 
-def granted(service: Service, taken: dict[tuple[str, int], tuple[str, int]], plan: Plan) -> Iterator[Claim]:
+def granted(
+    service: Service, taken: dict[tuple[str, int], tuple[str, int]], plan: Plan
+) -> Iterator[Claim]:
     """The claims of a Service that nobody made before; `taken` learns them."""
     refused: dict[tuple[str, str], list[Claim]] = {}
     for claim in claims_of(service, plan):
@@ -2294,7 +2583,9 @@ def granted(service: Service, taken: dict[tuple[str, int], tuple[str, int]], pla
     for (mapping, reason), claims in refused.items():
         ports = spans({claim.external for claim in claims})
         protocols = ", ".join(sorted({claim.port.protocol for claim in claims}))
-        plan.rejections.append(Rejection(service.key, mapping, f"external port {ports} ({protocols}) is {reason}"))
+        plan.rejections.append(
+            Rejection(service.key, mapping, f"external port {ports} ({protocols}) is {reason}")
+        )
 
 
 def spans(ports: Iterable[int]) -> str:
@@ -2318,9 +2609,12 @@ def forward_of(
         last=claim.external,
         service=service.key,
         port=claim.port.name or str(claim.port.port),
-        targets=tuple(target for place in places if place.live and (target := place.target(claim.port)).port),
+        targets=tuple(
+            target for place in places if place.live and (target := place.target(claim.port)).port
+        ),
         direct=direct,
-        masquerade=options.masquerade == "always" or (options.masquerade == "auto" and not service.local),
+        masquerade=options.masquerade == "always"
+        or (options.masquerade == "auto" and not service.local),
         internal=any(name in service.annotations for name in INTERNAL_ANNOTATIONS),
         sources=sources,
         known=tuple(place.address for place in places if place.first) if service.sticky else (),
@@ -2340,7 +2634,10 @@ def merge(forwards: list[Forward]) -> list[Forward]:
     ordered = enumerate(sorted(forwards, key=lambda forward: (forward.protocol, forward.first)))
     runs = [[forward for _, forward in run] for _, run in itertools.groupby(ordered, run_of)]
     ports = [run[0].port if len(run) == 1 else f"{run[0].port}-{run[-1].port}" for run in runs]
-    return [dataclasses.replace(run[0], last=run[-1].last, port=port) for run, port in zip(runs, ports, strict=True)]
+    return [
+        dataclasses.replace(run[0], last=run[-1].last, port=port)
+        for run, port in zip(runs, ports, strict=True)
+    ]
 
 
 # ------------------------------------------------ ruleset: Forwards -> chains, in iptables-save's words
@@ -2348,11 +2645,17 @@ def merge(forwards: list[Forward]) -> list[Forward]:
 # Each rule below was printed back by iptables-save as it stands here, by nft and legacy, IPv4 and IPv6.
 
 ROOT, FORWARD, POSTROUTING = "EPOK", "EPOK-FORWARD", "EPOK-POSTROUTING"
-BUILT_IN = {"filter": ("INPUT", "FORWARD", "OUTPUT"), "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING")}
+BUILT_IN = {
+    "filter": ("INPUT", "FORWARD", "OUTPUT"),
+    "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
+}
 HOST_HOOK = f"-m addrtype --dst-type LOCAL -j {ROOT}"
 HOOKS = {
     "filter": {"FORWARD": f"-j {FORWARD}"},
-    "nat": {"PREROUTING": HOST_HOOK, "POSTROUTING": f"-j {POSTROUTING}"},  # with lo, OUTPUT has it too
+    "nat": {
+        "PREROUTING": HOST_HOOK,
+        "POSTROUTING": f"-j {POSTROUTING}",
+    },  # with lo, OUTPUT has it too
 }
 # The trie over the 16 bits of a port is cut at these bits: fewer bits a level send less when a port changes,
 # more bits a level make fewer chains.
@@ -2415,12 +2718,18 @@ def render(forwards: Sequence[Forward], family: Family, options: Options) -> Tab
     external = options.external_interface
     ways = {name: entries(name, family, options.addresses) for name in options.interfaces}
     inner = any(ways[name] for name in ways if name != external)
-    reachable = [forward for forward in forwards if inner or (ways.get(external) and not forward.internal)]
+    reachable = [
+        forward for forward in forwards if inner or (ways.get(external) and not forward.internal)
+    ]
     leaves = [leaf for forward in reachable for leaf in add_leaf(forward, family, options, nat)]
     inside = add_trees(leaves, nat) if inner else {}
-    outside = add_trees([leaf for leaf in leaves if not leaf.internal], nat) if ways.get(external) else {}
+    outside = (
+        add_trees([leaf for leaf in leaves if not leaf.internal], nat) if ways.get(external) else {}
+    )
     nat.chains[ROOT] = root_rules(ways, inside, outside, external)
-    nat.chains[POSTROUTING] = [f"-m connmark --mark {masquerade:#x}/{masquerade:#x} -j MASQUERADE --random-fully"]
+    nat.chains[POSTROUTING] = [
+        f"-m connmark --mark {masquerade:#x}/{masquerade:#x} -j MASQUERADE --random-fully"
+    ]
     nat.hooks = {chain: [hook] for chain, hook in HOOKS["nat"].items()}
     nat.hooks["OUTPUT"] = [HOST_HOOK] if "lo" in options.interfaces else []
     accept = Table({FORWARD: [f"-m connmark {marked(options.mark)} -j ACCEPT"]})
@@ -2434,13 +2743,20 @@ def marked(mark: Mark) -> str:
 
 
 def root_rules(
-    ways: Mapping[str, list[str]], inside: Mapping[str, str], outside: Mapping[str, str], external: str
+    ways: Mapping[str, list[str]],
+    inside: Mapping[str, str],
+    outside: Mapping[str, str],
+    external: str,
 ) -> list[str]:
     """The rules of EPOK: from each way in to the first chain of a protocol, the external interface first."""
     rules = []
     for interface, matches in sorted(ways.items(), key=lambda way: way[0] != external):
         trees = outside if interface == external else inside
-        rules += [f"{match} -p {protocol} -g {chain}" for match in matches for protocol, chain in trees.items()]
+        rules += [
+            f"{match} -p {protocol} -g {chain}"
+            for match in matches
+            for protocol, chain in trees.items()
+        ]
         if interface == external and inside:
             # so that another interface that covers this one, like eth+, does not let its packets in
             rules.append(f"{'-o' if interface == 'lo' else '-i'} {interface} -j RETURN")
@@ -2456,7 +2772,11 @@ def entries(interface: str, family: Family, addresses: Sequence[Network]) -> lis
     # packets of the host to itself pass OUTPUT, where -i cannot match
     if not addresses or any(not network.prefixlen for network in given):
         return [f"! -d {family.loopback} -o lo"]
-    return [f"-d {text_of(part)} -o lo" for network in given for part in without(network, family.loopback)]
+    return [
+        f"-d {text_of(part)} -o lo"
+        for network in given
+        for part in without(network, family.loopback)
+    ]
 
 
 def without(network: Any, hole: Any) -> list[Network]:
@@ -2499,7 +2819,9 @@ def add_branch(protocol: str, leaves: Sequence[Leaf], level: int, nat: Table) ->
         level += 1
     rules = []
     # a range that crosses a border between blocks stands alone in this chain
-    for _, group in itertools.groupby(leaves, lambda leaf: (leaf.first >> CUTS[level], leaf.last >> CUTS[level])):
+    for _, group in itertools.groupby(
+        leaves, lambda leaf: (leaf.first >> CUTS[level], leaf.last >> CUTS[level])
+    ):
         block = list(group)
         rule = block[0].rule
         if len(block) > 1:
@@ -2526,17 +2848,26 @@ def add_leaf(forward: Forward, family: Family, options: Options, nat: Table) -> 
     chain = nat.add(prefix, rules)
     # 255 bytes are all that iptables keeps: four names of 63 make more
     comment = f"{forward.service} {forward.port}"[:250] + (" pods" if forward.direct else "")
-    if not re.fullmatch(r"[A-Za-z0-9_.:/ -]{1,255}", comment):  # anything else could end the rule or begin another
+    if not re.fullmatch(
+        r"[A-Za-z0-9_.:/ -]{1,255}", comment
+    ):  # anything else could end the rule or begin another
         raise Fatal(f"{quoted(comment)} cannot stand in a comment of iptables; nothing was changed")
     if sources and all(network.prefixlen for network in sources):
-        chain = nat.add(prefix, [f'-s {text_of(n)} -m comment --comment "{comment}" -g {chain}' for n in sources])
-    external = f"{forward.first}:{forward.last}" if forward.last > forward.first else f"{forward.first}"
+        chain = nat.add(
+            prefix,
+            [f'-s {text_of(n)} -m comment --comment "{comment}" -g {chain}' for n in sources],
+        )
+    external = (
+        f"{forward.first}:{forward.last}" if forward.last > forward.first else f"{forward.first}"
+    )
     rule = f'-p {forward.protocol} -m {forward.protocol} --dport {external} -m comment --comment "{comment}" -g {chain}'
     return [Leaf(forward.first, forward.last, forward.protocol, forward.internal, rule)]
 
 
 @functools.lru_cache
-def shares(protocol: str, targets: tuple[Address, ...], known: tuple[Address, ...]) -> list[tuple[int, str]]:
+def shares(
+    protocol: str, targets: tuple[Address, ...], known: tuple[Address, ...]
+) -> list[tuple[int, str]]:
     """The rules that pick one of the targets: its number, and all of the rule but the port, which comes last.
 
     The pick is by the low bits of the client's address when addresses are `known` (see Forward), else at random.
@@ -2554,7 +2885,10 @@ def shares(protocol: str, targets: tuple[Address, ...], known: tuple[Address, ..
     # 1/left as iptables-save prints it: the kernel keeps 31 bits of a probability
     chances = [f"{int(2**31 / left + 0.5) / 2**31:.11f}" for left in range(len(targets), 1, -1)]
     matches = [f" -m statistic --mode random --probability {chance}" for chance in chances] + [""]
-    return [(n, f"-p {protocol}{match} {end}") for n, (match, end) in enumerate(zip(matches, ends, strict=True))]
+    return [
+        (n, f"-p {protocol}{match} {end}")
+        for n, (match, end) in enumerate(zip(matches, ends, strict=True))
+    ]
 
 
 @functools.lru_cache
@@ -2567,7 +2901,9 @@ def buckets_of(known: tuple[str, ...], live: tuple[str, ...]) -> list[int]:
     count = 64
     while count < 4 * len(known):
         count *= 2
-    wishes = {name: iter(sorted(range(count), key=likings(name, count).__getitem__)) for name in known}
+    wishes = {
+        name: iter(sorted(range(count), key=likings(name, count).__getitem__)) for name in known
+    }
     owners: dict[int, str] = {}
     for name in itertools.islice(itertools.cycle(known), count):
         owners[next(bucket for bucket in wishes[name] if bucket not in owners)] = name
@@ -2622,7 +2958,10 @@ class Live:
 
     @property
     def node_ports(self) -> str:
-        ports = {target.port: Range(target.port, target.port + self.last - self.first) for target in self.targets}
+        ports = {
+            target.port: Range(target.port, target.port + self.last - self.first)
+            for target in self.targets
+        }
         return ", ".join(map(str, ports.values()))
 
     @property
@@ -2639,7 +2978,12 @@ class Live:
 
     def document(self) -> dict[str, Any]:
         """The same for programs."""
-        named = {"protocol": self.protocol, "first": self.first, "last": self.last, "service": self.service}
+        named = {
+            "protocol": self.protocol,
+            "first": self.first,
+            "last": self.last,
+            "service": self.service,
+        }
         places = [{"address": str(target.address), "port": target.port} for target in self.targets]
         for place, count in zip(places, self.counts[1:], strict=False):
             place["connections"] = count
@@ -2665,7 +3009,9 @@ DISPATCH = re.compile(
 TARGET = re.compile(r"--to-destination \[?([0-9a-f.:]+)\]?:(\d{1,5})", re.ASCII)
 ENTRY = re.compile(r"(?:(! )?-d (\S+) )?(?:-i|-o) (\S+) -p \w+ -g (\S+)")
 Key = tuple[int, int, str, str]  # ports, protocol and Service
-Dispatch = tuple[re.Match[str], tuple[str, ...]]  # a rule that leads to a forward, and the ways by which it is met
+Dispatch = tuple[
+    re.Match[str], tuple[str, ...]
+]  # a rule that leads to a forward, and the ways by which it is met
 
 
 def dispatches_in(tables: Tables) -> dict[Key, Dispatch]:
@@ -2688,30 +3034,47 @@ def dispatches_in(tables: Tables) -> dict[Key, Dispatch]:
     return found
 
 
-def forwards_in(tables: Tables, version: int, counts: Mapping[str, Sequence[int]] | None = None) -> dict[Key, Live]:
+def forwards_in(
+    tables: Tables, version: int, counts: Mapping[str, Sequence[int]] | None = None
+) -> dict[Key, Live]:
     """What rules forward; `counts` are those of the rules, by chain."""
     found = dispatches_in(tables).items()
-    return {key: read_forward(key, dispatch, tables["nat"], version, counts) for key, dispatch in found}
+    return {
+        key: read_forward(key, dispatch, tables["nat"], version, counts) for key, dispatch in found
+    }
 
 
 def entries_in(tables: Tables) -> list[re.Match[str]]:
     """The rules of EPOK that lead packets in: whether the address is negated, address, interface and chain."""
-    return [match for rule in tables["nat"].chains.get(ROOT, []) if (match := ENTRY.fullmatch(rule))]
+    return [
+        match for rule in tables["nat"].chains.get(ROOT, []) if (match := ENTRY.fullmatch(rule))
+    ]
 
 
 def ways_in(tables: Tables) -> list[tuple[str, str]]:
     """How packets come to the forwards, "eth0" or "192.0.2.1/32 by eth0", and the chain that they come to."""
     entries = (match.groups() for match in entries_in(tables))
-    return [(f"{to} by {name}" if to and not negated else name, chain) for negated, to, name, chain in entries]
+    return [
+        (f"{to} by {name}" if to and not negated else name, chain)
+        for negated, to, name, chain in entries
+    ]
 
 
 def read_forward(
-    key: Key, dispatch: Dispatch, nat: Table, version: int, counts: Mapping[str, Sequence[int]] | None = None
+    key: Key,
+    dispatch: Dispatch,
+    nat: Table,
+    version: int,
+    counts: Mapping[str, Sequence[int]] | None = None,
 ) -> Live:
     """The forward that a rule leads to."""
     (match, ways), chains, counts = dispatch, nat.chains, counts or nat.counts
     (first, last, protocol, service), (port, pods, chain) = key, match.groups()[4:]
-    sources = {rule.split()[1]: rule.split()[-1] for rule in chains.get(chain, []) if re.match("-s .* -g ", rule)}
+    sources = {
+        rule.split()[1]: rule.split()[-1]
+        for rule in chains.get(chain, [])
+        if re.match("-s .* -g ", rule)
+    }
     leaf = next(iter(sources.values()), chain)
     rules = chains.get(leaf, [])
     met: dict[Target, int] = {}
@@ -2761,13 +3124,22 @@ def difference(old: Live, new: Live) -> str:
     """What changed about a forward, as a person says it."""
     lists = [(old.ways, new.ways, "by "), (old.sources, new.sources, "for ")]
     told = [f"NodePort {old.node_ports} before"] if old.node_ports != new.node_ports else []
-    pairs = [([str(t.address) for t in old.targets], [str(t.address) for t in new.targets], ""), *lists]
+    pairs = [
+        ([str(t.address) for t in old.targets], [str(t.address) for t in new.targets], ""),
+        *lists,
+    ]
     for before, after, word in pairs:
         gone, come = [x for x in before if x not in after], [x for x in after if x not in before]
         told += [f"no longer {word}{enumerated(gone)}"] if gone and after else []
-        told += [f"now {word}{enumerated(come)}" + (" too" if len(come) < len(after) else "")] if come else []
+        told += (
+            [f"now {word}{enumerated(come)}" + (" too" if len(come) < len(after) else "")]
+            if come
+            else []
+        )
     told += ["for everybody"] if old.sources and not new.sources else []
-    told += [f"client address {'kept' if new.kept else 'hidden'} now"] if old.kept != new.kept else []
+    told += (
+        [f"client address {'kept' if new.kept else 'hidden'} now"] if old.kept != new.kept else []
+    )
     told += [f"port {old.port} before"] if old.port != new.port else []
     return "; ".join(told) or "nodes picked in another way"
 
@@ -2783,7 +3155,11 @@ def changes_between(before: Found, after: Wanted) -> list[Change]:
             continue
         old, new = dispatches_in(tables), dispatches_in(after[version])
         had, has = tables["nat"], after[version]["nat"]
-        tampered = any(rules != has.chains.get(chain, rules) for chain, rules in had.chains.items() if chain != ROOT)
+        tampered = any(
+            rules != has.chains.get(chain, rules)
+            for chain, rules in had.chains.items()
+            if chain != ROOT
+        )
         for key in sorted(old.keys() | new.keys()):
             if key in old and key in new and not tampered and same(old[key], new[key]):
                 continue  # the names of chains say what is in them
@@ -2906,20 +3282,29 @@ def restore_inputs(wanted: Tables, found: Tables, limit: int) -> list[str]:
         return [whole] if whole else []
     new, old = wanted["nat"], found["nat"]
     ahead = {
-        chain: new.chains[chain] for chain in new.chains if chain not in old.chains and chain not in (ROOT, POSTROUTING)
+        chain: new.chains[chain]
+        for chain in new.chains
+        if chain not in old.chains and chain not in (ROOT, POSTROUTING)
     }
     stale = {chain: rules for chain, rules in old.chains.items() if chain not in new.chains}
     flip = restore_input(
         {**wanted, "nat": dataclasses.replace(new, chains={**new.chains, **stale})},
         {**found, "nat": dataclasses.replace(old, chains={**old.chains, **ahead})},
     )
-    additions = [[f":{chain} - [0:0]", *(f"-A {chain} {rule}" for rule in rules)] for chain, rules in ahead.items()]
-    flushes = [[f":{chain} - [0:0]"] for chain, rules in stale.items() if rules or chain not in old.held]
+    additions = [
+        [f":{chain} - [0:0]", *(f"-A {chain} {rule}" for rule in rules)]
+        for chain, rules in ahead.items()
+    ]
+    flushes = [
+        [f":{chain} - [0:0]"] for chain, rules in stale.items() if rules or chain not in old.held
+    ]
     removals = [[f"-X {chain}"] for chain in stale if chain not in old.held]
     return [
         *pack(additions, limit),
         *([flip] if flip else []),
-        *pack(flushes, limit),  # all of them first: a chain that is still referred to cannot be deleted
+        *pack(
+            flushes, limit
+        ),  # all of them first: a chain that is still referred to cannot be deleted
         *pack(removals, limit),
     ]
 
@@ -2937,12 +3322,20 @@ def pack(blocks: Iterable[list[str]], limit: int) -> list[str]:
 
 def restore_input(wanted: Tables, found: Tables) -> str:
     """One input for what differs in these tables, empty when nothing does."""
-    changes = [(name, table_changes(name, wanted[name], found[name])) for name in BUILT_IN if name in wanted]
-    return "".join("\n".join([f"*{name}", *lines, "COMMIT", ""]) for name, lines in changes if lines)
+    changes = [
+        (name, table_changes(name, wanted[name], found[name]))
+        for name in BUILT_IN
+        if name in wanted
+    ]
+    return "".join(
+        "\n".join([f"*{name}", *lines, "COMMIT", ""]) for name, lines in changes if lines
+    )
 
 
 def table_changes(name: str, wanted: Table, found: Table) -> list[str]:
-    new = {chain: rules for chain, rules in wanted.chains.items() if found.chains.get(chain) != rules}
+    new = {
+        chain: rules for chain, rules in wanted.chains.items() if found.chains.get(chain) != rules
+    }
     stale = [chain for chain in found.chains if chain not in wanted.chains]
     flushed = [chain for chain in stale if chain not in found.held or found.chains[chain]]
     lines = [f":{chain} - [0:0]" for chain in (*new, *flushed)]  # declaring a chain flushes it
@@ -2978,7 +3371,11 @@ def older_rules(found: Found) -> int:
 
 REACH_SECONDS = 2
 WITH_SUDO = (
-    *(f"{tool}-save -t {table}" for tool in ("iptables", "ip6tables") for table in ("nat", "filter")),
+    *(
+        f"{tool}-save -t {table}"
+        for tool in ("iptables", "ip6tables")
+        for table in ("nat", "filter")
+    ),
     *(f"{tool}-restore --noflush --wait 5" for tool in ("iptables", "ip6tables")),
 )
 SYSCTLS = ("/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding")
@@ -3009,7 +3406,9 @@ class LocalHost:
         return bool(ambient and int(ambient[1], 16) >> 12 & 1)
 
     def run(self, argv: Sequence[str], text: str, deadline: Deadline) -> Result:
-        path = os.pathsep.join(filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin", "/usr/bin", "/bin")))
+        path = os.pathsep.join(
+            filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin", "/usr/bin", "/bin"))
+        )
         doing = f"{self.name}: {shlex.join(argv)}"
         env = {**os.environ, "LC_ALL": "C", "PATH": path}
         done = execute(argv, text.encode(*CODING), env, deadline, doing)
@@ -3019,7 +3418,9 @@ class LocalHost:
     def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
         """Whether a TCP port answers: "" when it does, else why not; None when that cannot be tried."""
         try:
-            socket.create_connection((address, port), timeout=min(REACH_SECONDS, deadline.remaining())).close()
+            socket.create_connection(
+                (address, port), timeout=min(REACH_SECONDS, deadline.remaining())
+            ).close()
         except OSError as error:
             return one_line(error.strerror or error)
         return ""
@@ -3043,7 +3444,9 @@ class SshHost:
         self.slow = ""  # why its sudo takes long
 
     def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
-        result = self.run(("nc", "-nvz", "-w", str(REACH_SECONDS), address, str(port)), "", deadline)
+        result = self.run(
+            ("nc", "-nvz", "-w", str(REACH_SECONDS), address, str(port)), "", deadline
+        )
         if result.status in (126, 127):
             return None
         return "" if result.status == 0 else result.said.rpartition(": ")[2]
@@ -3074,10 +3477,15 @@ class SshHost:
             channel.exec_command(shlex.join(argv))
             # all three at once: neither side may wait for the other with full buffers
             if text:
-                Background(lambda: (channel.sendall(text.encode(*CODING)), channel.shutdown_write()))
+                Background(
+                    lambda: (channel.sendall(text.encode(*CODING)), channel.shutdown_write())
+                )
             else:
                 end_input(channel)
-            streams = [Background(file.read, OUTPUT_LIMIT) for file in (channel.makefile(), channel.makefile_stderr())]
+            streams = [
+                Background(file.read, OUTPUT_LIMIT)
+                for file in (channel.makefile(), channel.makefile_stderr())
+            ]
             out, err = (within_limit(stream.result(deadline, doing), doing) for stream in streams)
             if not channel.status_event.wait(deadline.remaining()):
                 raise self.missed(deadline, doing)
@@ -3154,7 +3562,9 @@ class SshHost:
     def unresolved(self, error: socket.gaierror) -> Exception:
         """What a name without an address means: Transient where no name server answers."""
         what = f"{self.name}: {quoted(self.login.host)} does not resolve ({error.strerror})"
-        advice = "; give an address, or a name that has one where epok runs; ~/.ssh/config is not read"
+        advice = (
+            "; give an address, or a name that has one where epok runs; ~/.ssh/config is not read"
+        )
         if error.errno == socket.EAI_AGAIN and not self.closed:
             return Transient(what, attempts=3, advice=advice)
         return Fatal(what + advice)
@@ -3435,7 +3845,11 @@ class HostKeyCheck:
         """paramiko calls this for each connection, since it was given no keys to know."""
         self.seen.append(key)
         if "any" in self.pins:
-            log.warning("%s: its host key is not checked (--host-key any); pin %s", self.login, key.fingerprint)
+            log.warning(
+                "%s: its host key is not checked (--host-key any); pin %s",
+                self.login,
+                key.fingerprint,
+            )
         elif self.pins:
             pinned = {pin.split()[:2][-1].rstrip("=") for pin in self.pins}
             if not {key.get_base64().rstrip("="), key.fingerprint} & pinned:
@@ -3493,13 +3907,19 @@ def read_facts(host: Host, deadline: Deadline) -> Facts:
     links = host.run(("ip", "-br", "addr"), "", deadline)
     if links.status != 0:
         told = links.said + ": apt-get install iproute2" * (links.status == 127)
-        log.warning("%s: ip -br addr: %s; so epok cannot tell whether the host is a node", host.name, told)
+        log.warning(
+            "%s: ip -br addr: %s; so epok cannot tell whether the host is a node", host.name, told
+        )
     # of a point-to-point link, "ADDRESS peer ADDRESS", the second is somebody else's
-    words = [re.sub(r" peer \S+", "", line).split() for line in links.out.splitlines() if line.strip()]
+    words = [
+        re.sub(r" peer \S+", "", line).split() for line in links.out.splitlines() if line.strip()
+    ]
     values = host.run(("cat", *SYSCTLS), "", deadline).out.split()
     return Facts(
         interfaces={
-            line[0].split("@")[0]: [address for word in line[2:] if (address := usable(word.split("/")[0]))]
+            line[0].split("@")[0]: [
+                address for word in line[2:] if (address := usable(word.split("/")[0]))
+            ]
             for line in words
         },
         forwarding={version: value != "0" for version, value in zip((4, 6), values, strict=False)},
@@ -3513,7 +3933,8 @@ def read_all_tables(host: Host, deadline: Deadline, counted: bool = False) -> Fo
 def read_tables(host: Host, family: Family, deadline: Deadline, counted: bool) -> Tables | None:
     """epok's part of the tables, None when the host has no such IP version. Raises Fatal."""
     reading = [
-        (name, Background(persist, deadline, read_table, host, family, name, deadline, counted)) for name in BUILT_IN
+        (name, Background(persist, deadline, read_table, host, family, name, deadline, counted))
+        for name in BUILT_IN
     ]
     tables = {}
     for name, thread in reading:
@@ -3523,7 +3944,9 @@ def read_tables(host: Host, family: Family, deadline: Deadline, counted: bool) -
     return tables
 
 
-def read_table(host: Host, family: Family, name: str, deadline: Deadline, counted: bool) -> Table | None:
+def read_table(
+    host: Host, family: Family, name: str, deadline: Deadline, counted: bool
+) -> Table | None:
     """epok's part of a table, None when the host has no such IP version. Raises Transient or Fatal."""
     argv = (*host.sudo, f"{family.tool}-save", "-t", name)
     asked = (*argv[:-2], "-c", *argv[-2:]) if counted and name == "nat" else argv
@@ -3532,7 +3955,11 @@ def read_table(host: Host, family: Family, name: str, deadline: Deadline, counte
         log.debug("%s: %s: %s; so there are no counts", host.name, shlex.join(asked), result.said)
         result = host.run(argv, "", deadline)
     lacking = r"command not found|Address family not supported|Table does not exist"
-    if family.version == 6 and result.status != 0 and (result.status == 127 or re.search(lacking, result.err)):
+    if (
+        family.version == 6
+        and result.status != 0
+        and (result.status == 127 or re.search(lacking, result.err))
+    ):
         return None
     table = parse_table(result.out, name) if result.status == 0 else None
     if table is None or "incompatible" in result.err:
@@ -3550,7 +3977,10 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
     failed = f"{host.name}: {command}: {result.said}"
     if "incompatible" in result.err + result.out:
         # also seen while another process made the tables of a host that had none
-        return Transient(f"{failed}; native nft rules share the table: move them to a table of their own", attempts=3)
+        return Transient(
+            f"{failed}; native nft rules share the table: move them to a table of their own",
+            attempts=3,
+        )
     if result.status == 127 or "command not found" in result.err:
         lacks_sudo = re.search(r"\bsudo: (command )?not found", result.err)
         package = "sudo" if lacks_sudo else "iptables"
@@ -3558,10 +3988,16 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
             package += f", or {how_to_be_root('su -c')}"
         return Fatal(f"{failed}; install it on the host: apt-get install {package}")
     if "epok-gate: " in result.err:
-        return Fatal(f"{failed}; run cron/setup-host of this epok on the host, with --mark if epok has that option")
+        return Fatal(
+            f"{failed}; run cron/setup-host of this epok on the host, with --mark if epok has that option"
+        )
     if "sudo" in argv and ("sudo:" in result.err or "not allowed" in result.err):
         return Fatal(f"{failed}; {how_to_allow_sudo(host, argv, result)}")
-    if "must be root" in result.err or "Permission denied" in result.err or "not permitted" in result.err:
+    if (
+        "must be root" in result.err
+        or "Permission denied" in result.err
+        or "not permitted" in result.err
+    ):
         lacking = "root lacks CAP_NET_ADMIN there, which a container gets by --cap-add NET_ADMIN"
         lacking += " --network host"
         is_root = isinstance(host, SshHost) or host.sudo or os.geteuid() == 0
@@ -3603,7 +4039,9 @@ def how_to_be_root(by: str) -> str:
 # ------------------------------------------------ swap: makes a host right, and proves it
 
 
-Input = tuple[tuple[str, ...], str]  # a command of the iptables-restore family, and a text for its standard input
+Input = tuple[
+    tuple[str, ...], str
+]  # a command of the iptables-restore family, and a text for its standard input
 
 
 def next_inputs(wanted: Wanted, found: Found, options: Options) -> list[Input]:
@@ -3617,7 +4055,9 @@ def next_inputs(wanted: Wanted, found: Found, options: Options) -> list[Input]:
     return inputs
 
 
-def converge(host: Host, wanted: Wanted, found: Found, options: Options, deadline: Deadline) -> list[Input]:
+def converge(
+    host: Host, wanted: Wanted, found: Found, options: Options, deadline: Deadline
+) -> list[Input]:
     """Makes the host's tables the wanted ones and proves it by reading them again; returns what it sent."""
     sent: list[Input] = []  # all that may have worked, also when its answer was lost
     done: list[Input] = []
@@ -3637,7 +4077,9 @@ def converge(host: Host, wanted: Wanted, found: Found, options: Options, deadlin
         left = next_inputs(wanted, read_all_tables(host, deadline), options) if inputs else []
         if left:
             example = quoted(left[0][1].splitlines()[1])
-            raise Transient(f"{host.name}: the rules differ again after the swap, at {example}", attempts=RACES)
+            raise Transient(
+                f"{host.name}: the rules differ again after the swap, at {example}", attempts=RACES
+            )
 
     try:
         persist(deadline, attempt)
@@ -3662,7 +4104,9 @@ def udp_targets(tables: Tables, version: int) -> dict[int, set[tuple[str, int]]]
     }
 
 
-def end_stale_flows(host: Host, found: Found, wanted: Wanted, facts: Facts, deadline: Deadline) -> None:
+def end_stale_flows(
+    host: Host, found: Found, wanted: Wanted, facts: Facts, deadline: Deadline
+) -> None:
     """Lets UDP clients that keep their port, and so the way of their first packet, go the new way."""
     for version, tables in found.items():
         had, has = (udp_targets(each or NOTHING, version) for each in (tables, wanted[version]))
@@ -3675,12 +4119,24 @@ def end_stale_flows(host: Host, found: Found, wanted: Wanted, facts: Facts, dead
                     return
 
 
-def end_flows(host: Host, version: int, address: str, port: int, reply: str, deadline: Deadline) -> bool:
+def end_flows(
+    host: Host, version: int, address: str, port: int, reply: str, deadline: Deadline
+) -> bool:
     """Forgets the UDP flows to a port of the host that `reply` answers; False when that cannot be done."""
     flow = ("--orig-dst", address, "--orig-port-dst", str(port), "--reply-src", reply)
-    argv = (*host.sudo, "conntrack", "-D", "-p", "udp", *flow, *(("-f", "ipv6") if version == 6 else ()))
+    argv = (
+        *host.sudo,
+        "conntrack",
+        "-D",
+        "-p",
+        "udp",
+        *flow,
+        *(("-f", "ipv6") if version == 6 else ()),
+    )
     result = host.run(argv, "", deadline)
-    if result.status == 0 or (result.status == 1 and "0 flow entries have been deleted" in result.err):
+    if result.status == 0 or (
+        result.status == 1 and "0 flow entries have been deleted" in result.err
+    ):
         return True
     log.warning(
         "%s: %s: %s; old UDP flows may stay where they were: %s",
@@ -3721,7 +4177,9 @@ class Planner:
 
     def own(self, facts: Facts) -> Set[str]:
         """The names of the nodes that a host itself is."""
-        return frozenset(node.name for node in self.snapshot.nodes if set(node.addresses) & set(facts.addresses))
+        return frozenset(
+            node.name for node in self.snapshot.nodes if set(node.addresses) & set(facts.addresses)
+        )
 
     def plan(self, facts: Facts) -> Plan:
         """What shall be forwarded. Raises Fatal."""
@@ -3729,7 +4187,9 @@ class Planner:
         with self.lock:
             if own not in self.plans:
                 with timed(self.seconds, "plan"):
-                    self.snapshot = self.reader.with_endpoints(self.snapshot, bool(own), self.options.explain)
+                    self.snapshot = self.reader.with_endpoints(
+                        self.snapshot, bool(own), self.options.explain
+                    )
                     self.plans[own] = make_plan(self.snapshot, self.options, own)
                 if not self.options.looks:
                     self.announce(self.plans[own])
@@ -3749,10 +4209,14 @@ class Planner:
             log.warning("%s", warning)
         for remark in plan.unknown:
             log.warning("%s", remark)
-            self.untold.append(Event(remark.service, "Warning", "UnknownAnnotation", remark.message))
+            self.untold.append(
+                Event(remark.service, "Warning", "UnknownAnnotation", remark.message)
+            )
         for rejection in brief(plan.rejections):
             log.warning("rejected: %s", rejection)
-            self.untold.append(Event(rejection.service, "Warning", "ExternalPortRejected", rejection.message))
+            self.untold.append(
+                Event(rejection.service, "Warning", "ExternalPortRejected", rejection.message)
+            )
 
     def tell(self, news: Iterable[Event]) -> None:
         """Writes Events about a host, then those about rejections, which the first host that is done takes along.
@@ -3765,7 +4229,9 @@ class Planner:
         source = self.reader.source
         if not events or not isinstance(source, Cluster):
             return
-        deadline = Deadline(min(EVENT_SECONDS, self.reader.deadline.remaining()), "the time for Events,")
+        deadline = Deadline(
+            min(EVENT_SECONDS, self.reader.deadline.remaining()), "the time for Events,"
+        )
         uids = {service.key: service.uid for service in self.snapshot.services}
         try:
             writing = Background(source.record_all, events, uids, deadline)
@@ -3780,16 +4246,31 @@ def events_of(changes: Iterable[Change], machine: str) -> list[Event]:
     for sign, live, _ in changes:
         if sign in REASONS:
             message = f"{machine}: {VERBS[sign]} {live} to {live.text}"
-            events.setdefault((sign, *live.key), Event(live.service, "Normal", REASONS[sign], message))
+            events.setdefault(
+                (sign, *live.key), Event(live.service, "Normal", REASONS[sign], message)
+            )
     return list(events.values())
 
 
-def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Input], changes: Sequence[Change]) -> None:
+def report_swap(
+    prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Input], changes: Sequence[Change]
+) -> None:
     for change in changes:
         log.info("%s%s %s to %s", prefix, VERBS[change.sign], change.live, change.text)
-    rules = [rule for tables in wanted.values() for chain in tables["nat"].chains.values() for rule in chain]
+    rules = [
+        rule
+        for tables in wanted.values()
+        for chain in tables["nat"].chains.values()
+        for rule in chain
+    ]
     # each once, in both IP versions; those of the external interface have a tree of their own
-    count = len({rule.rpartition(" -g ")[0] for rule in rules if " --dport " in rule and " --comment " in rule})
+    count = len(
+        {
+            rule.rpartition(" -g ")[0]
+            for rule in rules
+            if " --dport " in rule and " --comment " in rule
+        }
+    )
     total = f"{count} {plural(count, 'forward')}"
     older = 0 if wanted[4]["nat"].hooks else older_rules(before)
     if older:
@@ -3798,15 +4279,29 @@ def report_swap(prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Inp
         log.info("%sin sync, %s, nothing changed", prefix, total)
     elif not changes and not older:
         lines = sum(len(text.splitlines()) - 2 for _, text in inputs)
-        log.info("%srules of epok's were put right with %d %s, %s", prefix, lines, plural(lines, "line"), total)
+        log.info(
+            "%srules of epok's were put right with %d %s, %s",
+            prefix,
+            lines,
+            plural(lines, "line"),
+            total,
+        )
     for version, name in itertools.product(wanted, BUILT_IN):
         held = (before[version] or NOTHING)[name].held - wanted[version][name].chains.keys()
         if held:
             rule = "a rule that is not epok's refers to them; delete it"
-            log.warning("%skept these chains, empty, in table %s: %s: %s", prefix, name, enumerated(sorted(held)), rule)
+            log.warning(
+                "%skept these chains, empty, in table %s: %s: %s",
+                prefix,
+                name,
+                enumerated(sorted(held)),
+                rule,
+            )
     marks = [tables["filter"].chains.get(FORWARD) for tables in (before[4] or NOTHING, wanted[4])]
     if marks[0] and marks[1] and marks[0] != marks[1]:
-        log.warning("%s--mark is another one now: connections that were open have lost their way", prefix)
+        log.warning(
+            "%s--mark is another one now: connections that were open have lost their way", prefix
+        )
 
 
 def all_lives(tables: Found, counted: Found) -> list[Live]:
@@ -3841,12 +4336,15 @@ class Outcome:
 Sample = tuple[str, float, Mapping[str, object]]  # a metric, its value and its labels
 
 
-def metrics_text(outcomes: Sequence[Outcome], planner: Planner | None, seconds: float, before: str) -> str:
+def metrics_text(
+    outcomes: Sequence[Outcome], planner: Planner | None, seconds: float, before: str
+) -> str:
     """What the runs on all hosts did, in Prometheus' text format; `before` is the file of the last run."""
     samples = [sample for outcome in outcomes for sample in host_samples(outcome, before)]
     if planner:
         samples += [
-            ("step_duration_seconds", took, {"host": "", "step": step}) for step, took in planner.seconds.items()
+            ("step_duration_seconds", took, {"host": "", "step": step})
+            for step, took in planner.seconds.items()
         ]
         rejections = {rejection for plan in planner.plans.values() for rejection in plan.rejections}
         samples.append(("rejections", len(rejections), {}))
@@ -3854,7 +4352,9 @@ def metrics_text(outcomes: Sequence[Outcome], planner: Planner | None, seconds: 
     metrics: dict[str, list[str]] = {}
     for name, value, labels in samples:
         within = ",".join(f"{key}={json.dumps(str(text))}" for key, text in labels.items())
-        metrics.setdefault(name, []).append(f"epok_{name}{within and f'{{{within}}}'} {value:.15g}\n")
+        metrics.setdefault(name, []).append(
+            f"epok_{name}{within and f'{{{within}}}'} {value:.15g}\n"
+        )
     return "".join(
         f"# HELP epok_{name} {HELP[name]}\n"
         f"# TYPE epok_{name} {'counter' if name.endswith('_total') else 'gauge'}\n" + "".join(lines)
@@ -3868,19 +4368,31 @@ def host_samples(outcome: Outcome, before: str) -> Iterator[Sample]:
     success, lives = "last_success_timestamp_seconds", outcome.lives
     yield "success", int(outcome.status == 0), host
     if outcome.status:
-        last = re.search(rf"^epok_{success}{{host={re.escape(json.dumps(outcome.host))}}} (\S+)$", before, re.M)
+        last = re.search(
+            rf"^epok_{success}{{host={re.escape(json.dumps(outcome.host))}}} (\S+)$", before, re.M
+        )
         yield from [(success, float(last[1]), host)] if last else []
         return
     yield success, time.time(), host
     yield "forwards", len({live.key for live in lives}), host
     for version in sorted({live.version for live in lives}):
-        targets = {target.address for live in lives if live.version == version for target in live.targets}
+        targets = {
+            target.address for live in lives if live.version == version for target in live.targets
+        }
         yield "nodes", len(targets), {**host, "ip_version": version}
     for sign, name in (("+", "added"), ("-", "removed"), ("~", "changed")):
-        yield "changes", sum(change.sign == sign for change in outcome.changes), {**host, "change": name}
+        yield (
+            "changes",
+            sum(change.sign == sign for change in outcome.changes),
+            {**host, "change": name},
+        )
     for live in lives:
         if live.counts:
-            port = {"protocol": live.protocol, "port": Range(live.first, live.last), "service": live.service}
+            port = {
+                "protocol": live.protocol,
+                "port": Range(live.first, live.last),
+                "service": live.service,
+            }
             yield "connections_total", live.counts[0], {**host, "ip_version": live.version, **port}
     for step, took in outcome.seconds.items():
         yield "step_duration_seconds", took, {**host, "step": step}
@@ -3903,7 +4415,10 @@ def write_metrics(name: str, make: Callable[[str], str]) -> None:
     """Puts what `make` makes of the file's old text in its place, whole or not at all; failing is a warning."""
     try:
         before = ""
-        with contextlib.suppress(FileNotFoundError), open(name, encoding="utf-8", errors="replace") as file:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(name, encoding="utf-8", errors="replace") as file,
+        ):
             before = file.read(1 << 24)
         fresh = f"{name}.{os.getpid()}"  # node_exporter reads *.prom alone
         try:
@@ -3957,14 +4472,19 @@ Steps = Callable[[str, Packet], Iterable[Step]]  # the rules of a chain, for a p
 Decision = tuple[Step | None, bool]
 
 
-def decision(steps: Steps, chain: str, packet: Packet, told: dict[str, Decision] | None = None) -> Decision:
+def decision(
+    steps: Steps, chain: str, packet: Packet, told: dict[str, Decision] | None = None
+) -> Decision:
     """The step that decides about a packet, None when none does, and whether that is sure.
 
     Not sure is what comes after a rule that may have sent the packet another way; one that may drop it is taken not to.
     """
     told = {} if told is None else told
     if chain not in told:
-        told[chain] = None, False  # so that chains in a circle, which the kernel refuses, come to an end
+        told[chain] = (
+            None,
+            False,
+        )  # so that chains in a circle, which the kernel refuses, come to an end
         if len(told) < 200:
             told[chain] = walk(steps, chain, packet, told)
     return told[chain]
@@ -4011,10 +4531,14 @@ def like(pattern: str, interface: str, wildcard: str) -> bool | None:
     """Whether an interface is the one meant, or begins as a pattern that ends in a wildcard."""
     if not interface:
         return None
-    return interface.startswith(pattern[:-1]) if pattern.endswith(wildcard) else interface == pattern
+    return (
+        interface.startswith(pattern[:-1]) if pattern.endswith(wildcard) else interface == pattern
+    )
 
 
-MATCHES: Mapping[str, Callable[[str, Packet], bool | None]] = {  # of iptables; any other cannot be told
+MATCHES: Mapping[
+    str, Callable[[str, Packet], bool | None]
+] = {  # of iptables; any other cannot be told
     "-m": lambda _, packet: True,
     "-i": lambda value, packet: like(value, packet.interface, "+"),
     "-o": lambda value, packet: like(value, packet.out, "+"),
@@ -4022,15 +4546,32 @@ MATCHES: Mapping[str, Callable[[str, Packet], bool | None]] = {  # of iptables; 
     "-d": lambda value, packet: in_network(value, packet.address),
     "--dport": lambda value, packet: within(value, packet.port),
     "--dports": lambda value, packet: any(within(ports, packet.port) for ports in value.split(",")),
-    "--ctstate": lambda value, packet: bool({"NEW", "NEW" if packet.local else "DNAT"} & set(value.split(","))),
+    "--ctstate": lambda value, packet: bool(
+        {"NEW", "NEW" if packet.local else "DNAT"} & set(value.split(","))
+    ),
     "--state": lambda value, packet: "NEW" in value.split(","),
-    "--dst-type": lambda value, packet: ("LOCAL" if packet.local else "UNICAST") in value.split(","),
+    "--dst-type": lambda value, packet: (
+        ("LOCAL" if packet.local else "UNICAST") in value.split(",")
+    ),
     "connmark --mark": lambda value, packet: value == f"{packet.mark:#x}/{packet.mark:#x}" or None,
 }
 COMMENT = re.compile(r' -m comment --comment (?:"(?:\\.|[^"\\])*"|\S+)')
 VERDICTS = {"RETURN": "return", **dict.fromkeys(("DROP", "REJECT"), "drop"),
             **dict.fromkeys(("ACCEPT", "DNAT", "REDIRECT", "NETMAP"), "accept")}  # fmt: skip
-GOING_ON = {"", "LOG", "NFLOG", "MARK", "CONNMARK", "TCPMSS", "TRACE", "TTL", "HL", "DSCP", "CHECKSUM", "CLASSIFY"}
+GOING_ON = {
+    "",
+    "LOG",
+    "NFLOG",
+    "MARK",
+    "CONNMARK",
+    "TCPMSS",
+    "TRACE",
+    "TTL",
+    "HL",
+    "DSCP",
+    "CHECKSUM",
+    "CLASSIFY",
+}
 
 
 def iptables_steps(chains: Mapping[str, Sequence[str]]) -> Steps:
@@ -4043,35 +4584,53 @@ def iptables_steps(chains: Mapping[str, Sequence[str]]) -> Steps:
             return Step(True, VERDICTS.get(words[-1], "return"), "", line)
         matched: bool | None = True
         target, jump = "", "jump"
-        options = [number for number, word in enumerate(words) if number > 1 and re.match("--?[a-z]", word)]
+        options = [
+            number for number, word in enumerate(words) if number > 1 and re.match("--?[a-z]", word)
+        ]
         for number, end in itertools.zip_longest(options, options[1:]):
-            option, values = words[number], [word for word in words[number + 1 : end] if word != "!"]
+            option, values = (
+                words[number],
+                [word for word in words[number + 1 : end] if word != "!"],
+            )
             if option in ("-j", "-g"):
                 target, jump = values[0] if values else "", "goto" if option == "-g" else "jump"
                 break
             test = MATCHES.get(option) or MATCHES.get(f"{words[number - 1]} {option}")
-            told = answer(test(values[0], packet), words[number - 1] == "!") if test and len(values) == 1 else None
+            told = (
+                answer(test(values[0], packet), words[number - 1] == "!")
+                if test and len(values) == 1
+                else None
+            )
             if told is False:
                 return Step(False, "", "", line)
             matched = matched and told
         if owned(target):
             return Step(matched, "own", "", line)
         if target in chains or target in VERDICTS:
-            return Step(matched, VERDICTS.get(target, jump), target if target in chains else "", line)
+            return Step(
+                matched, VERDICTS.get(target, jump), target if target in chains else "", line
+            )
         return Step(matched, "" if target in GOING_ON else "?", "", line)
 
     return lambda chain, packet: (step(line, packet) for line in chains.get(chain, ()))
 
 
 def nft_steps(
-    host: Host, family: str, table: str, policies: Mapping[str, str], blind: list[str], deadline: Deadline
+    host: Host,
+    family: str,
+    table: str,
+    policies: Mapping[str, str],
+    blind: list[str],
+    deadline: Deadline,
 ) -> Steps:
     """The steps of a table that iptables did not make; a chain is read from the host when a packet meets it."""
     known: dict[str, list[Mapping[str, Any]] | None] = {}
 
     def rules(chain: str) -> list[Mapping[str, Any]] | None:
         if chain not in known and len(known) < 50:
-            known[chain] = nft_objects(host, ("chain", family, table, chain), "rule", blind, deadline)
+            known[chain] = nft_objects(
+                host, ("chain", family, table, chain), "rule", blind, deadline
+            )
         return known.get(chain)
 
     def steps(chain: str, packet: Packet) -> Iterator[Step]:
@@ -4085,12 +4644,22 @@ def nft_steps(
             each = expressions if isinstance(expressions, list) else [{"": None}]
             parts = [next(iter(part.items())) for part in each if isinstance(part, dict) and part]
             told = [
-                nft_match(value, packet) if name == "match" else None for name, value in parts if name in NFT_MATCHES
+                nft_match(value, packet) if name == "match" else None
+                for name, value in parts
+                if name in NFT_MATCHES
             ]
             matched = False if False in told else None if None in told else True
-            [(name, value), *_] = [part for part in parts if part[0] not in NFT_GOING_ON] or [("", None)]
-            verdict = {"reject": "drop"}.get(name, name if name in NFT_VERDICTS or not name else "?")
-            target = value.get("target") if isinstance(value, dict) and verdict in ("jump", "goto") else ""
+            [(name, value), *_] = [part for part in parts if part[0] not in NFT_GOING_ON] or [
+                ("", None)
+            ]
+            verdict = {"reject": "drop"}.get(
+                name, name if name in NFT_VERDICTS or not name else "?"
+            )
+            target = (
+                value.get("target")
+                if isinstance(value, dict) and verdict in ("jump", "goto")
+                else ""
+            )
             yield Step(matched, verdict, str(target), f"{where}, handle {rule.get('handle')}")
         yield Step(True, end, "", f"{where}, its policy")
 
@@ -4106,18 +4675,32 @@ NFT_OTHER_PROTOCOLS = ("icmp", "icmpv6", "igmp", "esp", "ah", "comp", "udplite",
 
 def nft_match(match: Any, packet: Packet) -> bool | None:
     """Whether a packet matches, by an expression of libnftables-json(5)."""
-    left, op, right = (match.get(key) for key in ("left", "op", "right")) if isinstance(match, dict) else [None] * 3
+    left, op, right = (
+        (match.get(key) for key in ("left", "op", "right"))
+        if isinstance(match, dict)
+        else [None] * 3
+    )
     if left == {"&": [{"ct": {"key": "mark"}}, packet.mark]}:
         return answer(right == packet.mark, op == "!=") if op in ("==", "!=") else None
     [(kind, what), *_] = left.items() if isinstance(left, dict) and left else [("", None)]
     values = right.get("set") if isinstance(right, dict) and "set" in right else right
     values = [nft_element(value) for value in (values if isinstance(values, list) else [values])]
     key, layer = (
-        (what.get("key") or what.get("field"), what.get("protocol")) if isinstance(what, dict) else (None, None)
+        (what.get("key") or what.get("field"), what.get("protocol"))
+        if isinstance(what, dict)
+        else (None, None)
     )
-    if kind == "payload" and layer in ("ip", "ip6") and layer != ("ip" if packet.version == 4 else "ip6"):
+    if (
+        kind == "payload"
+        and layer in ("ip", "ip6")
+        and layer != ("ip" if packet.version == 4 else "ip6")
+    ):
         return False
-    if kind == "payload" and layer in (*PROTOCOLS, *NFT_OTHER_PROTOCOLS) and layer != packet.protocol:
+    if (
+        kind == "payload"
+        and layer in (*PROTOCOLS, *NFT_OTHER_PROTOCOLS)
+        and layer != packet.protocol
+    ):
         return False
     # a list is bits of which one is enough, but with any other operator than "in" all of them count
     exact = isinstance(right, list) or (kind, key) == ("ct", "status")
@@ -4153,14 +4736,20 @@ def nft_equal(kind: str, key: Any, value: Any, packet: Packet) -> bool | None:
 
 def nft_has(value: Any, wanted: Address | int) -> bool | None:
     """Whether a value of an expression, a prefix or a range is or has an address or a port."""
-    prefix, ends = (value.get("prefix"), value.get("range")) if isinstance(value, dict) else (None, [value, value])
+    prefix, ends = (
+        (value.get("prefix"), value.get("range"))
+        if isinstance(value, dict)
+        else (None, [value, value])
+    )
     if isinstance(prefix, dict) and not isinstance(wanted, int):
         return in_network(f"{prefix.get('addr')}/{prefix.get('len')}", wanted)
     numbers = [
         end if isinstance(end, int) else int(address) if (address := to_address(str(end))) else -1
         for end in (ends if isinstance(ends, list) else ())
     ]
-    return numbers[0] <= int(wanted) <= numbers[1] if len(numbers) == 2 and -1 not in numbers else None
+    return (
+        numbers[0] <= int(wanted) <= numbers[1] if len(numbers) == 2 and -1 not in numbers else None
+    )
 
 
 def nft_objects(
@@ -4175,7 +4764,11 @@ def nft_objects(
     try:
         if text is not None:
             listed = json.loads(text, object_hook=without_inner_chains)["nftables"]
-            return [part[kind] for part in listed if part is not None and isinstance(part.get(kind), dict)]
+            return [
+                part[kind]
+                for part in listed
+                if part is not None and isinstance(part.get(kind), dict)
+            ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         blind.append(f"{shlex.join(argv)}: {quoted(text)} is not understood")
     return None
@@ -4189,7 +4782,9 @@ def without_inner_chains(part: dict[str, Any]) -> dict[str, Any] | None:
 
 def heard(host: Host, argv: Sequence[str], blind: list[str], deadline: Deadline) -> str | None:
     """What a command prints, None when it cannot be had; `blind` learns why. Raises Transient."""
-    if any("epok-gate: " in reason for reason in blind):  # an older one, which logs whatever it refuses
+    if any(
+        "epok-gate: " in reason for reason in blind
+    ):  # an older one, which logs whatever it refuses
         return None
     result = host.run(argv, "", deadline)
     if result.status == 0:
@@ -4197,7 +4792,9 @@ def heard(host: Host, argv: Sequence[str], blind: list[str], deadline: Deadline)
     cure = ""
     if "epok-gate: " in result.err:
         cure = "; run cron/setup-host of this epok on the host"
-    elif "sudo" in argv and re.search("password|not allowed", result.err):  # also when there is no such command
+    elif "sudo" in argv and re.search(
+        "password|not allowed", result.err
+    ):  # also when there is no such command
         cure = f"; run cron/setup-host of this epok on the host, if that has {argv[len(host.sudo)]}"
     blind.append(f"{shlex.join(argv)}: {result.said}{cure}")
     return None
@@ -4217,7 +4814,9 @@ class Surroundings(NamedTuple):
     strict: Set[str] | None  # interfaces with strict rp_filter
     routes: Sequence[tuple[Network, str]] | None  # of IPv4, and their interfaces
     listeners: Sequence[Listener] | None
-    bases: Sequence[Mapping[str, Any]] | None  # chains of nft at the hook forward, as libnftables-json(5) has them
+    bases: (
+        Sequence[Mapping[str, Any]] | None
+    )  # chains of nft at the hook forward, as libnftables-json(5) has them
     blind: list[str]
 
 
@@ -4230,9 +4829,15 @@ def read_surroundings(host: Host, deadline: Deadline) -> Surroundings:
         return None if text is None else text.splitlines()
 
     netconf, routes, listeners = ask("ip", "netconf"), ask("ip", "route"), ask("ss", "-Hltun")
-    modes = dict(re.findall(r"^inet (\S+) .*\brp_filter (\w+)", "\n".join(netconf or ()), re.MULTILINE))
+    modes = dict(
+        re.findall(r"^inet (\S+) .*\brp_filter (\w+)", "\n".join(netconf or ()), re.MULTILINE)
+    )
     # the higher of the interface's and that of all counts, and loose is higher: ip-sysctl.rst
-    both = {name: {mode, modes.get("all")} for name, mode in modes.items() if name not in ("all", "default", "lo")}
+    both = {
+        name: {mode, modes.get("all")}
+        for name, mode in modes.items()
+        if name not in ("all", "default", "lo")
+    }
     chains = nft_objects(host, ("chains",), "chain", blind, deadline)
     return Surroundings(
         strict=None
@@ -4242,7 +4847,9 @@ def read_surroundings(host: Host, deadline: Deadline) -> Surroundings:
         listeners=None
         if listeners is None
         else list(dict.fromkeys(found for line in listeners if (found := to_listener(line)))),
-        bases=None if chains is None else [chain for chain in chains if chain.get("hook") == "forward"],
+        bases=None
+        if chains is None
+        else [chain for chain in chains if chain.get("hook") == "forward"],
         blind=blind,
     )
 
@@ -4251,7 +4858,11 @@ def to_route(line: str) -> tuple[Network, str] | None:
     """Reads a line of ip route."""
     found = re.match(r"(default|[0-9./]+) (?:.* )?dev (\S+)", line)
     try:
-        return (ipaddress.ip_network(found[1].replace("default", "0.0.0.0/0")), found[2]) if found else None
+        return (
+            (ipaddress.ip_network(found[1].replace("default", "0.0.0.0/0")), found[2])
+            if found
+            else None
+        )
     except ValueError:
         return None
 
@@ -4259,11 +4870,17 @@ def to_route(line: str) -> tuple[Network, str] | None:
 def to_listener(line: str) -> Listener | None:
     """Reads a line of ss -Hltun; None for what listens to the host itself alone."""
     words = line.split()
-    found = re.fullmatch(r"\[?([^\]%]*)\]?(?:%(\S+?)\]?)?:([0-9]{1,5})", words[4]) if len(words) > 4 else None
+    found = (
+        re.fullmatch(r"\[?([^\]%]*)\]?(?:%(\S+?)\]?)?:([0-9]{1,5})", words[4])
+        if len(words) > 4
+        else None
+    )
     if not found:
         return None
     address = to_address(found[1])
-    itself = found[2] == "lo" or (address and (getattr(address, "ipv4_mapped", None) or address).is_loopback)
+    itself = found[2] == "lo" or (
+        address and (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    )
     return None if itself else Listener(words[0], address, int(found[3]))
 
 
@@ -4286,7 +4903,9 @@ class View(NamedTuple):
     @property
     def entries(self) -> list[str]:
         """The host's interfaces that packets come in by to be forwarded."""
-        return [name for name in self.facts.interfaces if name != "lo" and comes_in(name, self.options)]
+        return [
+            name for name in self.facts.interfaces if name != "lo" and comes_in(name, self.options)
+        ]
 
 
 class Firewall(NamedTuple):
@@ -4311,26 +4930,37 @@ def firewalls(view: View) -> Iterator[Firewall]:
             cure = f"delete that rule, or {undo}, and epok's next run puts its own first"
             yield Firewall(version, name == "nat", chain, iptables_steps(tables[name].ahead), cure)
         backend, other = ("nft", "legacy") if is_nft(tables) else ("legacy", "nft")
-        bases = [base for base in around.bases or () if base.get("family") in ("inet", "ip" if version == 4 else "ip6")]
+        bases = [
+            base
+            for base in around.bases or ()
+            if base.get("family") in ("inet", "ip" if version == 4 else "ip6")
+        ]
         of_iptables = ("filter", "FORWARD")
         foreign = [
-            base for base in bases if (base.get("table"), base.get("name")) != of_iptables or base["family"] == "inet"
+            base
+            for base in bases
+            if (base.get("table"), base.get("name")) != of_iptables or base["family"] == "inet"
         ]
         if tables["filter"].beside if backend == "nft" else len(foreign) < len(bases):
-            text = heard(host, (*host.sudo, f"{family.tool}-{other}-save"), around.blind, deadline) or ""
+            text = (
+                heard(host, (*host.sudo, f"{family.tool}-{other}-save"), around.blind, deadline)
+                or ""
+            )
             if "incompatible" in text:
                 around.blind.append(f"{family.tool}-{other}-save: {one_line(text)}")
             cure = f"let it pass: {family.tool}-{other} -I FORWARD -m connmark {marked(options.mark)} -j ACCEPT"
-            yield Firewall(version, False, "FORWARD", iptables_steps(saved_chains(text, "filter")), cure)
+            yield Firewall(
+                version, False, "FORWARD", iptables_steps(saved_chains(text, "filter")), cure
+            )
         for base in foreign:
             where, table, chain = (str(base.get(key, "")) for key in ("family", "table", "name"))
             bits = f"{options.mark.forwarded:#x}"
             cure = f"let it pass: nft insert rule {where} {table} {chain} ct mark and {bits} == {bits} accept"
             if table == "firewalld":
-                cure = (
-                    "StrictForwardPorts=no in /etc/firewalld/firewalld.conf lets it pass, after firewall-cmd --reload"
-                )
-            steps = nft_steps(host, where, table, {chain: str(base.get("policy"))}, around.blind, deadline)
+                cure = "StrictForwardPorts=no in /etc/firewalld/firewalld.conf lets it pass, after firewall-cmd --reload"
+            steps = nft_steps(
+                host, where, table, {chain: str(base.get("policy"))}, around.blind, deadline
+            )
             yield Firewall(version, False, chain, steps, cure)
 
 
@@ -4355,7 +4985,12 @@ class Check(NamedTuple):
         return f"{painted(word, word)}{' ' * (8 - len(word))}{self.problem or self.what}"
 
     def document(self) -> dict[str, Any]:
-        return {"check": self.what, "ok": not self.problem, "sure": self.sure, "problem": self.problem}
+        return {
+            "check": self.what,
+            "ok": not self.problem,
+            "sure": self.sure,
+            "problem": self.problem,
+        }
 
 
 NO_OLDER = "the older epok has left no rules"
@@ -4380,10 +5015,14 @@ def check_host(view: View, forwards: Sequence[Forward | Live]) -> Iterator[Check
     versions = {target.address.version for forward in forwards for target in forward.targets}
     for family, sysctl in zip(FAMILIES, SYSCTLS, strict=True):
         problem = ""
-        if family.version not in versions or (found[family.version] and family.version not in facts.forwarding):
+        if family.version not in versions or (
+            found[family.version] and family.version not in facts.forwarding
+        ):
             continue
         if found[family.version] is None:
-            problem = f"{host.name} has no working {family.tool}: no forwards over IPv{family.version}"
+            problem = (
+                f"{host.name} has no working {family.tool}: no forwards over IPv{family.version}"
+            )
         elif not facts.forwarding[family.version]:
             name = sysctl.removeprefix("/proc/sys/").replace("/", ".")
             problem = f"{host.name} does not forward IPv{family.version}: sysctl -w {name}=1"
@@ -4395,13 +5034,21 @@ def check_host(view: View, forwards: Sequence[Forward | Live]) -> Iterator[Check
             problem = f"{host.name} has no interface {interface}: give -i those it has, of {known}"
         yield Check(f"there is an interface {interface}", problem)
     # of a run one for each protocol is enough: what drops them all is what a run can be sure of
-    some = forwards[:200] if options.looks else list({forward.protocol: forward for forward in forwards}.values())
+    some = (
+        forwards[:200]
+        if options.looks
+        else list({forward.protocol: forward for forward in forwards}.values())
+    )
     yield from check_replies(view, some)
     yield from check_paths(view, some)
     yield from check_listeners(view, forwards)
     yield from check_older(view)
     for reason in dict.fromkeys(around.blind):
-        yield Check("the host tells all that matters", f"{host.name} does not tell all that matters: {reason}", False)
+        yield Check(
+            "the host tells all that matters",
+            f"{host.name} does not tell all that matters: {reason}",
+            False,
+        )
 
 
 def comes_in(interface: str, options: Options) -> bool:
@@ -4448,23 +5095,41 @@ def check_paths(view: View, forwards: Iterable[Forward | Live]) -> Iterator[Chec
         port = f"{forward.protocol}/{Range(forward.first, forward.last)}"
         packets = list(packets_of(forward, name, wall, view))
         told = [decision(wall.steps, wall.chain, packet) for packet in packets]
-        lost = [(step, sure) for step, sure in told if step and (step.verdict == "drop" or wall.before_nat)]
+        lost = [
+            (step, sure)
+            for step, sure in told
+            if step and (step.verdict == "drop" or wall.before_nat)
+        ]
         for step, _ in lost[:1]:
             sure = len(lost) == len(told) and all(sure for _, sure in lost)
             does = f"{'perhaps ' * (not sure)}{'takes' if step.verdict == 'accept' else 'drops'}"
             by = printable(step.text)  # which has somebody's comments
-            problems.setdefault(f"{view.host.name} {does} {port} from {name} by {by}; {wall.cure}", sure)
+            problems.setdefault(
+                f"{view.host.name} {does} {port} from {name} by {by}; {wall.cure}", sure
+            )
     yield from (Check(what, problem, sure) for problem, sure in problems.items())
-    if not problems and view.entries and all(reason.startswith(("ip ", "ss ")) for reason in view.around.blind):
+    if (
+        not problems
+        and view.entries
+        and all(reason.startswith(("ip ", "ss ")) for reason in view.around.blind)
+    ):
         yield Check(what)
 
 
-def packets_of(forward: Forward | Live, interface: str, wall: Firewall, view: View) -> Iterator[Packet]:
+def packets_of(
+    forward: Forward | Live, interface: str, wall: Firewall, view: View
+) -> Iterator[Packet]:
     """The first packets of connections as a firewall sees them; what becomes of all of them becomes of the forward."""
     targets = [target for target in forward.targets if target.address.version == wall.version]
     for offset in sorted({0, forward.last - forward.first}) if targets else ():
         arriving = Packet(
-            wall.version, interface, "", forward.protocol, forward.first + offset, targets[0].address, local=True
+            wall.version,
+            interface,
+            "",
+            forward.protocol,
+            forward.first + offset,
+            targets[0].address,
+            local=True,
         )
         if wall.before_nat:
             for address in entrances(interface, wall.version, view):
@@ -4485,13 +5150,19 @@ def entrances(interface: str, version: int, view: View) -> list[Address]:
     """The host's addresses that clients connect to who come in by an interface: its own, or else any."""
     given, facts = view.options.addresses, view.facts
     every = [address for address in facts.addresses if address.version == version]
-    every = [address for address in every if not given or any(address in network for network in given)]
+    every = [
+        address for address in every if not given or any(address in network for network in given)
+    ]
     return [address for address in every if address in facts.interfaces[interface]] or every
 
 
-def check_nodes(host: Host, forwards: Iterable[Forward | Live], deadline: Deadline) -> Iterator[Check]:
+def check_nodes(
+    host: Host, forwards: Iterable[Forward | Live], deadline: Deadline
+) -> Iterator[Check]:
     """Whether each target of TCP forwards answers, from the host."""
-    targets = dict.fromkeys(t for forward in forwards if forward.protocol == "tcp" for t in forward.targets)
+    targets = dict.fromkeys(
+        t for forward in forwards if forward.protocol == "tcp" for t in forward.targets
+    )
     limit = Deadline(min(LOOK_SECONDS, deadline.remaining()), "the time for looking,")
     some = list(targets)[:64]
     trying = [Background(persist, limit, host.reach, str(t.address), t.port, limit) for t in some]
@@ -4523,7 +5194,11 @@ def check_listeners(view: View, forwards: Iterable[Forward | Live]) -> Iterator[
     if around.listeners is None:
         return
     what = "no program of the host listens on an external port"
-    inner = [] if "lo" in options.interfaces else [name for name in facts.interfaces if not comes_in(name, options)]
+    inner = (
+        []
+        if "lo" in options.interfaces
+        else [name for name in facts.interfaces if not comes_in(name, options)]
+    )
     elsewhere = {address for name in inner for address in facts.interfaces[name]}
     hidden = [
         (listener, forward)
@@ -4547,8 +5222,12 @@ def hides(forward: Forward | Live, address: Address | None, options: Options) ->
     """Whether a forward takes what comes to an address that a program listens on."""
     if address is None:
         return True
-    given = [network for network in options.addresses if address.is_unspecified or address in network]
-    return address.version in {t.address.version for t in forward.targets} and bool(given or not options.addresses)
+    given = [
+        network for network in options.addresses if address.is_unspecified or address in network
+    ]
+    return address.version in {t.address.version for t in forward.targets} and bool(
+        given or not options.addresses
+    )
 
 
 # ------------------------------------------------ showing: --dry-run, --status and --explain
@@ -4572,7 +5251,11 @@ class DryRun:
 
     def document(self) -> dict[str, Any]:
         inputs = [{"command": list(argv), "input": text} for argv, text in self.inputs]
-        return {"host": self.name, "changes": [change.document() for change in self.changes], "inputs": inputs}
+        return {
+            "host": self.name,
+            "changes": [change.document() for change in self.changes],
+            "inputs": inputs,
+        }
 
 
 @dataclass
@@ -4596,25 +5279,39 @@ class Status:
         tables = self.tables[version]
         if tables is None or not any(table.chains for table in tables.values()):
             return "not used"
-        pairs = [(name, chain, rule) for name, hooks in HOOKS.items() for chain, rule in hooks.items()]
-        lacking = [f"{name} {chain}" for name, chain, rule in pairs if rule not in tables[name].hooks.get(chain, [])]
+        pairs = [
+            (name, chain, rule) for name, hooks in HOOKS.items() for chain, rule in hooks.items()
+        ]
+        lacking = [
+            f"{name} {chain}"
+            for name, chain, rule in pairs
+            if rule not in tables[name].hooks.get(chain, [])
+        ]
         return f"missing in {', '.join(lacking)}" if lacking else "in place"
 
     @property
     def backend(self) -> str:
         tables = next((tables for tables in self.tables.values() if tables), NOTHING)
         version = re.search(r"v([0-9.]+)", tables["filter"].origin)
-        return f"iptables {version[1] if version else '?'} ({'nft' if is_nft(tables) else 'legacy'})"
+        return (
+            f"iptables {version[1] if version else '?'} ({'nft' if is_nft(tables) else 'legacy'})"
+        )
 
     def title(self) -> str:
         hooks = "; ".join(f"IPv{version} hooks {self.hooks(version)}" for version in self.tables)
         return painted(f"{self.host}: {self.backend}; {hooks}", "title")
 
     def to_come(self) -> list[str]:
-        return ["the next run would change:"] * bool(self.pending) + [change.line for change in self.pending]
+        return ["the next run would change:"] * bool(self.pending) + [
+            change.line for change in self.pending
+        ]
 
     def text(self) -> str:
-        lines = [self.title(), *aligned(forward_rows(self.lives))] if self.lives else [self.title(), "no forwards"]
+        lines = (
+            [self.title(), *aligned(forward_rows(self.lives))]
+            if self.lives
+            else [self.title(), "no forwards"]
+        )
         lines += self.to_come()
         lines += [f"rejected: {rejection}" for rejection in self.rejections]
         lines += [f"warning: {warning}" for warning in self.warnings]
@@ -4639,7 +5336,10 @@ class Status:
 def forward_rows(lives: Sequence[Live]) -> list[list[str]]:
     """The table of --status: whom a forward is for stands there only when one is not for everybody."""
     everywhere = {way for live in lives for way in live.ways}
-    limits = [[*live.sources, *(f"by {way}" for way in live.ways if everywhere - {*live.ways})] for live in lives]
+    limits = [
+        [*live.sources, *(f"by {way}" for way in live.ways if everywhere - {*live.ways})]
+        for live in lives
+    ]
     rows = [["PORT", "SERVICE", "NODEPORT", "NODES", "CLIENT", "CONNECTIONS", "ONLY"]]
     for live, only in zip(lives, limits, strict=True):
         rows.append([
@@ -4672,16 +5372,25 @@ class Story:
 
     def narrow(self) -> None:
         """Leaves of the status what is about this Service, or about all."""
-        status, others = self.status, {service.key for service in self.snapshot.services} if self.snapshot else set()
+        status, others = (
+            self.status,
+            {service.key for service in self.snapshot.services} if self.snapshot else set(),
+        )
         status.lives = [live for live in status.lives if live.service == self.key]
         status.pending = [change for change in status.pending if change.live.service == self.key]
-        status.rejections = [rejection for rejection in status.rejections if rejection.service == self.key]
-        status.warnings = [text for text in status.warnings if text.partition(": ")[0] not in others - {self.key}]
+        status.rejections = [
+            rejection for rejection in status.rejections if rejection.service == self.key
+        ]
+        status.warnings = [
+            text for text in status.warnings if text.partition(": ")[0] not in others - {self.key}
+        ]
         status.warnings += self.open_relay()
 
     def open_relay(self) -> Iterator[str]:
         """A mail server that cannot tell its clients from the cluster's nodes may relay for everybody."""
-        asked = {claim.external for claim in self.plan.claims if claim.port.protocol == "tcp"} & set(MAIL_PORTS)
+        asked = {
+            claim.external for claim in self.plan.claims if claim.port.protocol == "tcp"
+        } & set(MAIL_PORTS)
         namespace, _, name = self.key.partition("/")
         if asked and self.service and not self.service.local:
             yield (
@@ -4695,14 +5404,23 @@ class Story:
         groups: dict[str, list[str]] = {}
         for claim in self.plan.claims:
             to = f"NodePort {claim.port.node_port} ({claim.port.name or claim.port.port})"
-            groups.setdefault(claim.mapping, []).append(f"{claim.port.protocol}/{claim.external} -> {to}")
+            groups.setdefault(claim.mapping, []).append(
+                f"{claim.port.protocol}/{claim.external} -> {to}"
+            )
         granted = [(mapping, enumerated(ports), True) for mapping, ports in groups.items()]
-        refused = [(mapping or "all", f"rejected: {why}", False) for _, mapping, why in self.status.rejections]
+        refused = [
+            (mapping or "all", f"rejected: {why}", False)
+            for _, mapping, why in self.status.rejections
+        ]
         return granted + refused
 
     def nodes(self) -> list[tuple[Node, str]]:
         """Each node, and why it is left out, if it is."""
-        return [(node, self.why_left_out(node)) for node in self.snapshot.nodes] if self.snapshot else []
+        return (
+            [(node, self.why_left_out(node)) for node in self.snapshot.nodes]
+            if self.snapshot
+            else []
+        )
 
     def why_left_out(self, node: Node) -> str:
         service, used = self.service, {place.name for place in self.plan.places if place.live}
@@ -4724,13 +5442,25 @@ class Story:
         """How many pods are ready, empty when that is not known."""
         endpoints = self.snapshot.endpoints.get(self.key) if self.snapshot else None
         ready = [str(e.address) for e in endpoints or () if e.ready]
-        return "" if endpoints is None else f"{len(ready)} of {len(endpoints)} ready: {enumerated(ready)}".rstrip(": ")
+        return (
+            ""
+            if endpoints is None
+            else f"{len(ready)} of {len(endpoints)} ready: {enumerated(ready)}".rstrip(": ")
+        )
 
     def cause(self) -> str:
         """The most likely cause when the Service cannot be reached, and what to do about it."""
-        stories = (self.not_asked, self.nowhere_to_go, self.not_done, self.in_the_way, self.nobody_came)
+        stories = (
+            self.not_asked,
+            self.nowhere_to_go,
+            self.not_done,
+            self.in_the_way,
+            self.nobody_came,
+        )
         found = next(itertools.chain.from_iterable(tell() for tell in stories), "")
-        return found or "nothing that can be seen from here: connections come in, and the nodes answer"
+        return (
+            found or "nothing that can be seen from here: connections come in, and the nodes answer"
+        )
 
     def not_asked(self) -> Iterator[str]:
         namespace, _, name = self.key.partition("/")
@@ -4740,16 +5470,22 @@ class Story:
             yield f"there is no Service {self.key}; those with an annotation of epok's: {known}"
         if service and not service.annotations.keys() & set(PORT_ANNOTATIONS):
             similar = enumerated(
-                quoted(found) for found in sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
+                quoted(found)
+                for found in sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
             )
             lacking = f"it has no annotation {PORT_ANNOTATIONS[0]}{similar and f', only {similar}'}"
             yield f"{lacking}: kubectl annotate service -n {namespace} {name} {PORT_ANNOTATIONS[0]}=EXTERNAL:NODEPORT"
         elif service and not self.plan.claims:
-            yield next((rejection.message for rejection in self.status.rejections), "its annotation names no port")
+            yield next(
+                (rejection.message for rejection in self.status.rejections),
+                "its annotation names no port",
+            )
 
     def nowhere_to_go(self) -> Iterator[str]:
         namespace, _, name = self.key.partition("/")
-        answered = any(check.what.endswith(" answers") and not check.problem for check in self.status.checks)
+        answered = any(
+            check.what.endswith(" answers") and not check.problem for check in self.status.checks
+        )
         if self.pods().startswith("0 of") and not answered:
             slices = f"endpointslices -n {namespace} -l kubernetes.io/service-name={name}"
             yield f"no pod of it is ready: kubectl get {slices}"
@@ -4773,7 +5509,10 @@ class Story:
         yield from (rejection.message for rejection in self.status.rejections)
 
     def nobody_came(self) -> Iterator[str]:
-        lives, doubts = self.status.lives, [check.problem for check in self.status.checks if check.problem]
+        lives, doubts = (
+            self.status.lives,
+            [check.problem for check in self.status.checks if check.problem],
+        )
         if all(live.counts[:1] == (0,) for live in lives):
             ways = enumerated(dict.fromkeys(way for live in lives for way in live.ways))
             yield (
@@ -4792,18 +5531,26 @@ class Story:
         service = self.service
         if not service:
             return [f"  {self.status.cluster}"]
-        policy, affinity = "Local" if service.local else "Cluster", "ClientIP" if service.sticky else "None"
+        policy, affinity = (
+            "Local" if service.local else "Cluster",
+            "ClientIP" if service.sticky else "None",
+        )
         lines = [f"type {service.type}, externalTrafficPolicy {policy}, sessionAffinity {affinity}"]
         lines += [f"NodePorts: {listed(service.ports)}"]
         for name, text in service.annotations.items():
-            lines.append(f"{name}: {quoted(text)}{' (not one that epok knows)' * (name not in SERVICE_ANNOTATIONS)}")
+            lines.append(
+                f"{name}: {quoted(text)}{' (not one that epok knows)' * (name not in SERVICE_ANNOTATIONS)}"
+            )
         if service.source_ranges:
             lines.append(f"loadBalancerSourceRanges: {enumerated(service.source_ranges)}")
         lines += [f"pods: {self.pods()}"] * bool(self.pods())
         lines += [f"warning: {warning}" for warning in self.status.warnings]
         lines = [f"  {line}" for line in lines]
         if mappings := self.mappings():
-            lines += ["Mappings", *aligned([[printable(mapping), fate] for mapping, fate, _ in mappings], "  ")]
+            lines += [
+                "Mappings",
+                *aligned([[printable(mapping), fate] for mapping, fate, _ in mappings], "  "),
+            ]
         if self.plan.claims:
             rows = []
             for node, why in self.nodes():
@@ -4816,20 +5563,41 @@ class Story:
         """What the host does."""
         lines = ["Rules", f"  {self.status.title()}"]
         for live in self.status.lives:
-            count = f"{live.counts[0]} new {plural(live.counts[0], 'connection')}" if live.counts else "not counted"
-            lines += [f"  {live} -> {live.text}, by {enumerated(live.ways)}: {count}", f"    chain {live.chain}"]
-            for target, number in zip(live.targets, live.counts[1:] or itertools.repeat("?"), strict=False):
+            count = (
+                f"{live.counts[0]} new {plural(live.counts[0], 'connection')}"
+                if live.counts
+                else "not counted"
+            )
+            lines += [
+                f"  {live} -> {live.text}, by {enumerated(live.ways)}: {count}",
+                f"    chain {live.chain}",
+            ]
+            for target, number in zip(
+                live.targets, live.counts[1:] or itertools.repeat("?"), strict=False
+            ):
                 lines.append(f"    to {target.address} port {target.port}: {number}")
         lines += [] if self.status.lives else ["  none for this Service"]
         return lines + [f"  {line}" for line in self.status.to_come()]
 
     def document(self) -> dict[str, Any]:
-        told = [{"mapping": mapping, "stands": stands, "fate": fate} for mapping, fate, stands in self.mappings()]
+        told = [
+            {"mapping": mapping, "stands": stands, "fate": fate}
+            for mapping, fate, stands in self.mappings()
+        ]
         nodes = [
-            {"name": node.name, "addresses": list(map(str, node.addresses)), "used": not why, "why": why}
+            {
+                "name": node.name,
+                "addresses": list(map(str, node.addresses)),
+                "used": not why,
+                "why": why,
+            }
             for node, why in self.nodes()
         ]
-        about = {"annotations": dict(self.service.annotations), "pods": self.pods()} if self.service else {}
+        about = (
+            {"annotations": dict(self.service.annotations), "pods": self.pods()}
+            if self.service
+            else {}
+        )
         story = {"service": self.key, **about, "mappings": told, "clusterNodes": nodes}
         return {**self.status.document(), **story, "cause": self.cause()}
 
@@ -4863,11 +5631,15 @@ def start_log(level: str) -> None:
     log.handlers, log.propagate = [handler], False
     log.setLevel(level.upper())
     logging.captureWarnings(True)
-    if not logging.getLogger().handlers:  # or Python prints what libraries log, which comes as an exception too
+    if (
+        not logging.getLogger().handlers
+    ):  # or Python prints what libraries log, which comes as an exception too
         logging.getLogger().addHandler(logging.NullHandler())
 
 
-def read_host(host: Host, deadline: Deadline, counted: bool = False) -> tuple[Facts, Background, Background | None]:
+def read_host(
+    host: Host, deadline: Deadline, counted: bool = False
+) -> tuple[Facts, Background, Background | None]:
     """The facts, and the tables and surroundings, which take longer, as results to come.
 
     Over SSH the surroundings must wait: what is sent must not share its sessions, or its connection, with anything.
@@ -4875,7 +5647,11 @@ def read_host(host: Host, deadline: Deadline, counted: bool = False) -> tuple[Fa
     facts = persist(deadline, read_facts, host, deadline)
     tables = Background(read_all_tables, host, deadline, counted)
     local = isinstance(host, LocalHost)
-    return facts, tables, Background(persist, deadline, read_surroundings, host, deadline) if local else None
+    return (
+        facts,
+        tables,
+        Background(persist, deadline, read_surroundings, host, deadline) if local else None,
+    )
 
 
 def surroundings(host: Host, looking: Background | None, deadline: Deadline) -> Surroundings:
@@ -4905,14 +5681,20 @@ def warn(
         log.warning("%s; so what else may be in the way was not checked", error)
 
 
-def serve(host: Host, reader: Background, planner: Planner | None, options: Options, deadline: Deadline) -> Outcome:
+def serve(
+    host: Host, reader: Background, planner: Planner | None, options: Options, deadline: Deadline
+) -> Outcome:
     """Makes one host right, or says what would change. Raises Fatal."""
     prefix = f"{host.name}: " if options.executor == "ssh" else ""
     outcome = Outcome(host.name)
     try:
         with timed(outcome.seconds, "read"):
             facts, reading, looking = reader.result(deadline, f"{host.name}: reading its addresses")
-            wanted: Wanted = planner.wanted(facts) if planner else {family.version: NOTHING for family in FAMILIES}
+            wanted: Wanted = (
+                planner.wanted(facts)
+                if planner
+                else {family.version: NOTHING for family in FAMILIES}
+            )
             forwards = planner.plan(facts).forwards if planner else []
             found: Found = reading.result(deadline, f"{host.name}: reading its rules")
         if options.dry_run:
@@ -4950,13 +5732,19 @@ def as_found(options: Options, found: Found) -> Options:
     rules = itertools.chain.from_iterable(
         tables["nat"].chains[ROOT] for tables in known if ROOT in tables["nat"].chains
     )
-    barred = next((match[1] for rule in rules if (match := re.fullmatch(r"-[io] (\S+) -j RETURN", rule))), "")
+    barred = next(
+        (match[1] for rule in rules if (match := re.fullmatch(r"-[io] (\S+) -j RETURN", rule))), ""
+    )
     names = dict.fromkeys([match[3] for match in ways] + [barred] * bool(barred))
     addresses = to_networks(",".join(match[2] for match in ways if match[2] and not match[1]))
-    return dataclasses.replace(options, interfaces=tuple(names), external_interface=barred, addresses=addresses)
+    return dataclasses.replace(
+        options, interfaces=tuple(names), external_interface=barred, addresses=addresses
+    )
 
 
-def look(host: Host, reader: Background, planner: Background, options: Options, deadline: Deadline) -> Outcome:
+def look(
+    host: Host, reader: Background, planner: Background, options: Options, deadline: Deadline
+) -> Outcome:
     """Says what a host does, or all about one Service. Raises Fatal."""
     try:
         facts, reading, looking = reader.result(deadline, f"{host.name}: reading its addresses")
@@ -4977,7 +5765,9 @@ def look(host: Host, reader: Background, planner: Background, options: Options, 
         forwards: Sequence[Forward | Live] = status.lives or story.plan.forwards
         if options.explain:
             story.narrow()
-            forwards = [f for f in story.plan.forwards if f.service == options.explain] or status.lives
+            forwards = [
+                f for f in story.plan.forwards if f.service == options.explain
+            ] or status.lives
         try:
             around = surroundings(host, looking, deadline)
         except Fatal as error:
@@ -4986,7 +5776,11 @@ def look(host: Host, reader: Background, planner: Background, options: Options, 
         status.checks = list(check_host(view, forwards))
         if options.explain:
             status.checks += check_nodes(host, forwards, deadline)
-        return Outcome(host.name, 0 if story.snapshot or options.status else 1, story if options.explain else status)
+        return Outcome(
+            host.name,
+            0 if story.snapshot or options.status else 1,
+            story if options.explain else status,
+        )
     finally:
         host.close()
 
@@ -5017,14 +5811,20 @@ def print_outcomes(outcomes: Iterable[Outcome], options: Options) -> None:
     if options.output == "json":
         show(json.dumps({"hosts": [each.document() for each in shown]}, indent=2))
     elif shown:
-        show(("\n\n" if options.looks else "\n").join(text for each in shown if (text := each.text())))
+        show(
+            ("\n\n" if options.looks else "\n").join(
+                text for each in shown if (text := each.text())
+            )
+        )
 
 
 def run(options: Options) -> int:
     started = time.monotonic()
     deadline = Deadline(options.timeout)
     local = options.executor == "local"
-    hosts: list[Host] = [LocalHost()] if local else [SshHost(login, options) for login in options.host]
+    hosts: list[Host] = (
+        [LocalHost()] if local else [SshHost(login, options) for login in options.host]
+    )
     # the hosts are read while the API answers, and what shall be is computed
     counted = options.looks or bool(options.metrics_file)
     readers = [Background(read_host, host, deadline, counted) for host in hosts]
@@ -5034,7 +5834,9 @@ def run(options: Options) -> int:
         if options.looks:
             # what a host says must not wait for a cluster that does not answer
             patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
-            outcomes = everywhere(look, hosts, readers, Background(Planner, options, patience), options, deadline)
+            outcomes = everywhere(
+                look, hosts, readers, Background(Planner, options, patience), options, deadline
+            )
         else:
             planner = None if options.clean else Planner(options, deadline)
             outcomes = everywhere(serve, hosts, readers, planner, options, deadline)
@@ -5043,7 +5845,9 @@ def run(options: Options) -> int:
     print_outcomes(outcomes, options)
     if options.metrics_file and not (options.looks or options.dry_run):
         took = time.monotonic() - started
-        write_metrics(options.metrics_file, lambda before: metrics_text(outcomes, planner, took, before))
+        write_metrics(
+            options.metrics_file, lambda before: metrics_text(outcomes, planner, took, before)
+        )
     statuses = [outcome.status for outcome in outcomes]
     return 1 if 1 in statuses else max(statuses)
 
@@ -5066,13 +5870,17 @@ def main(argv: Sequence[str]) -> int:
         # a thread of its own, so that a signal breaks off nothing but the wait for it: no import, no look-up of a name
         running = Background(run, options)
         while running.is_alive():
-            running.join(0.1)  # by steps: a signal that the system gave to another thread ends no wait
+            running.join(
+                0.1
+            )  # by steps: a signal that the system gave to another thread ends no wait
         status: int = running.result(Deadline(0), "epok")
         return status
     except Fatal as error:
         log.error("%s", error)
         return error.status
-    except ModuleNotFoundError as error:  # kubernetes and paramiko are imported where they are needed
+    except (
+        ModuleNotFoundError
+    ) as error:  # kubernetes and paramiko are imported where they are needed
         log.error("the Python package %s is missing: %s", error.name, HOW_TO_INSTALL)
         return 1
     except KeyboardInterrupt:
