@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make annotated Services of a self-hosted Kubernetes cluster reachable on ports of a host.
 
-One run lists the Services, computes the host's whole set of iptables rules, swaps in what differs, and
-exits. Running it again changes nothing.
+One run lists the Services, computes the host's whole set of iptables rules, swaps in what differs,
+and exits. Running it again changes nothing.
 
 Usage:
   epok.py [options] local
@@ -12,94 +12,98 @@ Usage:
   epok.py (-V | --version)
 
 Examples:
-  epok.py -i eth0 --dry-run local                     what would change on this machine
-  epok.py -i eth0 local                               change it
-  epok.py -i eth0 ssh --host=epok@192.0.2.1           the same on another one
-  epok.py --status local                              what is forwarded, and how many connections came
-  epok.py --explain=default/mail -i eth0 local        why a Service cannot be reached
+  epok.py -i eth0 --dry-run local                  what would change on this machine
+  epok.py -i eth0 local                            change it
+  epok.py -i eth0 ssh --host=epok@192.0.2.1        the same on another one
+  epok.py --status local                           what is forwarded, and how many connections came
+  epok.py --explain=default/mail -i eth0 local     why a Service cannot be reached
 
 Where the rules go:
   local    this machine (with sudo when not root and without CAP_NET_ADMIN)
   ssh      one or more hosts over SSH (with sudo when the user is not root)
 
 Options (the command line wins, then the environment, then the default):
-  -i, --interfaces=<names>     Interfaces of the host to forward packets from, separated by commas. eth+
-                               stands for all whose names begin with eth; lo for connections that the
-                               host makes to its own addresses, 127.0.0.0/8 excepted. Required, but
-                               for --clean, --status and --explain. [EPOK_INTERFACES]
-  --external-interface=<name>  The one of them through which Services with the annotation "internal" are
-                               not reachable. [EPOK_EXTERNAL_INTERFACE]
+  -i, --interfaces=<names>     Interfaces of the host to forward packets from, separated by commas.
+                               eth+ stands for all whose names begin with eth; lo for connections
+                               that the host makes to its own addresses, 127.0.0.0/8 excepted.
+                               Required, but for --clean, --status and --explain. [EPOK_INTERFACES]
+  --external-interface=<name>  The one of them through which Services with the annotation "internal"
+                               are not reachable. [EPOK_EXTERNAL_INTERFACE]
   --addresses=<cidrs>          Forward connections to these addresses of the host only, separated by
                                commas; otherwise to all of them. [EPOK_ADDRESSES]
-  --batch-commands=<bool>      true: the swap is one iptables-restore run if it fits --batch-size; false: one
-                               run for each chain; true unless given. [EPOK_BATCH_COMMANDS]
-  --batch-size=<bytes>         The largest input of iptables-restore, 1677722 unless given; a chain that is larger
-                               goes alone. A larger swap goes in stages: new chains, the flip, old chains.
-                               [EPOK_BATCH_SIZE]
-  --max-nodes=<n>              Forward a Service to at most so many of the nodes, 16 unless given. Each
-                               Service has nodes of its own, so that all get their share. On a host that is a
-                               node it goes to all of its pods. [EPOK_MAX_NODES]
-  --masquerade=<when>          Whether nodes see the host's address instead of the client's: always, never
-                               or auto, which is all but Services with externalTrafficPolicy Local; auto
-                               unless given. [EPOK_MASQUERADE]
-  --mark=<bits>                Two bits of the connection mark for epok alone, 0x30000000 unless given.
-                               [EPOK_MARK]
-  --kubeconfig=<file>          Which cluster. Without it the account of the pod that epok runs in, else
-                               ~/.kube/config. [KUBECONFIG]
+  --batch-commands=<bool>      true: one iptables-restore run if --batch-size allows; false: one run
+                               for each chain; true unless given. [EPOK_BATCH_COMMANDS]
+  --batch-size=<bytes>         The largest input of iptables-restore, 1677722 unless given; a larger
+                               chain goes alone, a larger swap in stages: new chains, the flip, old
+                               chains. [EPOK_BATCH_SIZE]
+  --max-nodes=<n>              Forward a Service to at most so many of the nodes, 16 unless given.
+                               Each Service has nodes of its own, so that all get their share. On a
+                               host that is a node it goes to all of its pods. [EPOK_MAX_NODES]
+  --masquerade=<when>          Whether nodes see the host's address instead of the client's: always,
+                               never or auto, which is all but Services with externalTrafficPolicy
+                               Local; auto unless given. [EPOK_MASQUERADE]
+  --mark=<bits>                Two bits of the connection mark for epok alone, 0x30000000 unless
+                               given. [EPOK_MARK]
+  --kubeconfig=<file>          Which cluster. Without it the account of the pod that epok runs in,
+                               else ~/.kube/config. [KUBECONFIG]
   --context=<name>             Context of the kubeconfig. [EPOK_CONTEXT]
-  --snapshot=<file>            Read a file instead of a cluster ("-" is standard input): what "kubectl get
-                               services,nodes,endpointslices -A -o json" (or yaml) prints.
-                               [EPOK_SNAPSHOT]
+  --snapshot=<file>            Read a file instead of a cluster ("-" is standard input): what
+                               "kubectl get services,nodes,endpointslices -A -o json" (or yaml)
+                               prints. [EPOK_SNAPSHOT]
   --timeout=<seconds>          For the whole run, retries and all; 50 unless given. [EPOK_TIMEOUT]
-  --dry-run                    Print the forwards that would come (+), go (-) and change (~), then the exact
-                               iptables-restore input; change nothing.
-  --clean                      Remove every rule that epok, or the older epok in Rust, put on the host.
-                               Needs no cluster.
-  --status                     Print what the host forwards now, from its live rules, with the new connections
-                               of each forward since its rules were made; what is wanted and not there, when the
-                               cluster answers; and what on the host is in the way. Changes nothing.
-  --explain=<namespace/name>   Print the whole story of one Service, from its annotation to the live rules, try
-                               its NodePort on each node, and say what is most likely wrong. Changes nothing.
-  -o, --output=<format>        Format of --status, --explain and --dry-run: text or json; text unless given.
-  --metrics-file=<file>        Write what the run did, for the textfile collector of node_exporter.
+  --dry-run                    Print the forwards that would come (+), go (-) and change (~), then
+                               the exact iptables-restore input; change nothing.
+  --clean                      Remove every rule that epok, or the older epok in Rust, put on the
+                               host. Needs no cluster.
+  --status                     Print what the host forwards now, from its live rules, with the new
+                               connections of each forward since its rules were made; what is wanted
+                               and not there, when the cluster answers; and what on the host is in
+                               the way. Changes nothing.
+  --explain=<namespace/name>   Print the whole story of one Service, from its annotation to the live
+                               rules, try its NodePort on each node, and say what is most likely
+                               wrong. Changes nothing.
+  -o, --output=<format>        text or json of --status, --explain and --dry-run; else text.
+  --metrics-file=<file>        Write what the run did, for node_exporter's textfile collector.
                                [EPOK_METRICS_FILE]
   -q                           Log warnings and errors only.
-  -v                           Log every command and request too. [EPOK_LOG_LEVEL: debug, info, warning or
-                               error]
+  -v                           Log every command and request too. [EPOK_LOG_LEVEL: debug, info,
+                               warning or error]
   -h, --help                   Print this.
   -V, --version                Print the version.
 
 Options for ssh:
-  -H, --host=<user@host>       user@host or user@host:port. Repeat it, or separate with commas, for several
-                               hosts, which all get the same rules. [EPOK_SSH_HOST]
+  -H, --host=<user@host>       user@host or user@host:port. Repeat it, or separate with commas, for
+                               several hosts, which all get the same rules. [EPOK_SSH_HOST]
   -p, --port=<port>            Port of the SSH server, 22 unless given. [EPOK_SSH_PORT]
-  -k, --key=<file>             Private key. Without it the agent's and those in ~/.ssh. [EPOK_SSH_KEY]
+  -k, --key=<file>             Private key; without it the agent's and those in ~/.ssh.
+                               [EPOK_SSH_KEY]
   --known-hosts=<file>         Keys of known hosts, as ssh reads them; ~/.ssh/known_hosts and
                                /etc/ssh/ssh_known_hosts unless given. [EPOK_SSH_KNOWN_HOSTS]
-  --host-key=<key>             Accept this host key alone: an "ssh-ed25519 AAAA..." line or a "SHA256:..."
-                               fingerprint, several with commas between; "any" turns the check off.
-                               [EPOK_SSH_HOST_KEY]
+  --host-key=<key>             Accept this host key alone: an "ssh-ed25519 AAAA..." line or a
+                               "SHA256:..." fingerprint, several with commas between; "any" turns
+                               the check off. [EPOK_SSH_HOST_KEY]
 
 Annotations of a Service of type NodePort or LoadBalancer:
   getbetter.ro/externalport: "25:2025, 53:dns/udp, 8000-8010:30000-30010"
-      EXTERNAL [":" TARGET] [":" PROTOCOL | "/" PROTOCOL], separated by commas. EXTERNAL is a port of the
-      host or a range; TARGET a NodePort of this Service, a range as long, or the name of a Service port;
-      without it EXTERNAL is a Service port. externalports means the same.
+      EXTERNAL [":" TARGET] [":" PROTOCOL | "/" PROTOCOL], separated by commas. EXTERNAL is a port
+      of the host or a range; TARGET a NodePort of this Service, a range as long, or the name of a
+      Service port; without it EXTERNAL is a Service port. externalports means the same.
   getbetter.ro/internal: ""
       Not through --external-interface.
   getbetter.ro/allow-range: "192.0.2.0/24, 2001:db8::/32"
       For these clients only; without it spec.loadBalancerSourceRanges counts.
-  The prefix epok.getbetter.ro/ is as good for each of them. Another name with one of these prefixes is warned
-  about; one that may be a restriction misspelt keeps the Service from being forwarded.
+  The prefix epok.getbetter.ro/ is as good for each of them. Another name with one of these prefixes
+  is warned about; one that may be a restriction misspelt keeps the Service from being forwarded.
 A node with the annotation epok.getbetter.ro/exclude or the label epok_exclude gets no traffic.
 
-What it needs: iptables on the host (nft or legacy), and that it forwards packets (sysctl -w net.ipv4.ip_forward=1);
-of the cluster the permission to list services, nodes and endpointslices, and to create and patch events. The host's
-rules of epok are the chains EPOK and EPOK-* and what jumps to them from PREROUTING, OUTPUT, POSTROUTING and FORWARD;
-it reads and writes nothing else there.
+What it needs: iptables on the host (nft or legacy), and that it forwards packets (sysctl -w
+net.ipv4.ip_forward=1); of the cluster the permission to list services, nodes and endpointslices,
+and to create and patch events. The host's rules of epok are the chains EPOK and EPOK-* and what
+jumps to them from PREROUTING, OUTPUT, POSTROUTING and FORWARD; it reads and writes nothing else
+there.
 
-Exit status: 0 the host is right; 1 it failed and the rules are as they were, or the message says what was
-done; 2 the command line is wrong; 3 --dry-run and the host differs.
+Exit status: 0 the host is right; 1 it failed and the rules are as they were, or the message says
+what was done; 2 the command line is wrong; 3 --dry-run and the host differs.
 """
 
 # Contents. A section uses only names of the sections before it.
@@ -128,19 +132,19 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 (before anything that an older one does not know)
-    found = ".".join(map(str, sys.version_info[:3]))
+    this = ".".join(map(str, sys.version_info[:3]))
     sys.exit(
-        f"error: epok needs Python 3.11 or newer, and this is {found}: apt-get install python3.11-venv && "
-        "python3.11 -m venv .venv && .venv/bin/pip install -r requirements.txt, then .venv/bin/python epok.py; "
+        f"error: epok needs Python 3.11 or newer, and this is {this}: "
+        "apt-get install python3.11-venv && python3.11 -m venv .venv && "
+        ".venv/bin/pip install -r requirements.txt, then .venv/bin/python epok.py; "
         "or use the image"
     )
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # or Ctrl-C during the imports, which take a while, is a traceback
+    # or Ctrl-C during the imports, which take a while, is a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import atexit
 import base64
@@ -173,7 +177,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
-HOW_TO_INSTALL = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, then .venv/bin/python epok.py"
+HOW_TO_INSTALL = (
+    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, "
+    "then .venv/bin/python epok.py"
+)
 try:
     import docopt
     import msgspec
@@ -238,7 +245,7 @@ class Transient(Exception):
 
 
 def quoted(value: object) -> str:
-    """The value for a message: in double quotes, ASCII, control characters escaped, cut at 100 characters."""
+    """The value in double quotes for a message: printable ASCII, cut at 100 characters."""
     try:
         text = str(value)
     except ValueError:  # Python writes no number of more than 4,300 digits, which YAML can have
@@ -263,8 +270,8 @@ def plural(count: int, one: str, many: str = "") -> str:
 
 def enumerated(texts: Iterable[str]) -> str:
     """The first ten of them for a message, and how many more there are."""
-    known = list(texts)
-    return ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
+    every = list(texts)
+    return ", ".join(every[:10]) + (f" and {len(every) - 10} more" if len(every) > 10 else "")
 
 
 COLOURS = {"+": 32, "-": 31, "~": 33, "ok": 32, "FAILED": 31, "maybe": 33, "title": 1}
@@ -272,24 +279,18 @@ COLOURS = {"+": 32, "-": 31, "~": 33, "ok": 32, "FAILED": 31, "maybe": 33, "titl
 
 def painted(text: str, what: str) -> str:
     """In colour on a terminal, unless NO_COLOR (no-color.org) is set."""
-    if (
-        what not in COLOURS
-        or os.environ.get("NO_COLOR")
-        or not (sys.stdout and sys.stdout.isatty())
-    ):
-        return text
-    return f"\033[{COLOURS[what]}m{text}\033[0m"
+    plain = os.environ.get("NO_COLOR") or not (sys.stdout and sys.stdout.isatty())
+    return text if plain or what not in COLOURS else f"\033[{COLOURS[what]}m{text}\033[0m"
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
     """Lines of a table; a column of numbers is aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numbers = [all(cell.isdigit() for cell in column[1:]) for column in zip(*rows, strict=True)]
-    return [
-        (indent + "  ".join(cell.rjust(width) if number else cell.ljust(width)
-                            for cell, width, number in zip(row, widths, numbers, strict=True))).rstrip()
-        for row in rows
-    ]  # fmt: skip
+    columns = []
+    for cells in zip(*rows, strict=True):
+        width = max(map(len, cells))
+        align = str.rjust if all(cell.isdigit() for cell in cells[1:]) else str.ljust
+        columns.append([align(cell, width) for cell in cells])
+    return [(indent + "  ".join(row)).rstrip() for row in zip(*columns, strict=True)]
 
 
 # ------------------------------------------------ time: deadline, retries, threads, programs
@@ -519,38 +520,26 @@ def one_of(*words: str, **older: str) -> Callable[[str], str]:
     return convert
 
 
+def number_of(what: str, most: int = 999_999_999_999) -> Callable[[str], int]:
+    """Converts to a whole number above zero, with no more digits than the largest one has."""
+
+    def convert(text: str) -> int:
+        short = len(text) <= len(str(most)) and re.fullmatch("[0-9]+", text)
+        if not short or not 1 <= int(text) <= most:
+            raise ValueError(f"accepted is {what}")
+        return int(text)
+
+    return convert
+
+
 to_level = one_of("debug", "info", "warning", "error", warn="warning", trace="debug")
+to_port = number_of("a port, 1 to 65535", 65535)
 
 
-def items(text: str) -> list[str]:
-    """What stands between the commas, without white space and empty ones."""
-    return [item for part in re.findall("[^,]+", text) if (item := part.strip(" \t\r\n"))]
-
-
-def to_interfaces(text: str) -> tuple[str, ...]:
-    for name in items(text):
-        if not re.fullmatch(r"[A-Za-z0-9_.@][A-Za-z0-9_.@-]*\+?", name) or len(name) > 15:
-            raise ValueError(
-                f"{quoted(name)} is no interface; accepted are names like eth0, and eth+ for all of eth"
-            )
-    return tuple(dict.fromkeys(items(text)))
-
-
-def to_networks(text: str) -> tuple[Network, ...]:
-    """Addresses and CIDRs, separated by commas; bits behind the prefix length do not count, as in Kubernetes."""
-    networks = []
-    for item in items(text) or [text] * bool(text):
-        try:
-            mask = re.fullmatch(r"[0-9A-Fa-f.:]+(?:/([0-9]{1,3}|[0-9.]{7,15}))?", item)
-            network = ipaddress.ip_network(item, strict=False)
-            if not mask or ("." in (mask[1] or "") and mask[1] != str(network.netmask)):
-                raise ValueError  # 0.0.0.255 is 255.255.255.0 to ipaddress, but not to iptables
-            networks.append(network)
-        except ValueError:
-            raise ValueError(
-                f"{quoted(item)} is no CIDR; accepted are ones like 192.0.2.0/24, 2001:db8::/32"
-            ) from None
-    return tuple(dict.fromkeys(networks))
+def to_seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) == 0:
+        raise ValueError("accepted is a number of seconds above zero")
+    return float(text)
 
 
 def to_mark(text: str) -> Mark:
@@ -562,25 +551,33 @@ def to_mark(text: str) -> Mark:
     return Mark(*bits)
 
 
-def to_seconds(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) == 0:
-        raise ValueError("accepted is a number of seconds above zero")
-    return float(text)
+def items(text: str) -> list[str]:
+    """What stands between the commas, without white space and empty ones."""
+    return [item for part in re.findall("[^,]+", text) if (item := part.strip(" \t\r\n"))]
 
 
-def number_of(what: str) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) == 0:
-            raise ValueError(f"accepted is a number of {what} above zero")
-        return int(text)
+def to_interfaces(text: str) -> tuple[str, ...]:
+    for name in items(text):
+        if not re.fullmatch(r"[A-Za-z0-9_.@][A-Za-z0-9_.@-]*\+?", name) or len(name) > 15:
+            accepted = "accepted are names like eth0, and eth+ for all of eth"
+            raise ValueError(f"{quoted(name)} is no interface; {accepted}")
+    return tuple(dict.fromkeys(items(text)))
 
-    return convert
 
-
-def to_port(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
-        raise ValueError("accepted is a port, 1 to 65535")
-    return int(text)
+def to_networks(text: str) -> tuple[Network, ...]:
+    """Addresses and CIDRs; bits behind the prefix length do not count, as in Kubernetes."""
+    networks = []
+    for item in items(text) or [text] * bool(text):
+        try:
+            mask = re.fullmatch(r"[0-9A-Fa-f.:]+(?:/([0-9]{1,3}|[0-9.]{7,15}))?", item)
+            network = ipaddress.ip_network(item, strict=False)
+            if not mask or ("." in (mask[1] or "") and mask[1] != str(network.netmask)):
+                raise ValueError  # 0.0.0.255 is 255.255.255.0 to ipaddress, but not to iptables
+            networks.append(network)
+        except ValueError:
+            accepted = "accepted are ones like 192.0.2.0/24, 2001:db8::/32"
+            raise ValueError(f"{quoted(item)} is no CIDR; {accepted}") from None
+    return tuple(dict.fromkeys(networks))
 
 
 def to_address(text: str) -> Address | None:
@@ -591,29 +588,27 @@ def to_address(text: str) -> Address | None:
 
 
 def to_logins(text: str) -> tuple[Login, ...]:
+    """Whom to log in as, and where; port 0 where none is named."""
     logins = []
+    ipv6, zone = "[0-9A-Fa-f:.]+", r"%[\w.-]+"
+    host = rf"(?:\[({ipv6}(?:{zone})?)\]|([\w.-]+)|({ipv6}{zone})$)"
     for item in items(text):
-        ipv6, zone = "[0-9A-Fa-f:.]+", r"%[\w.-]+"
-        host = rf"(?:\[({ipv6}(?:{zone})?)\]|([\w.-]+)|({ipv6}{zone})$)"
         match = re.fullmatch(rf"([\w.-]+)@{host}(?::([0-9]{{1,5}}))?", item, re.ASCII)
         user, bracketed, name, bare, port = match.groups() if match else (None,) * 5
         address = bracketed or bare
         if not match or (address and not to_address(address)):
-            raise ValueError(
-                f"{quoted(item)}: accepted are user@host, user@host:port and user@[IPv6]:port"
-            )
+            accepted = "accepted are user@host, user@host:port and user@[IPv6]:port"
+            raise ValueError(f"{quoted(item)}: {accepted}")
         logins.append(Login(user or "", address or name or "", to_port(port) if port else 0))
     return tuple(logins)
 
 
 def to_host_keys(text: str) -> tuple[str, ...]:
-    for key in items(text) or [text] * bool(text):
-        if not re.fullmatch(
-            r"any|SHA256:[A-Za-z0-9+/]{43}=?|[a-z0-9@.-]+ +[A-Za-z0-9+/]+={0,2}( .*)?", key
-        ):
-            raise ValueError(
-                f'{quoted(key)}: accepted are an "ssh-ed25519 AAAA..." line, "SHA256:..." and "any"'
-            )
+    key = r"any|SHA256:[A-Za-z0-9+/]{43}=?|[a-z0-9@.-]+ +[A-Za-z0-9+/]+={0,2}( .*)?"
+    for item in items(text) or [text] * bool(text):
+        if not re.fullmatch(key, item):
+            accepted = 'accepted are an "ssh-ed25519 AAAA..." line, "SHA256:..." and "any"'
+            raise ValueError(f"{quoted(item)}: {accepted}")
     return tuple(items(text))
 
 
@@ -624,7 +619,7 @@ def to_service_name(text: str) -> str:
 
 
 def setting(variable: str, default: str, convert: Callable[[str], Any]) -> Any:
-    """A field of Options that is an option of its name: its environment variable, if any, and what makes its value."""
+    """A field of Options that is an option with a value: its variable, default and converter."""
     return field(metadata={"variable": variable, "default": default, "convert": convert})
 
 
@@ -643,8 +638,10 @@ class Options:
     external_interface: str = setting("EPOK_EXTERNAL_INTERFACE", "", str)
     addresses: tuple[Network, ...] = setting("EPOK_ADDRESSES", "", to_networks)
     batch_commands: str = setting("EPOK_BATCH_COMMANDS", "true", one_of("true", "false"))
-    batch_size: int = setting("EPOK_BATCH_SIZE", "1677722", number_of("bytes"))
-    max_nodes: int = setting("EPOK_MAX_NODES", "16", number_of("nodes"))
+    batch_size: int = setting(
+        "EPOK_BATCH_SIZE", "1677722", number_of("a number of bytes above zero")
+    )
+    max_nodes: int = setting("EPOK_MAX_NODES", "16", number_of("a number of nodes above zero"))
     masquerade: str = setting("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
     mark: Mark = setting("EPOK_MARK", "0x30000000", to_mark)
     kubeconfig: str = setting("KUBECONFIG", "", str)
@@ -667,6 +664,7 @@ class Options:
 class Setting(NamedTuple):
     """An option with a value: where its text may come from and what makes the value of it."""
 
+    name: str
     option: str
     variable: str
     default: str
@@ -674,7 +672,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = [
-    Setting("--" + made.name.replace("_", "-"), **made.metadata)
+    Setting(made.name, "--" + made.name.replace("_", "-"), **made.metadata)
     for made in dataclasses.fields(Options)
     if made.metadata
 ]
@@ -682,16 +680,16 @@ SETTINGS = [
 
 def strange_variables(environ: Mapping[str, str]) -> Iterator[str]:
     """What is wrong with variables that the older epok knew, or that are nearly one of epok's."""
-    known = [setting.variable for setting in SETTINGS if setting.variable]
+    variables = [setting.variable for setting in SETTINGS if setting.variable]
     for name, text in environ.items():
-        if name in known or not name.startswith("EPOK_") or not text:
+        if name in variables or not name.startswith("EPOK_") or not text:
             continue
         import difflib
 
         nothing = f"{name} in the environment means nothing to epok; "
         if name == "EPOK_EXTRA_INTERNAL_IPS":
             yield nothing + "what it was to the older one is --addresses (EPOK_ADDRESSES)"
-        elif nearest := difflib.get_close_matches(name, known, 1, 0.8):
+        elif nearest := difflib.get_close_matches(name, variables, 1, 0.8):
             yield nothing + f"what comes nearest is {nearest[0]}"
 
 
@@ -700,7 +698,10 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     words = read_words(argv)
     if words["-v"] or words["-q"]:
         words["--log-level"] = "debug" if words["-v"] else "warning"
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"executor": "ssh" if words["ssh"] else "local"}
+    values |= {
+        name: words[f"--{name.replace('_', '-')}"] for name in ("dry_run", "clean", "status")
+    }
     for setting in SETTINGS:
         typed = words.get(setting.option)
         if isinstance(typed, list):
@@ -710,32 +711,33 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         try:
             if typed == "":  # from an unset variable of a shell script, perhaps
                 raise ValueError("a value is needed")
-            values[setting.option.strip("-").replace("-", "_")] = setting.convert(text)
+            values[setting.name] = setting.convert(text)
         except ValueError as error:
             raise Fatal(f"{source}: {quoted(text)}: {error}", 2) from None
-    values["host"] = tuple(
-        login._replace(port=login.port or values["port"]) for login in values["host"]
-    )
-    executor = "ssh" if words["ssh"] else "local"
-    flags = {name: words[f"--{name.replace('_', '-')}"] for name in ("dry_run", "clean", "status")}
-    options = Options(executor=executor, **flags, **values)
+    port = values["port"]
+    values["host"] = tuple(login._replace(port=login.port or port) for login in values["host"])
+    options = Options(**values)
     check_combination(options)
     return options
 
 
 def read_words(argv: Sequence[str]) -> dict[str, Any]:
     """docopt's dictionary; prints help or version and exits when asked for."""
-    known = set(re.findall(r"--[a-z-]+", __doc__ or ""))
-    valued = "".join(re.findall(r"-(\w), --[a-z-]+=<", __doc__ or ""))
+    usage = __doc__ or ""
+    options = re.findall(r"--[a-z-]+", usage)
+    valued = "".join(re.findall(r"-(\w), --[a-z-]+=<", usage))
     for word in argv:
-        # docopt takes any unique beginning of an option for it, so that --cle would clean, and -:V for -V
-        option = word.split("=")[0] if word.startswith("--") else word
-        if (word.startswith("--") and option not in known) or re.match(
-            rf"-[^-{valued}]*[^-{valued}\w]", word
-        ):
+        # docopt takes --cle for --clean, as any unique beginning of an option, and -:V for -V
+        if word.startswith("--"):
+            option = word.split("=")[0]
+            unknown = option not in options
+        else:
+            option = word
+            unknown = bool(re.match(rf"-[^-{valued}]*[^-{valued}\w]", word))
+        if unknown:
             raise Fatal(f"unknown option {quoted(option)}; epok.py --help lists them all", 2)
     try:
-        return dict(docopt.docopt(__doc__ or "", list(argv), version=f"epok {VERSION}"))
+        return dict(docopt.docopt(usage, list(argv), version=f"epok {VERSION}"))
     except docopt.DocoptExit as error:
         raise Fatal(explain_usage(str(error), argv), 2) from None
 
@@ -745,52 +747,42 @@ def explain_usage(problem: str, argv: Sequence[str]) -> str:
     first = problem.splitlines()[0]
     if "requires argument" in first or "must not have" in first:
         return f"{first.replace('requires argument', 'needs a value')}; see epok.py --help"
-    takes_value = set(itertools.chain(*re.findall(r"(-\w), (--[a-z-]+)=<", __doc__ or ""))) | {
-        s.option for s in SETTINGS
-    }
+    shorts = re.findall(r"(-\w), --[a-z-]+=<", __doc__ or "")
+    takes_value = {*shorts, *(setting.option for setting in SETTINGS)}
     rest = iter(argv)
     arguments = [word for word in rest if not (word in takes_value and next(rest, None))]
     if not {"local", "ssh"} & set(arguments):
-        return "say where the rules go: epok.py [options] local, or epok.py [options] ssh --host=<user@host>"
-    names = re.findall(
+        ways = "epok.py [options] local, or epok.py [options] ssh --host=<user@host>"
+        return f"say where the rules go: {ways}"
+    too_many = re.findall(
         r"Option\((?:'-\w', )?(?:None, )?'?(--?[\w-]+)|Argument\(None, '(.*?)'\)", first
     )
-    unexpected = ", ".join(quoted(option or word) for option, word in names)
+    unexpected = ", ".join(quoted(option or word) for option, word in too_many)
     return f"unexpected or repeated: {unexpected or quoted(' '.join(argv))}; see epok.py --help"
 
 
 def check_combination(options: Options) -> None:
-    needs_interfaces = not (options.clean or options.looks)
-    if not options.interfaces and needs_interfaces:
-        raise Fatal(
-            "which interfaces of the host? give --interfaces (or EPOK_INTERFACES), like -i eth0; see ip -br addr",
-            2,
-        )
-    if (
-        options.external_interface
-        and options.external_interface not in options.interfaces
-        and needs_interfaces
-    ):
-        listed = ",".join(options.interfaces)
-        raise Fatal(
-            f"--external-interface {quoted(options.external_interface)} is not one of -i {listed}",
-            2,
-        )
-    if options.executor == "ssh" and not options.host:
+    """Raises Fatal for options that need another one, or that contradict each other."""
+    ssh, outside = options.executor == "ssh", options.external_interface
+    if not (options.clean or options.looks):
+        if not options.interfaces:
+            ask = "give --interfaces (or EPOK_INTERFACES), like -i eth0; see ip -br addr"
+            raise Fatal(f"which interfaces of the host? {ask}", 2)
+        if outside and outside not in options.interfaces:
+            listed = ",".join(options.interfaces)
+            raise Fatal(f"--external-interface {quoted(outside)} is not one of -i {listed}", 2)
+    if ssh and not options.host:
         raise Fatal("which host? give --host (or EPOK_SSH_HOST), like --host epok@192.0.2.1", 2)
-    if options.executor == "ssh" and len(
-        {(host.lower(), port) for _, host, port in options.host}
-    ) < len(options.host):
+    if ssh and len({(login.host.lower(), login.port) for login in options.host}) < len(
+        options.host
+    ):
         raise Fatal("--host names one host twice", 2)
     if bool(options.explain) + options.status + (options.dry_run or options.clean) > 1:
-        raise Fatal(
-            "--status, --explain and --dry-run or --clean show different things; give one of them",
-            2,
-        )
+        ways = "--status, --explain and --dry-run or --clean"
+        raise Fatal(f"{ways} show different things; give one of them", 2)
     if options.output == "json" and not (options.looks or options.dry_run):
-        raise Fatal(
-            "--output json is for --status, --explain and --dry-run; a run itself prints nothing", 2
-        )
+        ways = "--status, --explain and --dry-run"
+        raise Fatal(f"--output json is for {ways}; a run itself prints nothing", 2)
 
 
 # ------------------------------------------------ access: kubeconfigs, or a pod's account -> Access
