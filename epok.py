@@ -789,11 +789,12 @@ def check_combination(options: Options) -> None:
 
 
 def in_pod() -> bool:
-    """Whether epok runs in a pod: with an account there, and files of a Secret, which nobody can write to."""
+    """Whether epok runs in a pod, so with its account, and with files that nobody can write to."""
     return bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
 
 
-# What kubectl reads of a kubeconfig: k8s.io/client-go/tools/clientcmd/api/v1. What stands nowhere is empty.
+# What kubectl reads of a kubeconfig: k8s.io/client-go/tools/clientcmd/api/v1.
+# A field that is not there is empty.
 class ClusterEntry(msgspec.Struct, rename="kebab"):
     server: str = ""
     tls_server_name: str = ""
@@ -804,34 +805,15 @@ class ClusterEntry(msgspec.Struct, rename="kebab"):
     extensions: list[dict[str, Any]] = []
 
 
-class PluginVariable(msgspec.Struct):
-    name: str = ""
-    value: str = ""
-
-
 class Plugin(msgspec.Struct, rename="camel"):
     """A program that makes credentials: client.authentication.k8s.io."""
 
     command: str = ""
     args: list[str] = []
-    env: list[PluginVariable] = []
+    env: list[dict[str, str]] = []
     api_version: str = ""
     provide_cluster_info: bool = False
     interactive_mode: str = ""
-
-
-class Credentials(msgspec.Struct, rename="camel"):
-    """What such a program makes."""
-
-    token: str = ""
-    client_certificate_data: str = ""
-    client_key_data: str = ""
-
-
-class PluginAnswer(msgspec.Struct, rename="camel"):
-    api_version: str
-    status: Credentials
-    kind: Literal["ExecCredential", ""] = ""
 
 
 class UserEntry(msgspec.Struct, rename="kebab"):
@@ -856,37 +838,36 @@ class ContextEntry(msgspec.Struct):
     user: str = ""
 
 
-class NamedCluster(msgspec.Struct):
+class Entry(msgspec.Struct):
+    """An entry of one of a kubeconfig's three lists, with what it has of that list's kind."""
+
     name: str = ""
     cluster: ClusterEntry = msgspec.field(default_factory=ClusterEntry)
-
-
-class NamedUser(msgspec.Struct):
-    name: str = ""
     user: UserEntry = msgspec.field(default_factory=UserEntry)
-
-
-class NamedContext(msgspec.Struct):
-    name: str = ""
     context: ContextEntry = msgspec.field(default_factory=ContextEntry)
 
 
-class KubeconfigFile(msgspec.Struct, rename="kebab"):
+class Kubeconfig(msgspec.Struct, rename="kebab"):
     kind: Literal["Config", ""] = ""
     api_version: Literal["v1", ""] = msgspec.field(name="apiVersion", default="")
     current_context: str = ""
-    clusters: list[NamedCluster] = []
-    users: list[NamedUser] = []
-    contexts: list[NamedContext] = []
+    clusters: list[Entry] = []
+    users: list[Entry] = []
+    contexts: list[Entry] = []
 
 
-class Kubeconfig(NamedTuple):
-    """Some files as one: of each name, and of the current context, the first file's."""
+class Credentials(msgspec.Struct, rename="camel"):
+    token: str = ""
+    client_certificate_data: str = ""
+    client_key_data: str = ""
 
-    current_context: str
-    clusters: Mapping[str, ClusterEntry]
-    users: Mapping[str, UserEntry]
-    contexts: Mapping[str, ContextEntry]
+
+class PluginAnswer(msgspec.Struct, rename="camel"):
+    """What a plugin prints."""
+
+    api_version: str
+    status: Credentials
+    kind: Literal["ExecCredential", ""] = ""
 
 
 @dataclass(frozen=True)
@@ -912,16 +893,16 @@ class Access:
     @property
     def shows(self) -> str:
         """By what the server may know who asks; empty when by nothing."""
-        kind = (
-            dict(self.headers).get("Authorization", "").partition(" ")[0].lower()
-        )  # a pod's is bearer
-        return {"basic": "password", "bearer": "token"}.get(
-            kind, "client certificate" if self.certificate else ""
-        )
+        scheme = dict(self.headers).get("Authorization", "").partition(" ")[0].lower()
+        otherwise = "client certificate" if self.certificate else ""
+        return {"basic": "password", "bearer": "token"}.get(scheme, otherwise)
 
 
 def documents(data: bytes) -> Iterator[Any]:
-    """What is in JSON, or in each document of YAML, times as texts. Raises ValueError, which tells no secret of it."""
+    """What is in JSON, or in each document of YAML; times as texts.
+
+    Raises ValueError, which tells no secret of it.
+    """
     try:
         yield json.loads(data)  # first, since PyYAML takes no tabs
         return
@@ -934,17 +915,11 @@ def documents(data: bytes) -> Iterator[Any]:
 
     Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
     try:
-        yield from yaml.load_all(
-            io.BytesIO(data), Loader
-        )  # a file: of a text PyYAML's errors show the line
-    except (
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-    ) as error:  # the last for !!int and !!bool of what is none
-        raise ValueError(
-            re.sub(r"(^|(alias|anchor|tag|handle|:) )'[^']*'", r"\1'...'", one_line(error))
-        ) from None
+        # from a file, since PyYAML's errors show the line of a text
+        yield from yaml.load_all(io.BytesIO(data), Loader)
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # the last for a wrong !!int, !!bool
+        quotes = r"(^|(alias|anchor|tag|handle|:) )'[^']*'"
+        raise ValueError(re.sub(quotes, r"\1'...'", one_line(error))) from None
 
 
 def without_nulls(value: Any) -> Any:
@@ -956,20 +931,16 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def read_kubeconfig(file: str) -> KubeconfigFile | None:
+def read_kubeconfig(file: str) -> Kubeconfig | None:
     """One file, its paths made absolute; None when it is not there. Raises Fatal."""
     try:
         with open(file, "rb") as opened:
-            document: Any = next(documents(opened.read()), None)
-        found: KubeconfigFile = msgspec.convert(
-            {} if document is None else without_nulls(document), KubeconfigFile
-        )
-        for entries in (found.clusters, found.users, found.contexts):
-            names = [entry.name for entry in entries]
+            document = next(documents(opened.read()), None)
+        config = msgspec.convert({} if document is None else without_nulls(document), Kubeconfig)
+        for entries in (config.clusters, config.users, config.contexts):
+            names = sorted(entry.name for entry in entries)
             if len(set(names)) < len(names):
-                raise ValueError(
-                    f"a name stands twice in one list: {enumerated(map(quoted, sorted(names)))}"
-                )
+                raise ValueError(f"a name stands twice: {enumerated(map(quoted, names))}")
     except FileNotFoundError:
         return None
     except PermissionError:  # as k3s and kubeadm make it
@@ -980,89 +951,88 @@ def read_kubeconfig(file: str) -> KubeconfigFile | None:
         check = f"check it with kubectl config view --kubeconfig {shlex.quote(file)}"
         raise Fatal(f"kubeconfig {file}: {one_line(error)}; {check}") from None
     folder = os.path.dirname(os.path.abspath(file))
-    for cluster in found.clusters:
-        resolve(cluster.cluster, folder, "certificate_authority")
-    for user in found.users:
-        resolve(user.user, folder, "client_certificate", "client_key", "token_file")
-        if user.user.exec and "/" in user.user.exec.command:
-            resolve(user.user.exec, folder, "command")
-    return found
+    for entry in (*config.clusters, *config.users):
+        resolve(folder, entry.cluster, "certificate_authority")
+        resolve(folder, entry.user, "client_certificate", "client_key", "token_file")
+        if entry.user.exec and "/" in entry.user.exec.command:
+            resolve(folder, entry.user.exec, "command")
+    return config
 
 
-def resolve(entry: Any, folder: str, *fields: str) -> None:
+def resolve(folder: str, entry: msgspec.Struct, *fields: str) -> None:
     """Paths in a kubeconfig are relative to its own folder."""
     for name in fields:
         if path := getattr(entry, name):
             setattr(entry, name, os.path.normpath(os.path.join(folder, path)))
 
 
-def merged(files: Sequence[KubeconfigFile]) -> Kubeconfig:
-    backwards = files[::-1]  # so that what the first has comes last, and stays
+def merged(configs: Sequence[Kubeconfig]) -> Kubeconfig:
+    """Some as one; of the current contexts, and of entries with one name, the first counts."""
     return Kubeconfig(
-        next((file.current_context for file in files if file.current_context), ""),
-        {entry.name: entry.cluster for file in backwards for entry in file.clusters},
-        {entry.name: entry.user for file in backwards for entry in file.users},
-        {entry.name: entry.context for file in backwards for entry in file.contexts},
+        current_context=next(filter(None, (config.current_context for config in configs)), ""),
+        clusters=[entry for config in configs for entry in config.clusters],
+        users=[entry for config in configs for entry in config.users],
+        contexts=[entry for config in configs for entry in config.contexts],
     )
 
 
 def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
-    """What the kubeconfigs say, read as kubectl reads them. Raises Fatal for what epok cannot do as kubectl does."""
+    """What the kubeconfigs say, read as kubectl reads them. Raises Fatal."""
     names = options.kubeconfig or "~/.kube/config"
     # the variable is a list; the option names one file, whatever is in its name
-    several = names == os.environ.get("KUBECONFIG")
-    files = [
-        os.path.expanduser(file)
-        for file in (names.split(os.pathsep) if several else [names])
-        if file
-    ]
-    origin = f"kubeconfig {names if several else files[0]}"
-    found = [read for file in files if (read := read_kubeconfig(file))]
-    if not found:
-        places = "k3s has --kubeconfig /etc/rancher/k3s/k3s.yaml, kubeadm --kubeconfig /etc/kubernetes/admin.conf"
-        raise Fatal(f"{origin}: there is no such file; {places}; or give --snapshot to do without")
-    everything = merged(found)
+    listed = names.split(os.pathsep) if names == os.environ.get("KUBECONFIG") else [names]
+    files = [os.path.expanduser(file) for file in listed if file]
     file = files[0] if len(files) == 1 else ""
+    origin = f"kubeconfig {file or names}"
+    configs = [config for each in files if (config := read_kubeconfig(each))]
+    if not configs:
+        places = "k3s has --kubeconfig /etc/rancher/k3s/k3s.yaml, "
+        places += "kubeadm --kubeconfig /etc/kubernetes/admin.conf"
+        raise Fatal(f"{origin}: there is no such file; {places}; or give --snapshot to do without")
     kubectl = ["kubectl", *(["--kubeconfig", file] if file else [])]
     kubectl += ["--context", options.context] * bool(options.context)
+    access = Access(origin, "", shlex.join(kubectl), file)
     try:
-        name = options.context or everything.current_context
-        context = chosen(everything.contexts, name, "context", "give --context")
-        cluster = chosen(
-            everything.clusters, context.cluster, "cluster", f"context {quoted(name)} names it"
-        )
-        access = cluster_access(
-            cluster, Access(origin, server_url(cluster.server), shlex.join(kubectl), file)
-        )
-        user = everything.users.get(context.user, UserEntry())
-        if not identifies(user) and access.server.startswith("https:"):  # kubectl proxy needs none
-            why = "has none" if context.user in everything.users else "is not among its users"
-            raise ValueError(
-                f"there are no credentials: user {quoted(context.user)} of context {quoted(name)} {why}; "
-                "give it a token, tokenFile, client-certificate or exec"
-            )
-        return user_access(user, cluster, access, deadline)
+        return chosen_access(merged(configs), options.context, access, deadline)
     except OSError as error:  # as under systemd, which copies the kubeconfig alone
-        instead = (
-            f"what {shlex.join(kubectl)} config view --raw --flatten prints needs no such files"
-        )
+        flat = f"{access.kubectl} config view --raw --flatten"
+        instead = f"what {flat} prints needs no such files"
         raise Fatal(f"{origin}: {one_line(error)}; {instead}") from None
     except ValueError as error:
         raise Fatal(f"{origin}: {one_line(error)}") from None
 
 
-def chosen(entries: Mapping[str, T], name: str, what: str, hint: str) -> T:
-    if name not in entries:
-        there = (
-            f"there are {enumerated(map(quoted, entries))}" if entries else "there are none at all"
-        )
-        which = f"there is no {what} {quoted(name)}" if name else f"no {what} is named"
-        raise ValueError(f"{which}; {hint}; {there}")
-    return entries[name]
+def chosen_access(config: Kubeconfig, name: str, access: Access, deadline: Deadline) -> Access:
+    """Fills in what a context says, the current one if none is named. Raises as user_access()."""
+    name = name or config.current_context
+    context = chosen(config.contexts, name, "context", "give --context").context
+    hint = f"context {quoted(name)} names it"
+    cluster = chosen(config.clusters, context.cluster, "cluster", hint).cluster
+    access = cluster_access(cluster, access)
+    known = [entry.user for entry in config.users if entry.name == context.user]
+    user = known[0] if known else UserEntry()
+    if not identifies(user) and access.server.startswith("https:"):  # kubectl proxy needs none
+        why = f"of context {quoted(name)} {'has none' if known else 'is not among its users'}"
+        give = "give it a token, tokenFile, client-certificate or exec"
+        raise ValueError(f"there are no credentials: user {quoted(context.user)} {why}; {give}")
+    return user_access(user, cluster, access, deadline)
 
 
-def data_or_file(entry: Any, name: str) -> str:
-    """What stands in a field itself, in base64, or in the file that it names. Raises ValueError, OSError."""
+def chosen(entries: Sequence[Entry], name: str, what: str, hint: str) -> Entry:
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    names = dict.fromkeys(quoted(entry.name) for entry in entries)
+    there = f"there are {enumerated(names)}" if names else "there are none at all"
+    which = f"there is no {what} {quoted(name)}" if name else f"no {what} is named"
+    raise ValueError(f"{which}; {hint}; {there}")
+
+
+def data_or_file(entry: msgspec.Struct, name: str) -> str:
+    """What stands in a field itself, in base64, or in the file that it names, as latin-1.
+
+    Raises ValueError, OSError.
+    """
     data, file, word = getattr(entry, f"{name}_data"), getattr(entry, name), name.replace("_", "-")
     if data and file:
         raise ValueError(f"there are both {word} and {word}-data; take one of them out")
@@ -1075,6 +1045,11 @@ def data_or_file(entry: Any, name: str) -> str:
         raise ValueError(f"{word}-data is not base64") from None
 
 
+def hidden(url: str) -> str:
+    """An address less the user and the password in it, whatever characters they have."""
+    return re.sub(r"^(\w*://)?.*@", r"\1...@", url, flags=re.DOTALL)
+
+
 def to_url(text: str, what: str, *schemes: str) -> urllib.parse.SplitResult:
     """An address of one of these schemes. Raises ValueError, which shows no password."""
     with contextlib.suppress(ValueError):
@@ -1082,59 +1057,51 @@ def to_url(text: str, what: str, *schemes: str) -> urllib.parse.SplitResult:
         if url.scheme in schemes and url.hostname and url.port != 0:
             return url
     ways = " or ".join(f"{scheme}://" for scheme in schemes)
-    raise ValueError(
-        f"{what} {quoted(hidden(text))}: accepted is {ways} with a host and maybe a port"
-    )
+    accepted = f"accepted is {ways} with a host and maybe a port"
+    raise ValueError(f"{what} {quoted(hidden(text))}: {accepted}")
 
 
 def server_url(server: str) -> str:
-    """The address of an API server as it stands in a kubeconfig; without a scheme it is one of plain http."""
+    """The address of an API server in a kubeconfig; without a scheme it is one of plain http."""
     if not server:
         raise ValueError("the cluster has no server")
     url = to_url(server if "://" in server else f"http://{server}", "server", "https", "http")
     if "@" in url.netloc:
-        raise ValueError(
-            f"server {quoted(hidden(server))}: user and password are not for its address"
-        )
+        no = "user and password are not for its address"
+        raise ValueError(f"server {quoted(hidden(server))}: {no}")
     return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}"
 
 
 def cluster_access(cluster: ClusterEntry, access: Access) -> Access:
-    """Adds the server's authority and the way to it. Raises ValueError, OSError."""
+    """Adds the server, its authority, and the way to it. Raises ValueError, OSError."""
+    server, proxy = server_url(cluster.server), cluster.proxy_url
     ca = data_or_file(cluster, "certificate_authority")
     if ca and cluster.insecure_skip_tls_verify:
-        raise ValueError(
-            "there are both a certificate-authority and insecure-skip-tls-verify; take one of them out"
-        )
-    proxy = cluster.proxy_url
+        both = "a certificate-authority and insecure-skip-tls-verify"
+        raise ValueError(f"there are both {both}; take one of them out")
     if proxy:
         to_url(proxy, "proxy-url", "http", "https", "socks5")
     return dataclasses.replace(
         access,
+        server=server,
         ca=ca,
         verify=not cluster.insecure_skip_tls_verify,
         server_name=cluster.tls_server_name,
-        proxy=proxy or proxy_for(access.server, os.environ),
+        proxy=proxy or proxy_for(server, os.environ),
     )
 
 
-def is_loopback(server: str) -> bool:
-    """Whether the server is on this very machine, by its address."""
-    host = (urllib.parse.urlsplit(server).hostname or "").lower()
-    address = to_address(host)
-    return host == "localhost" or bool(address and address.is_loopback)
-
-
 def proxy_for(server: str, environ: Mapping[str, str]) -> str:
-    """The proxy that the environment has for a server: never one for the machine's own addresses, as in Go.
+    """The proxy that the environment has for a server: never one for the machine's own addresses.
 
-    Source: golang.org/x/net/http/httpproxy.
+    As Go does it: golang.org/x/net/http/httpproxy.
     """
     url = urllib.parse.urlsplit(server)
     names = [f"{url.scheme}_proxy".upper(), f"{url.scheme}_proxy"]
     proxy = next((environ[name] for name in names if environ.get(name)), "")
     host, port = (url.hostname or "").lower(), url.port or {"http": 80, "https": 443}[url.scheme]
-    if not proxy or is_loopback(server):
+    address = to_address(host)
+    if not proxy or host == "localhost" or (address and address.is_loopback):
         return ""
     without = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
     if any(spares(entry.strip().lower(), host, port) for entry in without.split(",")):
@@ -1143,7 +1110,10 @@ def proxy_for(server: str, environ: Mapping[str, str]) -> str:
 
 
 def spares(entry: str, host: str, port: int) -> bool:
-    """Whether an entry of NO_PROXY means a host: *, an address, a CIDR, or a domain with all below; maybe a port."""
+    """Whether an entry of NO_PROXY means a host.
+
+    It is *, a CIDR, or an address or a domain with all below it, these two maybe with a port.
+    """
     if entry == "*":
         return True
     address = to_address(host)
@@ -1152,7 +1122,7 @@ def spares(entry: str, host: str, port: int) -> bool:
             return bool(address) and address in ipaddress.ip_network(entry, strict=False)
         except ValueError:
             return False
-    name, _, only = entry, "", ""
+    name, only = entry, ""
     if match := re.fullmatch(r"(?:\[(.*)\]|([^:]*)):([^:]*)", entry):
         name, only = match[1] or match[2], match[3]
     if not name or only not in ("", str(port)):
@@ -1160,21 +1130,15 @@ def spares(entry: str, host: str, port: int) -> bool:
     if address or to_address(name):
         return address == to_address(name)
     name = name.removeprefix("*")
-    return (
-        host.endswith(name) if name.startswith(".") else host == name or host.endswith(f".{name}")
-    )
+    below = name if name.startswith(".") else f".{name}"
+    return host == name or host.endswith(below)
 
 
 def identifies(user: UserEntry) -> bool:
     """Whether there are credentials, of whatever kind."""
     words = user.token or user.token_file or user.username or user.password
-    return bool(
-        words
-        or user.client_certificate
-        or user.client_certificate_data
-        or user.auth_provider
-        or user.exec
-    )
+    certificate = user.client_certificate or user.client_certificate_data
+    return bool(words or certificate or user.auth_provider or user.exec)
 
 
 def user_access(
@@ -1183,9 +1147,8 @@ def user_access(
     """Adds who epok is. Raises Fatal, ValueError, OSError."""
     if user.auth_provider:
         name = quoted(user.auth_provider.get("name", ""))
-        raise ValueError(
-            f"auth-provider {name} is not one of epok's; give the user a token, or a login plugin (exec)"
-        )
+        give = "give the user a token, or a login plugin (exec)"
+        raise ValueError(f"auth-provider {name} is not one of epok's; {give}")
     token, basic = bearer_token(user), bool(user.username or user.password)
     if token and basic:
         raise ValueError("there are both a token and a username; take one of them out")
@@ -1204,7 +1167,7 @@ def user_access(
 
 
 def bearer_token(user: UserEntry) -> str:
-    """That of the file, which somebody renews, before the one that stands beside it. Raises ValueError."""
+    """That of the file, which somebody renews, before the one beside it. Raises ValueError."""
     if not user.token_file:
         return user.token
     try:
@@ -1231,7 +1194,8 @@ def impersonation(user: UserEntry) -> list[tuple[str, str]]:
     headers += [("Impersonate-Uid", user.as_uid)] * bool(user.as_uid)
     headers += [("Impersonate-Group", group) for group in user.as_groups]
     for key, values in user.as_user_extra.items():
-        # what no name of a header can have is escaped: "Impersonate-Extra-" in Kubernetes' documentation
+        # percent-encoded where a header's name cannot have it: "Impersonate-Extra-" in the
+        # documentation of Kubernetes
         name = urllib.parse.quote(key, safe="!#$&'*+^`|")
         headers += [(f"Impersonate-Extra-{name}", value) for value in values]
     return headers
@@ -1244,43 +1208,28 @@ def run_plugin(
     plugin: Plugin, cluster: ClusterEntry, access: Access, deadline: Deadline
 ) -> tuple[str, tuple[str, str] | None]:
     """The token, and the certificate and key, that a login plugin makes. Raises Fatal, ValueError."""
-    mode = plugin.interactive_mode or (
-        "IfAvailable" if plugin.api_version.endswith("v1beta1") else ""
-    )
-    if not plugin.command or plugin.api_version not in PLUGIN_VERSIONS:
-        raise ValueError(f"exec needs a command, and an apiVersion: {' or '.join(PLUGIN_VERSIONS)}")
-    if mode not in ("Never", "IfAvailable", "Always") or not all(
-        variable.name for variable in plugin.env
-    ):
-        raise ValueError(
-            "exec needs interactiveMode Never, IfAvailable or Always, and a name for each variable of env"
-        )
+    mode = plugin_mode(plugin)
     doing = f"{access.origin}: its login plugin {quoted(plugin.command)}"
-    instead = (
-        f"check it with {access.kubectl} get nodes; a token or client-certificate needs no plugin"
-    )
+    check = f"check it with {access.kubectl} get nodes"
+    instead = f"{check}; a token or client-certificate needs no plugin"
     terminal = mode != "Never" and sys.stdin is not None and sys.stdin.isatty()
     if mode == "Always" and not terminal:
-        raise Fatal(
-            f"{doing} asks a person, and there is no terminal (interactiveMode Always); {instead}"
-        )
+        why = "asks a person, and there is no terminal (interactiveMode Always)"
+        raise Fatal(f"{doing} {why}; {instead}")
     spec: dict[str, Any] = {"interactive": terminal}
     if plugin.provide_cluster_info:
         spec["cluster"] = plugin_cluster(cluster, access)
     asked = {"apiVersion": plugin.api_version, "kind": "ExecCredential", "spec": spec}
-    variables = {variable.name: variable.value for variable in plugin.env}
+    variables = {variable["name"]: variable.get("value", "") for variable in plugin.env}
     env = {**os.environ, **variables, "KUBERNETES_EXEC_INFO": json.dumps(asked)}
-    program = (
-        shutil.which(plugin.command) or plugin.command
-    )  # in epok's PATH, whatever is in its own
+    program = shutil.which(plugin.command) or plugin.command  # in epok's PATH, not in its own
     try:
         done = execute([program, *plugin.args], b"", env, deadline, doing, True, terminal)
     except Fatal as error:
         raise Fatal(f"{error}; does it wait for a person? {instead}") from None
     if done.status:
-        said = one_line(
-            done.err or f"exit status {done.status}"
-        )  # what it printed may have a token
+        # not what it printed, which may have a token
+        said = one_line(done.err or f"exit status {done.status}")
         raise Fatal(f"{doing} failed, {said}; {instead}")
     try:
         return credentials_in(done.out, plugin.api_version)
@@ -1288,33 +1237,46 @@ def run_plugin(
         raise Fatal(f"{doing} prints no credentials: {one_line(error)}; {instead}") from None
 
 
-def credentials_in(out: str, version: str) -> tuple[str, tuple[str, str] | None]:
-    """The token, and the certificate and key, in what a login plugin printed. Raises ValueError."""
-    answer = msgspec.convert(without_nulls(next(documents(out.encode(*CODING)), {})), PluginAnswer)
-    if answer.api_version != version:
-        raise ValueError(f"apiVersion {quoted(answer.api_version)}")
-    pair = answer.status.client_certificate_data, answer.status.client_key_data
-    if bool(pair[0]) != bool(pair[1]):
-        raise ValueError("half of a pair of certificate and key")
-    if not (answer.status.token or pair[0]):
-        raise ValueError("neither a token nor a certificate")
-    return answer.status.token, pair if pair[0] else None
+def plugin_mode(plugin: Plugin) -> str:
+    """Whether a login plugin may ask a person. Raises ValueError where its entry is not right."""
+    if not plugin.command or plugin.api_version not in PLUGIN_VERSIONS:
+        raise ValueError(f"exec needs a command, and an apiVersion: {' or '.join(PLUGIN_VERSIONS)}")
+    default = "IfAvailable" if plugin.api_version.endswith("v1beta1") else ""
+    mode = plugin.interactive_mode or default
+    if mode not in ("Never", "IfAvailable", "Always"):
+        raise ValueError("exec needs an interactiveMode: Never, IfAvailable or Always")
+    if not all(variable.get("name") for variable in plugin.env):
+        raise ValueError("exec needs a name for each variable of env")
+    return mode
 
 
 def plugin_cluster(cluster: ClusterEntry, access: Access) -> dict[str, Any]:
     """What a plugin that wants to know is told about the cluster."""
+    key = "client.authentication.k8s.io/exec"
+    configs = [entry.get("extension") for entry in cluster.extensions if entry.get("name") == key]
     told = {
         "server": cluster.server,
         "tls-server-name": cluster.tls_server_name,
         "insecure-skip-tls-verify": cluster.insecure_skip_tls_verify,
         "certificate-authority-data": base64.b64encode(access.ca.encode("latin-1")).decode(),
         "proxy-url": cluster.proxy_url,
+        "config": configs[0] if configs else None,
     }
-    key = "client.authentication.k8s.io/exec"
-    config = next(
-        (entry.get("extension") for entry in cluster.extensions if entry.get("name") == key), None
-    )
-    return {name: value for name, value in {**told, "config": config}.items() if value}
+    return {name: value for name, value in told.items() if value}
+
+
+def credentials_in(out: str, version: str) -> tuple[str, tuple[str, str] | None]:
+    """The token, and the certificate and key, in what a login plugin printed. Raises ValueError."""
+    answer = msgspec.convert(without_nulls(next(documents(out.encode(*CODING)), {})), PluginAnswer)
+    if answer.api_version != version:
+        raise ValueError(f"apiVersion {quoted(answer.api_version)}")
+    made = answer.status
+    if bool(made.client_certificate_data) != bool(made.client_key_data):
+        raise ValueError("half of a pair of certificate and key")
+    if not (made.token or made.client_key_data):
+        raise ValueError("neither a token nor a certificate")
+    pair = made.client_certificate_data, made.client_key_data
+    return made.token, pair if made.client_key_data else None
 
 
 def pod_access() -> Access:
@@ -1327,48 +1289,39 @@ def pod_access() -> Access:
         with open(pod.ssl_ca_cert, encoding="latin-1") as file:
             ca = file.read()
     except (config.ConfigException, OSError, ValueError) as error:
-        what = one_line(error).rstrip(".")
-        raise Fatal(
-            f"the pod's account: {what}; give --kubeconfig, or --snapshot to do without"
-        ) from None
+        instead = "give --kubeconfig, or --snapshot to do without"
+        raise Fatal(f"the pod's account: {one_line(error).rstrip('.')}; {instead}") from None
     headers = [("Authorization", each["value"].strip()) for each in pod.auth_settings().values()]
-    return Access(
-        "the pod's account", pod.host, ca=ca, proxy=proxy_for(pod.host, os.environ), headers=headers
-    )
+    proxy = proxy_for(pod.host, os.environ)
+    return Access("the pod's account", pod.host, ca=ca, proxy=proxy, headers=headers)
 
 
 def tls_context(access: Access) -> ssl.SSLContext:
     """What the server is checked by, and how epok shows who it is. Raises Fatal.
 
-    Any certificate of the authorities is trusted by itself, be it a root or not, as kubectl does
-    it; and not all that Python 3.13 asks of certificates is asked, since not every cluster's have it.
+    As kubectl does it, any certificate of the authorities is trusted by itself, be it a root or
+    not, and not all is asked that Python 3.13 asks of certificates, and not every cluster's have.
     """
     import urllib3
 
     context = urllib3.util.ssl_.create_urllib3_context()
     context.check_hostname = access.verify
     context.verify_mode = ssl.CERT_REQUIRED if access.verify else ssl.CERT_NONE
-    context.verify_flags = (
-        context.verify_flags & ~ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
-    )
-    pem = re.findall(
-        "-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", access.ca, re.DOTALL
-    )
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    pem = "-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----"
     try:
         if access.ca:
-            context.load_verify_locations(cadata="\n".join(pem))
+            context.load_verify_locations(cadata="\n".join(re.findall(pem, access.ca, re.DOTALL)))
         else:
             context.load_default_certs()
     except (ssl.SSLError, ValueError):
-        raise Fatal(
-            f"{access.origin}: its certificate-authority has no certificate, or a broken one"
-        ) from None
+        why = "its certificate-authority has no certificate, or a broken one"
+        raise Fatal(f"{access.origin}: {why}") from None
     if access.certificate:
+        certificate, secret = map(private_file, access.certificate)
         try:
-            with (
-                private_file(access.certificate[0]) as chain,
-                private_file(access.certificate[1]) as key,
-            ):
+            with certificate as chain, secret as key:
                 context.load_cert_chain(chain, key, password=lambda: "")
         except (ssl.SSLError, ValueError) as error:
             why = "client-certificate and client-key are no pair of PEM files without a password"
@@ -1378,8 +1331,11 @@ def tls_context(access: Access) -> ssl.SSLContext:
 
 @contextlib.contextmanager
 def private_file(text: str) -> Iterator[str]:
-    """The path of a file without a name, which nothing can leave behind; in memory, since a pod may have no /tmp."""
-    memory = getattr(os, "memfd_create", None)  # Linux has it
+    """The path of a file without a name, which nothing can leave behind.
+
+    In memory, where the system can (Linux), since a pod may have no /tmp.
+    """
+    memory = getattr(os, "memfd_create", None)
     with open(memory("epok"), "wb") if memory else tempfile.TemporaryFile() as file:
         file.write(text.encode("latin-1"))
         file.flush()
@@ -1387,41 +1343,32 @@ def private_file(text: str) -> Iterator[str]:
         yield f"/dev/fd/{file.fileno()}"
 
 
-def connections(access: Access, configuration: Any) -> Any:
-    """The client's pool of connections to the cluster's server; fills in the client's configuration."""
-    from kubernetes.client.rest import RESTClientObject
+def connections(access: Access) -> Any:
+    """A pool of connections to the cluster's server, by its proxy if it has one. Raises Fatal."""
+    import urllib3
 
-    configuration.host = access.server
-    configuration.retries = False  # or urllib3 tries again by itself, unseen
-    configuration.tls_server_name = access.server_name or None
-    configuration.verify_ssl = access.verify
     context = tls_context(access)
-    if access.proxy:
-        configuration.proxy, configuration.proxy_headers = proxy_of(access)
-        configuration.proxy_ssl_context = context
-    pool = RESTClientObject(configuration).pool_manager
-    pool.connection_pool_kw["ssl_context"] = context
-    return pool
-
-
-def proxy_of(access: Access) -> tuple[str, dict[str, str]]:
-    """The proxy's address as urllib3 wants it, and what to tell the proxy. Raises Fatal."""
+    # or urllib3 tries again by itself, unseen; and as many connections as epok asks at a time
+    settings: dict[str, Any] = {"ssl_context": context, "retries": False, "maxsize": 10}
+    if access.server_name:
+        settings["server_hostname"] = access.server_name
+    if not access.proxy:
+        return urllib3.PoolManager(**settings)
     try:
         url = to_url(access.proxy, "proxy", "http", "https", "socks5", "socks5h")
     except ValueError as error:
         raise Fatal(f"{access.origin}: {error}") from None
     login, at, place = url.netloc.rpartition("@")
-    if url.scheme.startswith("socks5"):  # h: as Go has it, the proxy looks the name up
+    if url.scheme.startswith("socks5"):
         import socks  # noqa: F401 (urllib3 needs it, and does not say so well)
+        from urllib3.contrib.socks import SOCKSProxyManager
 
-        return f"socks5h://{login}{at}{place}", {}
+        # h: as Go has it, the proxy looks the name up
+        return SOCKSProxyManager(f"socks5h://{login}{at}{place}", **settings)
     words = basic_words(*map(urllib.parse.unquote, (url.username or "", url.password or "")))
-    return f"{url.scheme}://{place}", {"Proxy-Authorization": words} if at else {}
-
-
-def hidden(url: str) -> str:
-    """An address without the user and the password that may be in it, whatever characters they have."""
-    return re.sub(r"^(\w*://)?.*@", r"\1...@", url, flags=re.DOTALL)
+    told = {"Proxy-Authorization": words} if at else {}
+    proxy = f"{url.scheme}://{place}"
+    return urllib3.ProxyManager(proxy, proxy_headers=told, proxy_ssl_context=context, **settings)
 
 
 # ------------------------------------------------ cluster: Kubernetes API or file -> Snapshot
@@ -1719,13 +1666,10 @@ class Cluster:
     """The Kubernetes API, with plain JSON: typed models cost a second of start-up."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
-        from kubernetes import client
-
         self.deadline = deadline
-        configuration = client.Configuration(proxy="", no_proxy="")
         by_account = in_pod() and not (options.kubeconfig or options.context)
         self.access = pod_access() if by_account else kubeconfig_access(options, deadline)
-        self.pool = connections(self.access, configuration)
+        self.pool = connections(self.access)
         self.name = self.access.server
         if self.access.proxy:
             self.name += f" by proxy {hidden(self.access.proxy)}"

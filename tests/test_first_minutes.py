@@ -111,7 +111,10 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(
     text = f"raise ModuleNotFoundError('No module named {package}', name={package!r})\n"
     (checkout / "less" / f"{package}.py").write_text(text)
     words = ["--clean", "ssh", "--host", "root@192.0.2.1"] if package == "paramiko" else ["-i", "eth0", "local"]
-    done = start(sys.executable, *argv, str(EPOK), "--timeout=5", *words, env={"PYTHONPATH": str(checkout / "less")})
+    env = {"PYTHONPATH": str(checkout / "less")}
+    if package == "kubernetes":  # which reads the account of a pod
+        env["KUBERNETES_SERVICE_HOST"] = "192.0.2.1"
+    done = start(sys.executable, *argv, str(EPOK), "--timeout=5", *words, env=env)
     assert f"package {package} is missing" in message(done) and len(done.stderr.splitlines()) == 1
     installs(checkout, done.stderr, f"({INSTALL})")
 
