@@ -1008,14 +1008,14 @@ def chosen_access(config: Kubeconfig, name: str, access: Access, deadline: Deadl
     context = chosen(config.contexts, name, "context", "give --context").context
     hint = f"context {quoted(name)} names it"
     cluster = chosen(config.clusters, context.cluster, "cluster", hint).cluster
-    access = cluster_access(cluster, access)
     known = [entry.user for entry in config.users if entry.name == context.user]
     user = known[0] if known else UserEntry()
-    if not identifies(user) and access.server.startswith("https:"):  # kubectl proxy needs none
+    access = user_access(user, cluster, cluster_access(cluster, access), deadline)
+    if not access.shows and access.server.startswith("https:"):  # kubectl proxy needs none
         why = f"of context {quoted(name)} {'has none' if known else 'is not among its users'}"
         give = "give it a token, tokenFile, client-certificate or exec"
         raise ValueError(f"there are no credentials: user {quoted(context.user)} {why}; {give}")
-    return user_access(user, cluster, access, deadline)
+    return access
 
 
 def chosen(entries: Sequence[Entry], name: str, what: str, hint: str) -> Entry:
@@ -1134,13 +1134,6 @@ def spares(entry: str, host: str, port: int) -> bool:
     return host == name or host.endswith(below)
 
 
-def identifies(user: UserEntry) -> bool:
-    """Whether there are credentials, of whatever kind."""
-    words = user.token or user.token_file or user.username or user.password
-    certificate = user.client_certificate or user.client_certificate_data
-    return bool(words or certificate or user.auth_provider or user.exec)
-
-
 def user_access(
     user: UserEntry, cluster: ClusterEntry, access: Access, deadline: Deadline
 ) -> Access:
@@ -1194,14 +1187,17 @@ def impersonation(user: UserEntry) -> list[tuple[str, str]]:
     headers += [("Impersonate-Uid", user.as_uid)] * bool(user.as_uid)
     headers += [("Impersonate-Group", group) for group in user.as_groups]
     for key, values in user.as_user_extra.items():
-        # percent-encoded where a header's name cannot have it: "Impersonate-Extra-" in the
-        # documentation of Kubernetes
+        # a header's name has other characters percent-encoded: Kubernetes, user impersonation
         name = urllib.parse.quote(key, safe="!#$&'*+^`|")
         headers += [(f"Impersonate-Extra-{name}", value) for value in values]
     return headers
 
 
-PLUGIN_VERSIONS = ("client.authentication.k8s.io/v1", "client.authentication.k8s.io/v1beta1")
+# Whether a plugin may ask a person, where its entry does not say so; with v1 it has to.
+PLUGIN_MODES = {
+    "client.authentication.k8s.io/v1": "",
+    "client.authentication.k8s.io/v1beta1": "IfAvailable",
+}
 
 
 def run_plugin(
@@ -1239,10 +1235,9 @@ def run_plugin(
 
 def plugin_mode(plugin: Plugin) -> str:
     """Whether a login plugin may ask a person. Raises ValueError where its entry is not right."""
-    if not plugin.command or plugin.api_version not in PLUGIN_VERSIONS:
-        raise ValueError(f"exec needs a command, and an apiVersion: {' or '.join(PLUGIN_VERSIONS)}")
-    default = "IfAvailable" if plugin.api_version.endswith("v1beta1") else ""
-    mode = plugin.interactive_mode or default
+    if not plugin.command or plugin.api_version not in PLUGIN_MODES:
+        raise ValueError(f"exec needs a command, and an apiVersion: {' or '.join(PLUGIN_MODES)}")
+    mode = plugin.interactive_mode or PLUGIN_MODES[plugin.api_version]
     if mode not in ("Never", "IfAvailable", "Always"):
         raise ValueError("exec needs an interactiveMode: Never, IfAvailable or Always")
     if not all(variable.get("name") for variable in plugin.env):
@@ -1270,13 +1265,13 @@ def credentials_in(out: str, version: str) -> tuple[str, tuple[str, str] | None]
     answer = msgspec.convert(without_nulls(next(documents(out.encode(*CODING)), {})), PluginAnswer)
     if answer.api_version != version:
         raise ValueError(f"apiVersion {quoted(answer.api_version)}")
-    made = answer.status
-    if bool(made.client_certificate_data) != bool(made.client_key_data):
+    token = answer.status.token
+    pair = answer.status.client_certificate_data, answer.status.client_key_data
+    if any(pair) and not all(pair):
         raise ValueError("half of a pair of certificate and key")
-    if not (made.token or made.client_key_data):
+    if not (token or any(pair)):
         raise ValueError("neither a token nor a certificate")
-    pair = made.client_certificate_data, made.client_key_data
-    return made.token, pair if made.client_key_data else None
+    return token, pair if any(pair) else None
 
 
 def pod_access() -> Access:
