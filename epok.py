@@ -261,7 +261,7 @@ def one_line(error: object) -> str:
 
 def printable(text: str) -> str:
     """The text in printable ASCII; what is not is escaped."""
-    return re.sub(r"[^ -~]", lambda found: found[0].encode("unicode_escape").decode(), text)
+    return re.sub(r"[^ -~]", lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def plural(count: int, one: str, many: str = "") -> str:
@@ -589,17 +589,17 @@ def to_address(text: str) -> Address | None:
 
 def to_logins(text: str) -> tuple[Login, ...]:
     """Whom to log in as, and where; port 0 where none is named."""
+    name, ipv6, zone = r"[\w.-]+", "[0-9A-Fa-f:.]+", r"%[\w.-]+"
+    host = rf"{name}|\[{ipv6}(?:{zone})?\]|{ipv6}{zone}$"
     logins = []
-    ipv6, zone = "[0-9A-Fa-f:.]+", r"%[\w.-]+"
-    host = rf"(?:\[({ipv6}(?:{zone})?)\]|([\w.-]+)|({ipv6}{zone})$)"
     for item in items(text):
-        match = re.fullmatch(rf"([\w.-]+)@{host}(?::([0-9]{{1,5}}))?", item, re.ASCII)
-        user, bracketed, name, bare, port = match.groups() if match else (None,) * 5
-        address = bracketed or bare
-        if not match or (address and not to_address(address)):
+        match = re.fullmatch(rf"({name})@({host})(?::([0-9]{{1,5}}))?", item, re.ASCII)
+        user, where, port = match.groups() if match else ("", "", "")
+        address = where.strip("[]")
+        if not (re.fullmatch(name, where) or to_address(address)):
             accepted = "accepted are user@host, user@host:port and user@[IPv6]:port"
             raise ValueError(f"{quoted(item)}: {accepted}")
-        logins.append(Login(user or "", address or name or "", to_port(port) if port else 0))
+        logins.append(Login(user, address, to_port(port) if port else 0))
     return tuple(logins)
 
 
@@ -699,9 +699,8 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     if words["-v"] or words["-q"]:
         words["--log-level"] = "debug" if words["-v"] else "warning"
     values: dict[str, Any] = {"executor": "ssh" if words["ssh"] else "local"}
-    values |= {
-        name: words[f"--{name.replace('_', '-')}"] for name in ("dry_run", "clean", "status")
-    }
+    values |= {"dry_run": words["--dry-run"], "clean": words["--clean"]}
+    values["status"] = words["--status"]
     for setting in SETTINGS:
         typed = words.get(setting.option)
         if isinstance(typed, list):
@@ -764,6 +763,7 @@ def explain_usage(problem: str, argv: Sequence[str]) -> str:
 def check_combination(options: Options) -> None:
     """Raises Fatal for options that need another one, or that contradict each other."""
     ssh, outside = options.executor == "ssh", options.external_interface
+    hosts = {(login.host.lower(), login.port) for login in options.host}
     if not (options.clean or options.looks):
         if not options.interfaces:
             ask = "give --interfaces (or EPOK_INTERFACES), like -i eth0; see ip -br addr"
@@ -773,9 +773,7 @@ def check_combination(options: Options) -> None:
             raise Fatal(f"--external-interface {quoted(outside)} is not one of -i {listed}", 2)
     if ssh and not options.host:
         raise Fatal("which host? give --host (or EPOK_SSH_HOST), like --host epok@192.0.2.1", 2)
-    if ssh and len({(login.host.lower(), login.port) for login in options.host}) < len(
-        options.host
-    ):
+    if ssh and len(hosts) < len(options.host):
         raise Fatal("--host names one host twice", 2)
     if bool(options.explain) + options.status + (options.dry_run or options.clean) > 1:
         ways = "--status, --explain and --dry-run or --clean"
