@@ -936,9 +936,9 @@ def read_kubeconfig(file: str) -> Kubeconfig | None:
             document = next(documents(opened.read()), None)
         config = msgspec.convert({} if document is None else without_nulls(document), Kubeconfig)
         for entries in (config.clusters, config.users, config.contexts):
-            names = sorted(entry.name for entry in entries)
+            names = sorted(quoted(entry.name) for entry in entries)
             if len(set(names)) < len(names):
-                raise ValueError(f"a name stands twice: {enumerated(map(quoted, names))}")
+                raise ValueError(f"a name stands twice in one list: {enumerated(names)}")
     except FileNotFoundError:
         return None
     except PermissionError:  # as k3s and kubeadm make it
@@ -1293,7 +1293,7 @@ def tls_context(access: Access) -> ssl.SSLContext:
     """What the server is checked by, and how epok shows who it is. Raises Fatal.
 
     As kubectl does it, any certificate of the authorities is trusted by itself, be it a root or
-    not, and not all is asked that Python 3.13 asks of certificates, and not every cluster's have.
+    not; and what Python 3.13 asks of certificates beyond that is not asked: some clusters lack it.
     """
     import urllib3
 
@@ -1341,8 +1341,8 @@ def connections(access: Access) -> Any:
     import urllib3
 
     context = tls_context(access)
-    # or urllib3 tries again by itself, unseen; and as many connections as epok asks at a time
-    settings: dict[str, Any] = {"ssl_context": context, "retries": False, "maxsize": 10}
+    # without retries by urllib3 itself, which nobody would see
+    settings: dict[str, Any] = {"ssl_context": context, "retries": False}
     if access.server_name:
         settings["server_hostname"] = access.server_name
     if not access.proxy:
