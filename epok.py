@@ -964,16 +964,6 @@ def resolve(folder: str, entry: msgspec.Struct, *fields: str) -> None:
             setattr(entry, name, os.path.normpath(os.path.join(folder, path)))
 
 
-def merged(configs: Sequence[Kubeconfig]) -> Kubeconfig:
-    """Some as one; of the current contexts, and of entries with one name, the first counts."""
-    return Kubeconfig(
-        current_context=next(filter(None, (config.current_context for config in configs)), ""),
-        clusters=[entry for config in configs for entry in config.clusters],
-        users=[entry for config in configs for entry in config.users],
-        contexts=[entry for config in configs for entry in config.contexts],
-    )
-
-
 def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
     """What the kubeconfigs say, read as kubectl reads them. Raises Fatal."""
     names = options.kubeconfig or "~/.kube/config"
@@ -991,7 +981,7 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
     kubectl += ["--context", options.context] * bool(options.context)
     access = Access(origin, "", shlex.join(kubectl), file)
     try:
-        return chosen_access(merged(configs), options.context, access, deadline)
+        return chosen_access(configs, options.context, access, deadline)
     except OSError as error:  # as under systemd, which copies the kubeconfig alone
         flat = f"{access.kubectl} config view --raw --flatten"
         instead = f"what {flat} prints needs no such files"
@@ -1000,28 +990,31 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
         raise Fatal(f"{origin}: {one_line(error)}") from None
 
 
-def chosen_access(config: Kubeconfig, name: str, access: Access, deadline: Deadline) -> Access:
-    """Fills in what a context says, the current one if none is named. Raises as user_access()."""
-    name = name or config.current_context
-    context = chosen(config.contexts, name, "context", "give --context").context
-    hint = f"context {quoted(name)} names it"
-    cluster = chosen(config.clusters, context.cluster, "cluster", hint).cluster
-    known = [entry.user for entry in config.users if entry.name == context.user]
-    user = known[0] if known else UserEntry()
+def chosen_access(
+    configs: Sequence[Kubeconfig], name: str, access: Access, deadline: Deadline
+) -> Access:
+    """Adds what a context says, the current one if none is named. Raises as user_access()."""
+    backwards = configs[::-1]  # so that what the first file has comes last, and stays
+    contexts = {entry.name: entry.context for config in backwards for entry in config.contexts}
+    clusters = {entry.name: entry.cluster for config in backwards for entry in config.clusters}
+    users = {entry.name: entry.user for config in backwards for entry in config.users}
+    name = name or next(filter(None, (config.current_context for config in configs)), "")
+    context = chosen(contexts, name, "context", "give --context")
+    cluster = chosen(clusters, context.cluster, "cluster", f"context {quoted(name)} names it")
+    user = users.get(context.user, UserEntry())
     access = user_access(user, cluster, cluster_access(cluster, access), deadline)
     if not access.shows and access.server.startswith("https:"):  # kubectl proxy needs none
-        why = f"of context {quoted(name)} {'has none' if known else 'is not among its users'}"
+        lacks = "has none" if context.user in users else "is not among its users"
+        who = f"user {quoted(context.user)} of context {quoted(name)} {lacks}"
         give = "give it a token, tokenFile, client-certificate or exec"
-        raise ValueError(f"there are no credentials: user {quoted(context.user)} {why}; {give}")
+        raise ValueError(f"there are no credentials: {who}; {give}")
     return access
 
 
-def chosen(entries: Sequence[Entry], name: str, what: str, hint: str) -> Entry:
-    for entry in entries:
-        if entry.name == name:
-            return entry
-    names = dict.fromkeys(quoted(entry.name) for entry in entries)
-    there = f"there are {enumerated(names)}" if names else "there are none at all"
+def chosen(entries: Mapping[str, T], name: str, what: str, hint: str) -> T:
+    if name in entries:
+        return entries[name]
+    there = f"there are {enumerated(map(quoted, entries))}" if entries else "there are none at all"
     which = f"there is no {what} {quoted(name)}" if name else f"no {what} is named"
     raise ValueError(f"{which}; {hint}; {there}")
 
