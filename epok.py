@@ -1352,9 +1352,8 @@ def connections(access: Access) -> Any:
         # h: as Go has it, the proxy looks the name up
         return SOCKSProxyManager(f"socks5h://{login}{at}{place}", **settings)
     words = basic_words(*map(urllib.parse.unquote, (url.username or "", url.password or "")))
-    told = {"Proxy-Authorization": words} if at else {}
-    proxy = f"{url.scheme}://{place}"
-    return urllib3.ProxyManager(proxy, proxy_headers=told, proxy_ssl_context=context, **settings)
+    settings["proxy_headers"] = {"Proxy-Authorization": words} if at else {}
+    return urllib3.ProxyManager(f"{url.scheme}://{place}", proxy_ssl_context=context, **settings)
 
 
 # ------------------------------------------------ cluster: Kubernetes API or file -> Snapshot
