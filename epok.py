@@ -75,8 +75,7 @@ Options for ssh:
   -H, --host=<user@host>       user@host or user@host:port. Repeat it, or separate with commas, for
                                several hosts, which all get the same rules. [EPOK_SSH_HOST]
   -p, --port=<port>            Port of the SSH server, 22 unless given. [EPOK_SSH_PORT]
-  -k, --key=<file>             Private key; without it the agent's and those in ~/.ssh.
-                               [EPOK_SSH_KEY]
+  -k, --key=<file>             Private key, else the agent's and those in ~/.ssh. [EPOK_SSH_KEY]
   --known-hosts=<file>         Keys of known hosts, as ssh reads them; ~/.ssh/known_hosts and
                                /etc/ssh/ssh_known_hosts unless given. [EPOK_SSH_KNOWN_HOSTS]
   --host-key=<key>             Accept this host key alone: an "ssh-ed25519 AAAA..." line or a
@@ -98,9 +97,8 @@ A node with the annotation epok.getbetter.ro/exclude or the label epok_exclude g
 
 What it needs: iptables on the host (nft or legacy), and that it forwards packets (sysctl -w
 net.ipv4.ip_forward=1); of the cluster the permission to list services, nodes and endpointslices,
-and to create and patch events. The host's rules of epok are the chains EPOK and EPOK-* and what
-jumps to them from PREROUTING, OUTPUT, POSTROUTING and FORWARD; it reads and writes nothing else
-there.
+and to create and patch events. Its rules on the host are the chains EPOK and EPOK-* and what jumps
+to them from PREROUTING, OUTPUT, POSTROUTING and FORWARD; it reads and writes nothing else there.
 
 Exit status: 0 the host is right; 1 it failed and the rules are as they were, or the message says
 what was done; 2 the command line is wrong; 3 --dry-run and the host differs.
@@ -190,9 +188,8 @@ except ModuleNotFoundError as error:
 
 VERSION = "1.0.0"
 PREFIXES = ("getbetter.ro/", "epok.getbetter.ro/")  # either is right for every annotation
-PORT_ANNOTATIONS = tuple(
-    prefix + word for word in ("externalport", "externalports") for prefix in PREFIXES
-)
+PORT_WORDS = ("externalport", "externalports")
+PORT_ANNOTATIONS = tuple(prefix + word for word in PORT_WORDS for prefix in PREFIXES)
 INTERNAL_ANNOTATIONS = tuple(prefix + "internal" for prefix in PREFIXES)
 ALLOW_ANNOTATIONS = tuple(prefix + "allow-range" for prefix in PREFIXES)
 SERVICE_ANNOTATIONS = (*PORT_ANNOTATIONS, *INTERNAL_ANNOTATIONS, *ALLOW_ANNOTATIONS)
@@ -1194,7 +1191,7 @@ PLUGIN_MODES = {
 def run_plugin(
     plugin: Plugin, cluster: ClusterEntry, access: Access, deadline: Deadline
 ) -> tuple[str, tuple[str, str] | None]:
-    """The token, and the certificate and key, that a login plugin makes. Raises Fatal, ValueError."""
+    """The token, and certificate and key, that a login plugin makes. Raises Fatal, ValueError."""
     mode = plugin_mode(plugin)
     doing = f"{access.origin}: its login plugin {quoted(plugin.command)}"
     check = f"check it with {access.kubectl} get nodes"
