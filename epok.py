@@ -318,21 +318,26 @@ def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
     def cause(state: tenacity.RetryCallState) -> Any:
         return state.outcome.exception() if state.outcome else None
 
-    # Two that lost a race must not meet again, so chance may double the pause.
-    backoff = tenacity.wait_exponential(multiplier=0.2, max=5) + tenacity.wait_random_exponential(
-        multiplier=0.2, max=5
-    )
-    # a try that has less than half a second left would end as one that took too long, and hide the cause
+    # two that lost a race must not meet again, so chance may double the pause
+    longer, by_chance = tenacity.wait_exponential, tenacity.wait_random_exponential
+    backoff = longer(multiplier=0.2, max=5) + by_chance(multiplier=0.2, max=5)
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        return float(cause(state).after + backoff(state))
+
+    def enough(state: tenacity.RetryCallState) -> bool:
+        # a try that has less than half a second left would end as one that took too long, and hide the cause
+        late = state.upcoming_sleep + 0.5 >= deadline.remaining()
+        return late or state.attempt_number >= cause(state).attempts
+
+    def announce(state: tenacity.RetryCallState) -> None:
+        log.info("%s; trying again in %.1f s", cause(state), state.upcoming_sleep)
+
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Transient),
-        wait=lambda state: cause(state).after + backoff(state),
-        stop=lambda state: (
-            state.attempt_number >= cause(state).attempts
-            or state.upcoming_sleep + 0.5 >= deadline.remaining()
-        ),
-        before_sleep=lambda state: log.info(
-            "%s; trying again in %.1f s", cause(state), state.upcoming_sleep
-        ),
+        wait=pause,
+        stop=enough,
+        before_sleep=announce,
         reraise=True,
     )
     try:
@@ -432,10 +437,19 @@ def feed(write: Callable[[bytes], object], close: Callable[[], object], text: st
         with contextlib.suppress(OSError):
             for start in range(0, len(text), PIECE):
                 write(text[start : start + PIECE].encode(*CODING))
-        with contextlib.suppress(OSError):
-            close()
+            close()  # only then: what is cut off must not look whole
 
     return Background(work)
+
+
+def start(argv: Sequence[str], **how: Any) -> Any:
+    """The program, running; a Result that says why where it does not."""
+    try:
+        return subprocess.Popen(argv, stdout=subprocess.PIPE, **how)
+    except FileNotFoundError:
+        return Result(127, "", f"{argv[0]}: command not found")
+    except OSError as error:  # it may not be run
+        return Result(126, "", f"{argv[0]}: {error.strerror}")
 
 
 def execute(
@@ -454,14 +468,9 @@ def execute(
     """
     pipe = None if terminal else subprocess.PIPE
     alone = group and not terminal  # another session could not read from the terminal
-    try:
-        child: Any = subprocess.Popen(
-            argv, stdin=pipe, stdout=subprocess.PIPE, stderr=pipe, env=env, start_new_session=alone
-        )
-    except FileNotFoundError:
-        return Result(127, "", f"{argv[0]}: command not found")
-    except OSError as error:  # it may not be run
-        return Result(126, "", f"{argv[0]}: {error.strerror}")
+    child = start(argv, stdin=pipe, stderr=pipe, env=env, start_new_session=alone)
+    if isinstance(child, Result):
+        return child
 
     def stop() -> None:
         with contextlib.suppress(OSError):  # sudo may not be killed
@@ -3247,23 +3256,23 @@ def owned(chain: str) -> bool:
 
 
 OLDER_COMMENT = re.compile(r"epok_rule_id\b|.*\bepok_rule_id\b\W{0,3}\w")
-
-
 SAVED_LINE = re.compile(r"(?:\[(\d+):\d+\] )?(-A ([^ ]+) ?(.*))|(.*)")
 
 
 class Saved:
     """A table that iptables-save prints, read line by line while it comes, so that it is never all in memory as text.
 
-    `table` is what is epok's. `others` are the lines of all other rules, by chain, and then the chain's policy.
-    `said` is for messages: how it begins, and what nft says of rules that it cannot print.
+    `table` is what is epok's. `others` are the lines of all other rules, by chain, and then the chain's policy; none
+    where epok's hook comes first, since nobody needs them then. `said` is for messages: how it begins, and what nft
+    says of rules that it cannot print.
     """
 
     def __init__(self, name: str) -> None:
         self.name, self.table, self.said = name, Table(), ""
         self.others: dict[str, list[str]] = {}
         self.policies: dict[str, str] = {}
-        self.seen = self.inside = self.broken = False
+        self.seen = self.inside = self.broken = self.foremost = False
+        [(self.first, self.hook), *_] = HOOKS[name].items()
 
     @property
     def whole(self) -> Table | None:
@@ -3285,17 +3294,17 @@ class Saved:
             elif self.inside:
                 for found in group:
                     self.read_other(*found.groups()[1:4])
-        for chain, policy in self.policies.items():
-            self.others.setdefault(chain, []).append(f"-P {chain} {policy}")
-        [(first, hook), *_] = HOOKS[self.name].items()
-        behind = self.others.get(first, [""])[0] != f"-A {first} {hook}"
-        self.table.ahead = self.others if behind and hook in self.table.hooks.get(first, ()) else {}
+        if not self.foremost:
+            for chain, policy in self.policies.items():
+                self.others.setdefault(chain, []).append(f"-P {chain} {policy}")
+        if self.hook in self.table.hooks.get(self.first, ()):
+            self.table.ahead = self.others
         return self
 
     def read_line(self, line: str) -> None:
         """One that is no rule."""
         odd = "incompatible" in line  # nft cannot print native rules: what it prints is not all
-        if odd or len(self.said) < 300:
+        if len(self.said) < (3000 if odd else 300):
             self.said += line + "\n"
         if line.startswith("*"):
             begins = line == f"*{self.name}"
@@ -3320,7 +3329,10 @@ class Saved:
             self.table.counts.setdefault(chain, []).extend(counts)
 
     def read_other(self, line: str, chain: str, rule: str) -> None:
-        self.others.setdefault(chain, []).append(line)
+        if chain == self.first and chain not in self.others and rule == self.hook:
+            self.foremost, self.others = True, {}
+        if not self.foremost:
+            self.others.setdefault(chain, []).append(line)
         words = split(rule) if ROOT in rule or "epok_rule_id" in rule else []
         pairs = list(itertools.pairwise(words))
         targets = [value for option, value in pairs if option in ("-j", "-g") and owned(value)]
@@ -3457,9 +3469,9 @@ def older_rules(found: Found) -> int:
 class Command(enum.Enum):
     """Every command that epok can run on a host: its words, whether it takes root, and what for.
 
-    There is no other, and no shell: each word goes as it is, over SSH quoted. What takes root is run by sudo -n, unless
-    epok is root. In capitals is what differs: TOOL is iptables or ip6tables, BACKEND legacy or nft, and TABLE nat or
-    filter, but of nft any, as FAMILY and CHAIN are.
+    There is no other. Each word goes as it is; over SSH, where a shell reads them, quoted. What takes root is run by
+    sudo -n, unless epok is root there. In capitals is what differs: TOOL is iptables or ip6tables, BACKEND legacy or
+    nft, TABLE nat or filter; of nft TABLE, as FAMILY and CHAIN, is what "list chains" has shown.
     """
 
     # what a run does
@@ -3560,7 +3572,7 @@ class SshHost:
         self.sudo = () if login.user == "root" else ("sudo", "-n")
         self.client: Any = None
         self.opening = threading.Lock()
-        self.sessions = threading.Semaphore(2)  # as many as most hosts with a low MaxSessions allow
+        self.sessions = threading.Semaphore(2)  # at once: some have set sshd's MaxSessions so low
         self.closed = False
         self.gated = False  # whether the key has a command of its own, by sudo
         self.slow = ""  # why its sudo takes long

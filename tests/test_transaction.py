@@ -255,6 +255,28 @@ def test_the_input_adds_chains_before_it_removes_the_old_ones(old: list[epok.For
     assert re.fullmatch(r":*A*D*I*X*C?", order)
 
 
+RULES = st.lists(
+    st.sampled_from(["-j DNAT --to 10.0.0.1:25", "-j DNAT --to 10.0.0.1:26", "--to [::1]:25", "", ":", "a:b:"])
+)
+
+
+@given(RULES | st.lists(st.text()), RULES)
+def test_rules_are_equal_when_their_words_are_whatever_they_share(one: list[str], other: list[str]) -> None:
+    assert (
+        list(epok.Rules(one)) == one and epok.Rules(one) == one == epok.Rules(one) and len(epok.Rules(one)) == len(one)
+    )
+    assert (epok.Rules(one) == epok.Rules(other)) == (one == other) == (epok.Rules(one) == other)
+    assert (epok.Rules(one) != epok.Rules(other)) == (one != other)
+
+
+@given(st.text(), st.lists(st.integers(1, 9)))
+def test_an_output_is_read_in_lines_wherever_its_pieces_end(text: str, sizes: list[int]) -> None:
+    data, pieces = text.encode(), []
+    for size in sizes:
+        pieces, data = [*pieces, data[:size]], data[size:]
+    assert list(epok.lines_of([*pieces, data])) == text.split("\n")
+
+
 def host_with(wanted: epok.Tables, **inserted: list[str]) -> Host:
     """One that epok has set up, with these rules then put in front of built-in chains of nat."""
     host = Host()
