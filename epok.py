@@ -160,6 +160,7 @@ import logging
 import operator
 import os
 import pwd
+import queue
 import random
 import re
 import shlex
@@ -417,15 +418,31 @@ def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
 
 
 def collect(read: Callable[[int], bytes], doing: str, take: Take = decoded) -> Background:
-    """Takes what a command prints, while it comes. Raises Fatal in result() when it has no end."""
+    """Takes what a command prints, while it comes. Raises Fatal in result() when it has no end.
+
+    It is read by a thread of its own: who takes it may be slow, and an output without end must be known as such soon.
+    """
+    ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def work() -> None:
+        size = 0
+        try:
+            while piece := read(PIECE):
+                size += len(piece)
+                if size > OUTPUT_LIMIT:
+                    raise Fatal(f"{doing}: it prints more than {OUTPUT_LIMIT >> 20} MiB")
+                ready.put(piece)
+        finally:
+            ready.put(b"")
+
+    reading = Background(work)
 
     def pieces() -> Iterator[bytes]:
-        size = 0
-        while piece := read(PIECE):
-            size += len(piece)
-            if size > OUTPUT_LIMIT:
-                raise Fatal(f"{doing}: it prints more than {OUTPUT_LIMIT >> 20} MiB")
+        while (piece := ready.get()) and not reading.error:
             yield piece
+        reading.join()  # it has read all there is, or failed
+        if reading.error:
+            raise reading.error
 
     return Background(lambda: take(pieces()))
 
@@ -3304,7 +3321,7 @@ class Saved:
     def read_line(self, line: str) -> None:
         """One that is no rule."""
         odd = "incompatible" in line  # nft cannot print native rules: what it prints is not all
-        if len(self.said) < (3000 if odd else 300):
+        if line and len(self.said) < (3000 if odd else 300):
             self.said += line + "\n"
         if line.startswith("*"):
             begins = line == f"*{self.name}"
