@@ -3645,10 +3645,7 @@ class SshHost:
             feed(channel.sendall, channel.shutdown_write, text)
         else:
             end_input(channel)
-        taking = [
-            collect(channel.recv, doing, take),
-            collect(channel.recv_stderr, doing),
-        ]
+        taking = [collect(channel.recv, doing, take), collect(channel.recv_stderr, doing)]
         out, err = (each.result(deadline, doing) for each in taking)
         if not channel.status_event.wait(deadline.remaining()):
             raise self.missed(deadline, doing)
@@ -4205,9 +4202,9 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
     """What a failed command of the iptables family means: Fatal with what to do, or Transient."""
     # which sudo only remarks, of a host that does not know its own name
     result = result._replace(err=re.sub(r"(?m)^sudo: unable to resolve host .*\n?", "", result.err))
-    said = f"{result.status} {argv[0]} {result.err}" + "incompatible" * (
-        "incompatible" in result.out
-    )
+    said = f"{result.status} {argv[0]} {result.err}"
+    if "incompatible" in result.out:
+        said += "incompatible"
     _, tries, advice = next(row for row in FAILURES if re.search(row[0], said))
     if not isinstance(advice, str):
         advice = advice(Failure(host, argv, result, text))
@@ -4253,9 +4250,11 @@ def converge(
                 raise refusal(host, (*host.sudo, *argv), result, text)
             done.append(argv[0])
             changed |= {(argv[0], name) for name in BUILT_IN if f"*{name}\n" in text}
+        if not changed:
+            return
         after = read_changed(host, current, changed, deadline)
-        for _, text in next_inputs(wanted, after, options):
-            example = quoted(text.splitlines()[1])
+        if left := next(next_inputs(wanted, after, options), None):
+            example = quoted(left[1].splitlines()[1])
             raise Transient(
                 f"{host.name}: the rules differ again after the swap, at {example}", attempts=RACES
             )
