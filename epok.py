@@ -112,7 +112,7 @@ done; 2 the command line is wrong; 3 --dry-run and the host differs.
 #   plan          Snapshot -> Forwards and Rejections
 #   ruleset       Forwards -> chains, in iptables-save's words
 #   live          chains -> the forwards in them, and what changed
-#   transaction   iptables-save -> Tables -> iptables-restore
+#   transaction   iptables-save -> iptables-restore
 #   hosts         the only part that runs anything there
 #   swap          makes a host right, and proves it
 #   news          what a run did: in the log, in Events, as metrics
@@ -314,7 +314,7 @@ class Deadline:
 
 
 def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
-    """Calls `action` again while it raises Transient and time is left; then the last cause is Fatal."""
+    """Calls `action` again while it raises Transient and time is left; the last one is Fatal."""
 
     def cause(state: tenacity.RetryCallState) -> Any:
         return state.outcome.exception() if state.outcome else None
@@ -327,7 +327,7 @@ def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
         return float(cause(state).after + backoff(state))
 
     def enough(state: tenacity.RetryCallState) -> bool:
-        # a try that has less than half a second left would end as one that took too long, and hide the cause
+        # a try with less than half a second left would take too long, and hide the cause
         late = state.upcoming_sleep + 0.5 >= deadline.remaining()
         return late or state.attempt_number >= cause(state).attempts
 
@@ -367,9 +367,10 @@ class Background(threading.Thread):
             self.error = error
 
     def result(self, deadline: Deadline, doing: str, grace: float = 0.2) -> Any:
-        """What `work` returned; raises what it raised, or Fatal when it is not done at the deadline.
+        """What `work` returned; raises what it raised, or Fatal if it is not done at the deadline.
 
-        This holds whatever blocks: time limits of sockets count from byte to byte, and look-ups of names have none.
+        This holds whatever blocks: time limits of sockets count from byte to byte, and look-ups of
+        names have none.
         `grace` seconds later, for what says by itself and better that it missed the deadline.
         """
         self.join(deadline.remaining() + grace)
@@ -420,7 +421,8 @@ def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
 def collect(read: Callable[[int], bytes], doing: str, take: Take = decoded) -> Background:
     """Takes what a command prints, while it comes. Raises Fatal in result() when it has no end.
 
-    It is read by a thread of its own: who takes it may be slow, and an output without end must be known as such soon.
+    It is read by a thread of its own: who takes it may be slow, and an output without end must be
+    known as such soon.
     """
     ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
@@ -448,7 +450,7 @@ def collect(read: Callable[[int], bytes], doing: str, take: Take = decoded) -> B
 
 
 def feed(write: Callable[[bytes], object], close: Callable[[], object], text: str) -> Background:
-    """Writes a command's input, or what it wants to read of it; encoded in pieces, as it may be large."""
+    """Writes a command's input, or what it wants to read of it; in pieces, as it may be large."""
 
     def work() -> None:
         with contextlib.suppress(OSError):
@@ -479,7 +481,7 @@ def execute(
     terminal: bool = False,
     take: Take = decoded,
 ) -> Result:
-    """Runs a program with an input, or at the terminal, until the deadline; then Fatal, and it is killed.
+    """Runs a program with an input, or at the terminal; at the deadline Fatal, and it is killed.
 
     With `group` all that it has started is killed too, also when epok itself is ended.
     """
@@ -3263,12 +3265,12 @@ def same(one: Dispatch, other: Dispatch) -> bool:
     return one[0].string == other[0].string and one[1] == other[1]
 
 
-# ------------------------------------------------ transaction: iptables-save -> Tables -> iptables-restore
+# ------------------------------------------------ transaction: iptables-save -> iptables-restore
 
 
 @functools.cache
 def owned(chain: str) -> bool:
-    """Whether a chain is epok's, by its name; one with a quote is not: iptables-restore could not delete it."""
+    """Whether a chain is epok's, by its name: without a quote, or it could not be deleted."""
     return bool(re.fullmatch(rf"{ROOT}(-[^\x00-\x20\"'\\\x7f]*)?", chain))
 
 
@@ -3277,11 +3279,11 @@ SAVED_LINE = re.compile(r"(?:\[(\d+):\d+\] )?(-A ([^ ]+) ?(.*))|(.*)")
 
 
 class Saved:
-    """A table that iptables-save prints, read line by line while it comes, so that it is never all in memory as text.
+    """A table that iptables-save prints, read line by line while it comes: the text is never whole.
 
-    `table` is what is epok's. `others` are the lines of all other rules, by chain, and then the chain's policy; none
-    where epok's hook comes first, since nobody needs them then. `said` is for messages: how it begins, and what nft
-    says of rules that it cannot print.
+    `table` is what is epok's. `others` are the lines of all other rules, by chain, and then the
+    chain's policy; none where epok's hook comes first, since nobody needs them then. `said` is for
+    messages: how it begins, and what nft says of rules that it cannot print.
     """
 
     def __init__(self, name: str) -> None:
@@ -3373,7 +3375,7 @@ AROUND = len("*nat\nCOMMIT\n")
 
 
 class Block:
-    """Lines of an input that stay together: chains that are declared, which empties them, and filled; then the rest."""
+    """Lines of an input that stay together: chains, which are emptied and filled, and the rest."""
 
     __slots__ = ("chains", "lines", "size")
 
@@ -3391,10 +3393,11 @@ class Block:
 
 
 def restore_inputs(wanted: Tables, found: Tables, limit: int) -> Iterator[str]:
-    """The smallest iptables-restore --noflush inputs that make `found` what is `wanted`, none when it is.
+    """The smallest iptables-restore --noflush inputs that make `found` what is `wanted`.
 
-    One input does it at once. Where that is longer than `limit`, chains that nothing refers to yet go ahead, one
-    input turns the traffic over to them, and the old ones are deleted after it. Each is made when it is asked for.
+    One input does it at once, none where nothing differs. Where one is longer than `limit`, chains
+    that nothing refers to yet go ahead, one input turns the traffic over to them, and the old ones
+    are deleted after it. Each is made when it is asked for.
     """
     if wanted["nat"].chains.get(ROOT) == [] and not any(table.chains for table in found.values()):
         return  # no forwards, and never any: leave the host as it is
@@ -3412,7 +3415,7 @@ def restore_inputs(wanted: Tables, found: Tables, limit: int) -> Iterator[str]:
 
 
 def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
-    """What differs in a table: chains to go ahead, the flip, old chains to be emptied, and to be deleted.
+    """What differs in a table: chains to go ahead, the flip, old chains to empty, and to delete.
 
     A chain that is still referred to cannot be deleted.
     """
@@ -3440,7 +3443,7 @@ def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
 
 
 def joined(name: str, blocks: Sequence[Block]) -> str:
-    """One input for a table, empty without blocks; all chains are declared before any rule can refer to them."""
+    """One input for a table, empty without blocks; chains are declared before rules name them."""
     lines = [f"*{name}\n"]
     for block in blocks:
         lines += block.declarations()
@@ -3450,7 +3453,7 @@ def joined(name: str, blocks: Sequence[Block]) -> str:
 
 
 def packed(blocks: Iterable[Block], limit: int) -> Iterator[str]:
-    """Inputs for table nat of at most `limit` bytes, as few as the order allows; a larger block goes alone."""
+    """As few inputs for nat of at most `limit` bytes as can be; a larger block goes alone."""
     some: list[Block] = []
     size = AROUND
     for block in blocks:
@@ -3486,9 +3489,10 @@ def older_rules(found: Found) -> int:
 class Command(enum.Enum):
     """Every command that epok can run on a host: its words, whether it takes root, and what for.
 
-    There is no other. Each word goes as it is; over SSH, where a shell reads them, quoted. What takes root is run by
-    sudo -n, unless epok is root there. In capitals is what differs: TOOL is iptables or ip6tables, BACKEND legacy or
-    nft, TABLE nat or filter; of nft TABLE, as FAMILY and CHAIN, is what "list chains" has shown.
+    There is no other. Each word goes as it is; over SSH, where a shell reads them, quoted. What
+    takes root is run by sudo -n, unless epok is root there. In capitals is what differs: TOOL is
+    iptables or ip6tables, BACKEND legacy or nft, TABLE nat or filter; of nft TABLE, as FAMILY and
+    CHAIN, is what "list chains" has shown.
     """
 
     # what a run does
@@ -3520,7 +3524,7 @@ class Command(enum.Enum):
         self.text, self.as_root, self.purpose = text, as_root, purpose
 
     def argv(self, sudo: Sequence[str], *values: object) -> tuple[str, ...]:
-        """The command with `sudo` before it where it takes root, and these values in place of the capitals."""
+        """The command, behind `sudo` where it takes root, with values in place of the capitals."""
         left = map(str, values)
         words = (re.sub("[A-Z]{2,}", lambda _: next(left), word) for word in self.text.split())
         return (*(sudo if self.as_root else ()), *words)
@@ -3546,7 +3550,7 @@ class LocalHost:
 
     @staticmethod
     def may_pass_on_net_admin() -> bool:
-        """Whether the commands that epok starts will have CAP_NET_ADMIN (bit 12): only ambient ones are passed on."""
+        """Whether commands will have CAP_NET_ADMIN (bit 12): only what is ambient is passed on."""
         try:
             with open("/proc/self/status", encoding="ascii") as file:
                 ambient = re.search(r"^CapAmb:\s*([0-9a-f]+)", file.read(), re.MULTILINE)
@@ -3567,7 +3571,7 @@ class LocalHost:
         return done
 
     def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
-        """Whether a TCP port answers: "" when it does, else why not; None when that cannot be tried."""
+        """Why a TCP port does not answer, "" when it does; None when that cannot be tried."""
         try:
             socket.create_connection(
                 (address, port), timeout=min(REACH_SECONDS, deadline.remaining())
@@ -3603,9 +3607,9 @@ class SshHost:
     def run(
         self, argv: Sequence[str], text: str, deadline: Deadline, take: Take = decoded
     ) -> Result:
-        """Runs a command over the one connection, which is made when there is none. Raises Transient when it breaks.
+        """Runs a command over the one connection, which is made when there is none.
 
-        Several may call this at the same time.
+        Raises Transient when it breaks. Several may call this at the same time.
         """
         import paramiko
 
@@ -3776,7 +3780,7 @@ class SshHost:
 
 
 def end_input(channel: Any) -> None:
-    """Like shutdown_write(), which may come to it when the channel is closed already: then sshd hangs up."""
+    """Like shutdown_write(), but never behind the end of the channel, where sshd hangs up."""
     with channel.lock:
         if message := channel._send_eof():
             channel.get_transport()._send_user_message(message)
@@ -3825,13 +3829,16 @@ def how_to_make_key(name: str) -> str:
 
 
 def into_directory(name: str) -> str:
-    """The beginning of a command that makes a file: what makes its directory, where there is none."""
+    """How a command begins that makes a file: by its directory, where there is none."""
     directory = os.path.dirname(name) or "."
     return "" if os.path.isdir(directory) else f"mkdir -p -m 700 {shlex.quote(directory)} && "
 
 
 def load_key(name: str) -> Any:
-    """The private key in a file, None without a name. Raises Fatal: later it would look like a lost connection."""
+    """The private key in a file, None without a name.
+
+    Raises Fatal: later it would look like a lost connection.
+    """
     import paramiko
 
     if not name:
@@ -4043,7 +4050,7 @@ Host = LocalHost | SshHost
 
 
 class Facts(NamedTuple):
-    """What a host has: interfaces with their addresses, and by IP version whether it forwards packets."""
+    """Interfaces of a host with their addresses, and by IP version whether it forwards packets."""
 
     interfaces: Mapping[str, Sequence[Address]]
     forwarding: Mapping[int, bool]
@@ -4097,7 +4104,7 @@ def read_tables(
 def read_table(
     host: Host, family: Family, name: str, deadline: Deadline, counted: bool
 ) -> Table | None:
-    """epok's part of a table, None when the host has no such IP version. Raises Transient or Fatal."""
+    """epok's part of a table, None when the host lacks the IP version. Raises Transient, Fatal."""
     argv = asked = Command.SAVE.argv(host.sudo, family.tool, name)
     if counted and name == "nat":
         asked = Command.COUNTS.argv(host.sudo, family.tool)
@@ -4182,8 +4189,9 @@ def no_syntax(failure: Failure) -> str:
 
 
 ANOTHER_GATE = "; run cron/setup-host of this epok on the host, with --mark if epok has that option"
-# What a failure means, by its exit status, the command's first word and what it says: the first that fits counts.
-# Then how often that is tried at most, 0 where it will not change; and what to do, which ends the message.
+# What a failure means, by its exit status, the command's first word and what it says: the first
+# that fits counts. Then how often that is tried at most, 0 where it will not change; and what to
+# do, which ends the message.
 FAILURES: tuple[tuple[str, int, str | Callable[[Failure], str]], ...] = (
     # also seen while another process made the tables of a host that had none
     ("incompatible", 3, "; native nft rules share the table: move them to a table of their own"),
@@ -4219,7 +4227,7 @@ Input = tuple[tuple[str, ...], str]  # a command of Command.RESTORE, without sud
 
 
 def next_inputs(wanted: Wanted, found: Found, options: Options) -> Iterator[Input]:
-    """What would make the tables that were found the wanted ones; each is made when it is asked for."""
+    """What makes the tables that were found the wanted ones; each made when it is asked for."""
     limit = options.batch_size if options.batch_commands == "true" else 0
     for family in FAMILIES:
         if tables := found[family.version]:
@@ -4297,7 +4305,7 @@ def udp_targets(lives: Iterable[Live]) -> dict[tuple[int, int], set[tuple[str, i
 def end_stale_flows(
     host: Host, changes: Sequence[Change], facts: Facts, deadline: Deadline
 ) -> None:
-    """Lets UDP clients that keep their port, and so the way of their first packet, go the new way."""
+    """Lets UDP clients go the new way that keep their port, and so that of their first packet."""
     had = udp_targets(change.before or change.live for change in changes if change.sign != "+")
     has = udp_targets(change.live for change in changes if change.sign != "-")
     for version, port in sorted(had.keys() | has.keys()):
@@ -4313,7 +4321,7 @@ def end_stale_flows(
 def end_flows(
     host: Host, version: int, address: str, port: int, reply: str, deadline: Deadline
 ) -> bool:
-    """Forgets the UDP flows to a port of the host that `reply` answers; False when that cannot be done."""
+    """Forgets the UDP flows to a port of the host that `reply` answers; False when it cannot."""
     command = Command.END_FLOWS if version == 4 else Command.END_FLOWS_6
     argv = command.argv(host.sudo, address, port, reply)
     result = host.run(argv, "", deadline)
