@@ -171,7 +171,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
 HOW_TO_INSTALL = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, then .venv/bin/python epok.py"
 try:
@@ -1434,17 +1434,100 @@ def hidden(url: str) -> str:
 
 # ------------------------------------------------ cluster: Kubernetes API or file -> Snapshot
 
-
-class Port(NamedTuple):
-    """A port of a Service; `node_port` 0 is none."""
-
-    name: str
-    protocol: str
-    port: int
-    node_port: int
+# Names stand in rules, so they have only the characters that Kubernetes allows.
+# \Z, since $ matches before a line break too.
+Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9.-]{1,253}\Z")]
+PortName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9-]{0,63}\Z")]
+PortNumber = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 
-@dataclass(frozen=True)
+# What is read of the API's objects; the rest of their fields may be anything.
+class Metadata(msgspec.Struct, kw_only=True, rename="camel"):
+    name: Name
+    labels: dict[Any, Any] = {}
+    annotations: dict[Any, Any] = {}
+
+
+class NamespacedMetadata(Metadata, kw_only=True):
+    namespace: Name
+    uid: str = ""
+    creation_timestamp: str = ""
+
+
+class Port(msgspec.Struct, rename="camel"):
+    """A port of a Service, or of the pods of an EndpointSlice; `node_port` 0 is none."""
+
+    name: PortName = ""
+    protocol: str = "TCP"
+    port: PortNumber = 0
+    node_port: PortNumber = 0
+
+    def __post_init__(self) -> None:
+        self.protocol = self.protocol.lower()
+
+
+class ServiceSpec(msgspec.Struct, rename="camel"):
+    type: str = "ClusterIP"
+    ports: list[Port] = []
+    external_traffic_policy: str = ""
+    session_affinity: str = ""
+    ip_families: list[str] = []
+    cluster_ips: list[str] = msgspec.field(name="clusterIPs", default_factory=list)
+    load_balancer_source_ranges: list[str] = []
+
+
+class ServiceObject(msgspec.Struct):
+    metadata: NamespacedMetadata
+    spec: ServiceSpec = msgspec.field(default_factory=ServiceSpec)
+
+
+class Taint(msgspec.Struct):
+    key: str = ""
+
+
+class NodeSpec(msgspec.Struct):
+    taints: list[Taint] = []
+
+
+class NodeAddress(msgspec.Struct):
+    type: str = ""
+    address: str = ""
+
+
+class NodeCondition(msgspec.Struct):
+    type: str = ""
+    status: str = ""
+
+
+class NodeStatus(msgspec.Struct):
+    addresses: list[NodeAddress] = []
+    conditions: list[NodeCondition] = []
+
+
+class NodeObject(msgspec.Struct):
+    metadata: Metadata
+    spec: NodeSpec = msgspec.field(default_factory=NodeSpec)
+    status: NodeStatus = msgspec.field(default_factory=NodeStatus)
+
+
+class EndpointConditions(msgspec.Struct):
+    ready: bool = True  # "a nil value should be interpreted as true": its API reference
+    serving: bool | None = None
+
+
+class SliceEndpoint(msgspec.Struct, rename="camel"):
+    addresses: list[str] = []
+    node_name: str = ""
+    conditions: EndpointConditions = msgspec.field(default_factory=EndpointConditions)
+
+
+class EndpointSlice(msgspec.Struct):
+    metadata: NamespacedMetadata
+    endpoints: list[SliceEndpoint] | None = None  # the API writes null where there are none
+    ports: list[Port] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
     """What matters of a Service, with the annotations that are, or look like, epok's."""
 
@@ -1462,7 +1545,10 @@ class Service:
 
 @dataclass(frozen=True)
 class Node:
-    """What matters of a Node; at most one address of each IP version. `excluded` says what keeps traffic away."""
+    """What matters of a Node; at most one address of each IP version.
+
+    `excluded` says what keeps traffic away.
+    """
 
     name: str
     addresses: tuple[Address, ...]
@@ -1472,7 +1558,7 @@ class Node:
 
 
 class Endpoint(NamedTuple):
-    """An endpoint of a Service: a pod, the node that it is on, and its ports by name and protocol."""
+    """An endpoint of a Service: a pod, its node, and its ports by name and protocol."""
 
     service: str
     node: str
@@ -1491,176 +1577,152 @@ class Snapshot:
     endpoints: Mapping[str, Sequence[Endpoint]]
 
 
-class Fields:
-    """Typed access to the fields of one API object. A null is an absent field; a wrong type is Fatal."""
-
-    def __init__(self, value: Any, path: str) -> None:
-        self.value, self.path = value, path
-        if not isinstance(value, dict):
-            self.wrong("an object")
-
-    def wrong(self, expected: str, key: str = "") -> NoReturn:
-        value = self.value.get(key) if key else self.value
-        raise Fatal(
-            f"{self.path}{key and '.' + key}: {quoted(value)} is not {expected}; nothing was changed"
-        )
-
-    def get(self, key: str, default: T) -> T:
-        value = self.value.get(key)
-        if value is None:
-            return default
-        if type(value) is not type(default):
-            self.wrong(f"a {type(default).__name__}", key)
-        return value
-
-    def inner(self, key: str) -> Fields:
-        return Fields(self.get(key, {}), f"{self.path}.{key}")
-
-    def each(self, key: str) -> list[Fields]:
-        return [Fields(item, f"{self.path}.{key}[{n}]") for n, item in enumerate(self.objects(key))]
-
-    def objects(self, key: str) -> list[Any]:
-        return self.get(key, [])
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        texts = self.objects(key)
-        if not all(isinstance(text, str) for text in texts):
-            self.wrong("a list of strings", key)
-        return tuple(texts)
-
-
-def object_name(kind: str, item: Any) -> tuple[Fields, str]:
-    """Its metadata, and "namespace/name", or the name alone of a Node."""
-    meta = Fields(item, kind).inner("metadata")
-    parts = [meta.get(key, "") for key in ("namespace", "name") if key == "name" or kind != "Node"]
-    # names go into comments of rules; the API server lets no other characters through
-    if not all(re.fullmatch(r"[A-Za-z0-9.-]{1,253}", part) for part in parts):
-        raise Fatal(
-            f"{kind} {quoted('/'.join(parts))}: not a name that Kubernetes allows; nothing was changed"
-        )
-    name = "/".join(parts)
-    meta.path = f"{kind} {name} metadata"
-    return meta, name
-
-
-def to_service_port(fields: Fields) -> Port:
-    name, protocol = fields.get("name", ""), fields.get("protocol", "TCP").lower()
-    port, node_port = fields.get("port", 0), fields.get("nodePort", 0)
-    if not re.fullmatch(r"[A-Za-z0-9-]{0,63}", name):
-        fields.wrong("the name of a port", "name")
-    if not (0 <= port <= 65535 and 0 <= node_port <= 65535):
-        fields.wrong("a port with a nodePort, 1 to 65535")
-    return Port(name, protocol, port, node_port)
-
-
-def to_service(item: Any, always: str = "") -> Service | None:
-    """Reads a Service; None when it carries no mapping and is not the one that matters `always`."""
-    meta, key = object_name("Service", item)
-    annotations = meta.inner("annotations")
-    # null is "" to the API server too: an annotation that is there
-    known = {name: annotations.get(name, "") for name in annotations.value
-            if isinstance(name, str) and name.startswith(PREFIXES)}  # fmt: skip
-    if key != always and not known.keys() & set(PORT_ANNOTATIONS):
+def to_service(item: ServiceObject, always: str = "") -> Service | None:
+    """None for a Service without a mapping, unless it is the one that matters `always`."""
+    meta, spec = item.metadata, item.spec
+    key = f"{meta.namespace}/{meta.name}"
+    annotations = {}
+    for name, text in meta.annotations.items():
+        if not (isinstance(name, str) and name.startswith(PREFIXES)):
+            continue
+        if not isinstance(text, str | None):
+            what = f"Service {key} annotation {name}: {quoted(text)} is not a text"
+            raise Fatal(f"{what}; nothing was changed")
+        # null is "" to the API server too: an annotation that is there
+        annotations[name] = text or ""
+    if key != always and not annotations.keys() & set(PORT_ANNOTATIONS):
         return None
-    spec = Fields(Fields(item, f"Service {key}").get("spec", {}), f"Service {key} spec")
-    ports = [to_service_port(port) for port in spec.each("ports")]
-    families = spec.texts("ipFamilies") or tuple(
-        "IPv6" if ":" in ip else "IPv4" for ip in spec.texts("clusterIPs")
-    )
+    families = spec.ip_families or ["IPv6" if ":" in ip else "IPv4" for ip in spec.cluster_ips]
     return Service(
         key=key,
-        uid=meta.get("uid", ""),
-        created=meta.get("creationTimestamp", ""),
-        type=spec.get("type", "ClusterIP"),
-        annotations=known,
-        ports=tuple(port for port in ports if port.protocol in PROTOCOLS),
-        local=spec.get("externalTrafficPolicy", "Cluster") == "Local",
-        sticky=spec.get("sessionAffinity", "None") == "ClientIP",
-        versions=tuple(6 if family == "IPv6" else 4 for family in families or ("IPv4",)),
-        source_ranges=spec.texts("loadBalancerSourceRanges"),
+        uid=meta.uid,
+        created=meta.creation_timestamp,
+        type=spec.type,
+        annotations=annotations,
+        ports=tuple(port for port in spec.ports if port.protocol in PROTOCOLS),
+        local=spec.external_traffic_policy == "Local",
+        sticky=spec.session_affinity == "ClientIP",
+        versions=tuple(6 if family == "IPv6" else 4 for family in families or ["IPv4"]),
+        source_ranges=tuple(spec.load_balancer_source_ranges),
     )
 
 
 def usable(text: str) -> Address | None:
-    """The address of a node, or None when nothing can be sent there."""
+    """The address of a node or pod, or None when nothing can be sent there."""
     address = to_address(text)
-    if address is None:
+    if address is None or address.is_unspecified or address.is_loopback or address.is_multicast:
+        return None
+    if address.is_reserved or address.is_link_local:
         return None
     mapped = address.version == 6 and (address.ipv4_mapped or address.scope_id)
-    bad = (
-        address.is_unspecified or address.is_loopback or address.is_multicast or address.is_reserved
-    )
-    return None if bad or mapped or address.is_link_local else address
+    return None if mapped else address
 
 
-def to_node(item: Any) -> Node:
-    meta, name = object_name("Node", item)
-    spec, status = (
-        Fields(item, f"Node {name}").inner("spec"),
-        Fields(item, f"Node {name}").inner("status"),
-    )
-    listed = [
-        (entry.get("type", ""), usable(entry.get("address", "")))
-        for entry in status.each("addresses")
-    ]
-    addresses = []
-    for version in (4, 6):
-        candidates = [a for kind in ("InternalIP", "ExternalIP") for k, a in listed
-                      if k == kind and a and a.version == version]  # fmt: skip
-        addresses += candidates[:1]
-    labels, annotations = meta.inner("labels").value, meta.inner("annotations").value
-    tainted = any(taint.get("key", "") == AUTOSCALER_TAINT for taint in spec.each("taints"))
-    marks = {
-        **{f"annotation {name}": name in annotations for name in EXCLUDE_ANNOTATIONS},
-        f"label {EXCLUDE_LABEL}": EXCLUDE_LABEL in labels,
-        f"taint {AUTOSCALER_TAINT}": tainted,
-    }
-    conditions = {
-        entry.get("type", ""): entry.get("status", "") for entry in status.each("conditions")
-    }
+def to_node(item: NodeObject) -> Node:
+    meta, kinds = item.metadata, ("InternalIP", "ExternalIP")  # the first that can be used counts
+    listed = [each for kind in kinds for each in item.status.addresses if each.type == kind]
+    addresses: dict[int, Address] = {}
+    for address in (usable(each.address) for each in listed):
+        if address:
+            addresses.setdefault(address.version, address)
+    marks = [f"annotation {name}" for name in EXCLUDE_ANNOTATIONS if name in meta.annotations]
+    if EXCLUDE_LABEL in meta.labels:
+        marks.append(f"label {EXCLUDE_LABEL}")
+    if any(taint.key == AUTOSCALER_TAINT for taint in item.spec.taints):
+        marks.append(f"taint {AUTOSCALER_TAINT}")
+    conditions = {condition.type: condition.status for condition in item.status.conditions}
     return Node(
-        name=name,
-        addresses=tuple(addresses),
+        name=meta.name,
+        addresses=tuple(addresses[version] for version in sorted(addresses)),
         ready=conditions.get("Ready") == "True",
-        excluded=", ".join(itertools.compress(marks, marks.values())),
-        labelled=STANDARD_EXCLUDE_LABEL in labels,
+        excluded=", ".join(marks),
+        labelled=STANDARD_EXCLUDE_LABEL in meta.labels,
     )
 
 
-def to_endpoints(item: Any) -> list[Endpoint]:
-    meta, key = object_name("EndpointSlice", item)
-    service = f"{key.split('/')[0]}/{meta.inner('labels').get('kubernetes.io/service-name', '')}"
-    fields = Fields(item, f"EndpointSlice {key}")
-    listening = [to_service_port(port) for port in fields.each("ports")]
-    ports = {(port.name, port.protocol): port.port for port in listening}
+def to_endpoints(item: EndpointSlice) -> list[Endpoint]:
+    meta = item.metadata
+    service = f"{meta.namespace}/{meta.labels.get('kubernetes.io/service-name', '')}"
+    ports = {(port.name, port.protocol): port.port for port in item.ports or ()}
     endpoints = []
-    for entry in fields.each("endpoints"):
-        conditions = entry.inner("conditions")
-        ready = conditions.get(
-            "ready", True
-        )  # "a nil value should be interpreted as true": its API reference
-        serving = conditions.get("serving", ready)
-        address = usable(next(iter(entry.texts("addresses")), ""))
-        endpoints.append(
-            Endpoint(service, entry.get("nodeName", ""), address, ports, ready, serving)
-        )
+    for each in item.endpoints or ():
+        ready, serving = each.conditions.ready, each.conditions.serving
+        address = usable(next(iter(each.addresses), ""))
+        serving = ready if serving is None else serving
+        endpoints.append(Endpoint(service, each.node_name, address, ports, ready, serving))
     return endpoints
 
 
 class Kind(NamedTuple):
-    """A kind of API object; `convert` makes ours of one, or None when it does not matter."""
+    """A kind of API object, its type, and what makes ours of one, or None when it is not needed."""
 
     name: str
     path: str
     group: str
+    type: Any
     convert: Callable[[Any], Any]
 
 
-SERVICES = Kind("Service", "/api/v1/services", "", to_service)
-NODES = Kind("Node", "/api/v1/nodes", "", to_node)
+SERVICES = Kind("Service", "/api/v1/services", "", ServiceObject, to_service)
+NODES = Kind("Node", "/api/v1/nodes", "", NodeObject, to_node)
 ENDPOINT_SLICES = Kind(
-    "EndpointSlice", "/apis/discovery.k8s.io/v1/endpointslices", "discovery.k8s.io", to_endpoints
+    "EndpointSlice",
+    "/apis/discovery.k8s.io/v1/endpointslices",
+    "discovery.k8s.io",
+    EndpointSlice,
+    to_endpoints,
 )
+
+
+def needed(kind: Kind, items: Iterable[Any]) -> list[Any]:
+    """What matters of objects of a kind, which are JSON (Raw), or were read from JSON or YAML."""
+    made = (kind.convert(typed(item, kind.type, kind.name)) for item in items)
+    return [each for each in made if each]
+
+
+def typed(item: Any, form: type[T], what: str) -> T:
+    """The item as a struct; a null is an absent field. Raises Fatal that names object and field."""
+    raw = isinstance(item, msgspec.Raw)
+    try:
+        return msgspec.json.decode(item, type=form) if raw else msgspec.convert(item, form)
+    except (msgspec.DecodeError, RecursionError):
+        pass  # by a null, perhaps
+    try:
+        item = without_null_fields(json.loads(bytes(item)) if raw else item)
+        return msgspec.convert(item, form)
+    except msgspec.ValidationError as error:
+        raise wrong_field(item, str(error), what) from None
+    except (ValueError, RecursionError) as error:
+        raise Fatal(f"{what} in JSON or YAML: {one_line(error)}; nothing was changed") from None
+
+
+def without_null_fields(value: Any) -> Any:
+    """Leaves out fields that are null; no items of lists, and no labels and annotations."""
+    if isinstance(value, list):
+        return [without_null_fields(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: each if name in ("labels", "annotations") else without_null_fields(each)
+        for name, each in value.items()
+        if each is not None
+    }
+
+
+def wrong_field(item: Any, error: str, what: str) -> Fatal:
+    """Says which field of which object msgspec does not take, and what is there."""
+    meta = item.get("metadata") if isinstance(item, dict) else None
+    names = [meta.get(key) for key in ("namespace", "name")] if isinstance(meta, dict) else []
+    name = "/".join(each for each in names if isinstance(each, str))
+    path = "".join(re.findall(r"\$([^`]*)", error))  # $.spec.ports[0].port
+    value = item
+    for key, number in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        value = value[key] if key else value[int(number)]
+    where = f"{what} {quoted(name)} {path.lstrip('.')}" if name else f"{what}{path}"
+    why = error.partition(" - at ")[0]
+    return Fatal(f"{where}: {quoted(value)}: {why}; nothing was changed")
+
+
 HOW_TO_WRITE = "write it with kubectl get services,nodes,endpointslices -A -o json"
 
 
@@ -1672,38 +1734,42 @@ class SnapshotFile:
         try:
             # unbuffered: a thread that waits in a buffer keeps Python from exiting
             with open(0 if name == "-" else name, "rb", buffering=0, closefd=name != "-") as file:
-                self.objects = list(flatten(documents(file.read())))
+                there = [each for each in documents(file.read()) if each is not None]
+                self.objects = list(flatten(there))
         except OSError as error:
             raise Fatal(f"{self.name}: {one_line(error)}; {HOW_TO_WRITE}") from None
         except ValueError as error:
-            raise Fatal(
-                f"{self.name} is neither JSON nor YAML: {one_line(error)}; {HOW_TO_WRITE}"
-            ) from None
+            what = f"{self.name} is neither JSON nor YAML: {one_line(error)}"
+            raise Fatal(f"{what}; {HOW_TO_WRITE}") from None
         except RecursionError:
             raise Fatal(f"{self.name}: nested too deeply; {HOW_TO_WRITE}") from None
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
         """All that the file has of a kind; a selector only saves the API work."""
-        found = [item for item in self.objects if item.get("kind") == kind.name]
-        if kind is ENDPOINT_SLICES and not found:
+        chosen = [item for name, item in self.objects if name == kind.name]
+        if kind is ENDPOINT_SLICES and not chosen:
             why = "which externalTrafficPolicy Local, and a host that is itself a node, need"
             raise Fatal(f"{self.name} has no EndpointSlices, {why}; {HOW_TO_WRITE}")
-        return [keep for item in found if (keep := kind.convert(item))]
+        return needed(kind, chosen)
 
 
-def flatten(documents: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """The objects in documents and in lists of any kind; those of a ServiceList get the kind Service."""
+class Document(msgspec.Struct):
+    kind: str = ""
+
+
+class DocumentList(msgspec.Struct):
+    items: list[Any] = []
+
+
+def flatten(documents: Iterable[Any], kind: str = "") -> Iterator[tuple[str, Any]]:
+    """The objects in documents and in lists of any kind; `kind` is of those that say none."""
     for document in documents:
-        if document is None:
-            continue
-        kind = Fields(document, "snapshot").get("kind", "")
-        if not kind.endswith("List"):
-            yield document
-            continue
-        for item in Fields(document, "snapshot").objects("items"):
-            yield from flatten(
-                [{"kind": kind.removesuffix("List"), **Fields(item, "snapshot item").value}]
-            )
+        own = typed(document, Document, "snapshot").kind or kind
+        if own.endswith("List"):
+            inside = typed(document, DocumentList, "snapshot").items
+            yield from flatten(inside, own.removesuffix("List"))
+        else:
+            yield own, document
 
 
 class Answer(NamedTuple):
@@ -1712,6 +1778,24 @@ class Answer(NamedTuple):
     status: int
     headers: Mapping[str, str]
     data: bytes
+
+
+class ListMetadata(msgspec.Struct, rename="camel"):
+    resource_version: str = ""
+    more: str = msgspec.field(name="continue", default="")
+
+
+class Page(msgspec.Struct, rename="camel"):
+    """A page of a list; its items stay JSON, so that each is decoded when its turn comes."""
+
+    api_version: str = ""
+    kind: str = ""
+    metadata: ListMetadata = msgspec.field(default_factory=ListMetadata)
+    items: list[msgspec.Raw] | None = None
+
+
+class KnownEvent(msgspec.Struct):
+    count: int | None = 1
 
 
 class Event(NamedTuple):
@@ -1745,40 +1829,47 @@ class Cluster:
         return persist(self.deadline, self.all_pages, kind, selector)
 
     def all_pages(self, kind: Kind, selector: str) -> list[Any]:
-        found: list[Any] = []
-        query = {"limit": "500", **({"labelSelector": selector} if selector else {})}
-        load = functools.partial(persist, self.deadline, self.page, kind, query)
+        kept: list[Any] = []
         versions: set[str] = set()
-        page: Fields | None = load()
-        while page:
-            meta = page.inner("metadata")
-            versions.add(meta.get("resourceVersion", ""))
+        query = {"limit": "500", **({"labelSelector": selector} if selector else {})}
+        while page := persist(self.deadline, self.page, kind, query, self.deadline):
+            objects, meta = page
+            versions.add(meta.resource_version)
             if len(versions) > 1:  # what has moved to a page that was read before would be missing
                 raise Transient(f"{self.name}: the list of {kind.path} changed between two pages")
-            query["continue"] = meta.get("continue", "")
-            # the next one loads while this one is converted
-            loading = Background(load) if query["continue"] else None
-            found += [keep for item in page.objects("items") if (keep := kind.convert(item))]
-            if loading is None:
-                return found
-            page = loading.result(self.deadline, f"{self.name}: the list of {kind.path}")
+            kept += objects
+            if not meta.more:
+                return kept
+            query["continue"] = meta.more
         raise Transient(f"{self.name}: the list of {kind.path} expired between two pages")
 
-    def page(self, kind: Kind, query: Mapping[str, str]) -> Fields | None:
-        """One page; None when its continue token has expired."""
-        answer = self.request("GET", kind.path, self.deadline, query)
+    def page(
+        self, kind: Kind, query: Mapping[str, str], deadline: Deadline
+    ) -> tuple[list[Any], ListMetadata] | None:
+        """What matters of one page, and its metadata; None when its continue token has expired."""
+        answer = self.request("GET", kind.path, deadline, query)
         if answer.status == 410:
             return None
         if answer.status != 200:
             raise self.refusal(answer, "list", kind.path.rsplit("/", 1)[1], kind.group)
-        listed = self.decode(answer.data)
         version, name = f"{kind.group}/v1".lstrip("/"), f"{kind.name}List"
-        what = (listed.get("apiVersion"), listed.get("kind")) if isinstance(listed, dict) else ()
-        if what != (version, name) or listed.get("items") is None:
+        page = self.decode(answer.data, Page, name)
+        if (page.api_version, page.kind) != (version, name) or page.items is None:
+            told = quoted(status_message(answer.data))
+            raise Fatal(f"{self.name} answers no {name} of {version} in JSON, but {told}")
+        return needed(kind, page.items), page.metadata
+
+    def decode(self, body: bytes, form: type[T], what: str) -> T:
+        """A whole answer as the struct. Raises Fatal."""
+        try:
+            return msgspec.json.decode(body, type=form)
+        except (msgspec.DecodeError, RecursionError) as error:
+            at = re.search(r"\(byte (\d+)\)", str(error))
+            told = status_message(body[max(0, int(at[1]) - 30) if at else 0 :])
+            why = one_line(error).replace("$", what)
             raise Fatal(
-                f"{self.name} answers no {name} of {version}, but {quoted(status_message(answer.data))}"
-            )
-        return Fields(listed, f"{kind.name}List")
+                f"{self.name} answers no {what} in JSON, but {quoted(told)}: {why}"
+            ) from None
 
     def request(
         self,
@@ -1788,103 +1879,79 @@ class Cluster:
         query: Mapping[str, str] | None = None,
         body: Any = None,
     ) -> Answer:
-        """The answer: status, headers, body. `body` is for PATCH the fields to merge in. Raises Transient or Fatal."""
+        """The answer, whatever its status; a PATCH merges the body in. Raises Transient or Fatal."""
         import urllib3
 
         # as UTF-8, which Go sends; http.client makes latin-1 of it
         sent = [(name, value.encode().decode("latin-1")) for name, value in self.access.headers]
-        headers = urllib3.HTTPHeaderDict(sent)
-        headers["Accept"] = "application/json"
-        headers["User-Agent"] = f"epok/{VERSION}"
-        headers["Content-Type"] = (
-            "application/merge-patch+json" if method == "PATCH" else "application/json"
-        )
-        url = f"{self.access.server}{path}" + (
-            f"?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote, safe='/')}"
-            if query
-            else ""
-        )
-        data = None if body is None else json.dumps(body).encode()
+        headers = urllib3.HTTPHeaderDict(sent)  # a name may stand there twice
+        headers.update({"Accept": "application/json", "User-Agent": f"epok/{VERSION}"})
+        merge = "merge-patch+" if method == "PATCH" else ""
+        headers["Content-Type"] = f"application/{merge}json"
         left = deadline.remaining()
         timeout = urllib3.Timeout(connect=min(CONNECT_SECONDS, left), read=left)
+        how: dict[str, Any] = {"redirect": False, "preload_content": False, "timeout": timeout}
+        url = self.access.server + path
         try:
-            answer = self.pool.request(
-                method,
-                url,
-                body=data,
-                headers=headers,
-                timeout=timeout,
-                redirect=False,
-                preload_content=False,
-            )
+            answer = self.pool.request(method, url, fields=query, headers=headers, json=body, **how)
             content = self.body_of(answer)
         except urllib3.exceptions.SSLError as error:
+            what = f"{self.name}: {one_line(error)}"
             if "EOF" in str(error):  # a load balancer, say, whose API server is about to come back
-                raise Transient(f"{self.name}: {one_line(error)}") from None
-            raise Fatal(
-                f"{self.name}: {one_line(error)}: {tls_trouble(error)}{self.how_to_reach()}"
-            ) from None
+                raise Transient(what) from None
+            raise Fatal(f"{what}: {tls_trouble(error)}{self.how_to_reach()}") from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise self.unreachable(error) from None
         except ValueError:  # its text would show the token
             what = "the address, the token or an as has characters that no request can have"
             raise Fatal(f"{self.name}: {what}") from None
-        log.debug(
-            "%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, len(content)
-        )
+        size = len(content)
+        log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, size)
         return Answer(answer.status, answer.headers, content)
 
     def unreachable(self, error: Exception) -> Exception:
         """What a connection that was not made, or that broke, means."""
-        refused = re.search(
-            r"Tunnel connection failed: (4[0-9][0-9])|SOCKS5 authentication", str(error)
-        )
-        if refused:
-            login = refused[1] in ("401", "407", None)
-            why = (
-                "user:password@ in its address is missing or wrong"
-                if login
-                else "its rules forbid it"
-            )
-            what = f"answers {refused[1]}" if refused[1] else "lets nobody in like that"
-            return Fatal(f"{self.name}: the proxy {what}: {why}; see proxy-url, or HTTPS_PROXY")
-        return Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach())
+        proxy = r"Tunnel connection failed: (4[0-9][0-9])|SOCKS5 authentication"
+        refused = re.search(proxy, str(error))
+        if not refused:
+            return Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach())
+        what = f"answers {refused[1]}" if refused[1] else "lets nobody in like that"
+        why = "its rules forbid it"
+        if refused[1] in ("401", "407", None):
+            why = "user:password@ in its address is missing or wrong"
+        return Fatal(f"{self.name}: the proxy {what}: {why}; see proxy-url, or HTTPS_PROXY")
 
     def body_of(self, answer: Any) -> bytes:
-        """All of an answer's body, unpacked. Raises OSError where it breaks off, and Fatal where it does not end."""
+        """All of a body, unpacked. Raises OSError where it breaks off, Fatal where it does not end."""
         try:
             body: bytes = answer.read(ANSWER_LIMIT)
         except ValueError as error:  # the length of a chunk is less than nothing, say
             raise OSError(one_line(error)) from None
         if len(body) == ANSWER_LIMIT:
-            raise Fatal(
-                f"{self.name}: more than {ANSWER_LIMIT >> 20} MiB in one answer; nothing was changed"
-            )
+            what = f"more than {ANSWER_LIMIT >> 20} MiB in one answer"
+            raise Fatal(f"{self.name}: {what}; nothing was changed")
         return body
 
-    def refusal(self, answer: Any, verb: str, resource: str, group: str = "") -> Exception:
-        """What an answer other than the one that was wished for means: Fatal with what to do, or Transient."""
-        told = f"{self.name} answers {answer.status} to {verb} {resource} ({status_message(answer.data)})"
+    def refusal(self, answer: Answer, verb: str, resource: str, group: str = "") -> Exception:
+        """What an answer means that was not wished for: Fatal with what to do, or Transient."""
+        said = status_message(answer.data)
+        told = f"{self.name} answers {answer.status} to {verb} {resource} ({said})"
         if answer.status == 429 or answer.status >= 500:
             return Transient(told, retry_after(answer.headers.get("Retry-After", "")))
-        if answer.status == 401:
-            if not self.access.shows:
-                return Fatal(
-                    f"{told}: no credentials were sent, since {self.access.origin} has none"
-                )
-            renew = f"the {self.access.shows} is not accepted; renew it"
+        advice = "; is this a Kubernetes API server (1.21 or newer)?"
+        if answer.status == 401 and not self.access.shows:
+            advice = f": no credentials were sent, since {self.access.origin} has none"
+        elif answer.status == 401:
+            advice = f": the {self.access.shows} is not accepted; renew it"
             if self.access.kubectl:
-                renew += "; k3s: copy /etc/rancher/k3s/k3s.yaml anew; kubeadm: kubeadm certs renew admin.conf"
-            return Fatal(f"{told}: {renew}")
-        if answer.status == 403:
-            said = status_message(answer.data)
+                advice += "; k3s: copy /etc/rancher/k3s/k3s.yaml anew; "
+                advice += "kubeadm: kubeadm certs renew admin.conf"
+        elif answer.status == 403:
             allow = (
                 f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
             )
-            return Fatal(
-                f"{told}: {mistaken(said, self.access) or allow + how_to_allow(verb, said)}"
-            )
-        return Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
+            advice = f": {mistaken(said, self.access) or allow + how_to_allow(verb, said)}"
+        return Fatal(told + advice)
 
     def how_to_reach(self) -> str:
         """What to do about an API server that does not answer."""
@@ -1899,54 +1966,43 @@ class Cluster:
 
     def uid_of(self, namespace: str, service: str, deadline: Deadline) -> str:
         """The uid of a Service, empty when it is gone. Raises Transient or Fatal."""
-        query = {"fieldSelector": f"metadata.name={service}"}
-        answer = self.request("GET", f"/api/v1/namespaces/{namespace}/services", deadline, query)
-        if answer.status != 200:
-            raise self.refusal(answer, "list", "services")
-        found = Fields(self.decode(answer.data), "ServiceList").each("items")
-        return found[0].inner("metadata").get("uid", "") if found else ""
+        path = f"/api/v1/namespaces/{namespace}/services"
+        kind = SERVICES._replace(path=path, convert=lambda item: item.metadata.uid)
+        page = self.page(kind, {"fieldSelector": f"metadata.name={service}"}, deadline)
+        return page[0][0] if page and page[0] else ""
 
     def record(self, event: Event, uids: Mapping[str, str], deadline: Deadline) -> None:
-        """Writes an Event about a Service, or counts up the one that says the same. Raises Transient or Fatal."""
+        """Writes an Event, or counts up the one that says the same. Raises Transient or Fatal."""
         namespace, _, service = event.service.partition("/")
         uid = uids.get(event.service) or self.uid_of(namespace, service, deadline)
         if not uid:
             return  # nobody would look for it
-        involved = {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "namespace": namespace,
-            "name": service,
-            "uid": uid,
-        }
         name = f"{service}.{hashlib.sha256(repr((uid, event)).encode()).hexdigest()[:16]}"
         path = f"/api/v1/namespaces/{namespace}/events"
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         # an empty patch changes nothing and tells what is there, without the permission to get
-        known = self.send("PATCH", f"{path}/{name}", {}, deadline)
-        if known:
-            again = {"count": known.get("count", 1) + 1, "lastTimestamp": now}
+        if there := self.send("PATCH", f"{path}/{name}", {}, deadline):
+            again = {"count": (there.count or 1) + 1, "lastTimestamp": now}
             self.send("PATCH", f"{path}/{name}", again, deadline)
             return
-        times = {"firstTimestamp": now, "lastTimestamp": now, "count": 1}
-        said = {
+        about = {"kind": "Service", "namespace": namespace, "name": service, "uid": uid}
+        made = {
+            "metadata": {"name": name, "namespace": namespace},
+            "involvedObject": {"apiVersion": "v1", **about},
             "type": event.type,
             "reason": event.reason,
             "message": event.message,
             "source": {"component": "epok"},
-        }
-        made = {
-            "metadata": {"name": name, "namespace": namespace},
-            "involvedObject": involved,
-            **said,
-            **times,
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
         }
         self.send("POST", path, made, deadline)
 
     def record_all(
         self, events: Iterable[Event], uids: Mapping[str, str], deadline: Deadline
     ) -> None:
-        """Writes Events, in other namespaces also when one refuses them. Raises Fatal when any was not written."""
+        """Writes Events; a namespace that refuses one is left out. Raises Fatal if there was any."""
         failed: dict[str, str] = {}
         for event in events:
             namespace = event.service.partition("/")[0]
@@ -1957,85 +2013,68 @@ class Cluster:
             except Fatal as error:
                 failed[namespace] = str(error)
         if failed:
-            raise Fatal(
-                f"{next(iter(failed.values()))}; no Events in namespace {enumerated(failed)}"
-            )
+            first = next(iter(failed.values()))
+            raise Fatal(f"{first}; no Events in namespace {enumerated(failed)}")
 
-    def send(self, method: str, path: str, body: Any, deadline: Deadline) -> Fields | None:
-        """Creates or patches an Event; None where it, or its namespace, is not there, or where it is there already."""
+    def send(self, method: str, path: str, body: Any, deadline: Deadline) -> KnownEvent | None:
+        """Creates or patches an Event.
+
+        None where it, or its namespace, is not there, or where it is there already.
+        """
         answer = self.request(method, path, deadline, body=body)
         ending = answer.status == 403 and b"is being terminated" in answer.data
         if answer.status in (404, 409) or ending:
             return None
         if answer.status not in (200, 201):
             raise self.refusal(answer, "create" if method == "POST" else "patch", "events")
-        return Fields(self.decode(answer.data), "Event")
-
-    def decode(self, body: bytes) -> Any:
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError):
-            raise Fatal(
-                f"{self.name} answers no JSON, but {quoted(status_message(body))}"
-            ) from None
+        return self.decode(answer.data, KnownEvent, "Event")
 
 
 def mistaken(message: str, access: Access) -> str:
-    """Why the server takes epok for nobody, or for somebody else than it may be, if an answer with 403 says so."""
-    if re.search(
-        'User "system:(anonymous|unauthenticated)"', message
-    ):  # who are everybody: never grant them anything
+    """Why the server takes epok for somebody else, or nobody, if an answer with 403 says so."""
+    if re.search('User "system:(anonymous|unauthenticated)"', message):
+        # these are everybody: never grant them anything
         if not access.shows:
             return f"no credentials were sent, since {access.origin} has none"
         if access.shows == "password":
-            return (
-                f"API servers take no username and password any more; give {access.origin} a token"
-            )
-        return f"the {access.shows} of {access.origin} did not arrive; is there something in between that ends TLS?"
+            why = "API servers take no username and password any more"
+            return f"{why}; give {access.origin} a token"
+        why = "is there something in between that ends TLS?"
+        return f"the {access.shows} of {access.origin} did not arrive; {why}"
     if "cannot impersonate" in message:
         return f"take as, as-uid, as-groups and as-user-extra out of {access.origin}"
     return ""
 
 
 def how_to_allow(verb: str, message: str) -> str:
-    """The commands that give a user the permission that an answer with status 403 says it lacks."""
+    """How to give a user the permission that an answer with status 403 says it lacks."""
     user = re.search(r'User "([A-Za-z0-9:@._-]{1,253})" cannot', message)
     if not user:
         return "; cron/cronjob.yaml has all that it needs"
-    events = verb != "list"
-    name, verbs = ("epok-events", "create,patch") if events else ("epok-list", "list")
-    resources = "events" if events else "services,nodes,endpointslices.discovery.k8s.io"
+    name, verbs, resources = "epok-events", "create,patch", "events"
+    if verb == "list":
+        name, verbs, resources = "epok-list", verb, "services,nodes,endpointslices.discovery.k8s.io"
     role = f"kubectl create clusterrole {name} --verb={verbs} --resource={resources}"
-    return f": {role} && kubectl create clusterrolebinding {name} --clusterrole={name} --user={user[1]}"
+    binding = f"kubectl create clusterrolebinding {name} --clusterrole={name} --user={user[1]}"
+    return f": {role} && {binding}"
 
 
 # What OpenSSL says, and what is wrong then.
-TLS_TROUBLES = (
-    (
-        "certificate has expired",
-        "the server's certificate has expired, or this machine's clock is wrong",
-    ),
-    ("not yet valid", "this machine's clock is behind, or the server's certificate is for later"),
-    (
-        "mismatch",
-        "the server's certificate is for other names than the one in server, or in tls-server-name",
-    ),
-    (
-        "verify failed",
-        "the server's certificate is not by the certificate-authority (without one: this machine's)",
-    ),
-    ("WRONG_VERSION_NUMBER|record layer|HTTP_REQUEST", "what answers there speaks no TLS"),
-    (
-        "alert",
-        "the server, or what is before it, refuses to talk to a client with this certificate, or with none",
-    ),
-)
+TLS_TROUBLES = {
+    "certificate has expired": "its certificate has expired, or this machine's clock is wrong",
+    "not yet valid": "this machine's clock is behind, or its certificate is for later",
+    "mismatch": "its certificate is for other names than that in server, or in tls-server-name",
+    "verify failed": "its certificate is not by the certificate-authority (without one: this machine's)",
+    "WRONG_VERSION_NUMBER|record layer|HTTP_REQUEST": "what answers there speaks no TLS",
+    "alert": "it, or what is before it, refuses clients with this certificate, or with none",
+}
 
 
 def tls_trouble(error: Exception) -> str:
-    return next(
-        (why for pattern, why in TLS_TROUBLES if re.search(pattern, str(error))), "TLS failed"
-    )
+    for pattern, why in TLS_TROUBLES.items():
+        if re.search(pattern, str(error)):
+            return why
+    return "TLS failed"
 
 
 def status_message(body: bytes) -> str:
@@ -2048,7 +2087,7 @@ def status_message(body: bytes) -> str:
 
 
 def retry_after(text: str) -> float:
-    """Seconds that a Retry-After header asks for, as a number or a date; urllib3 takes six hours for the most."""
+    """Seconds that a Retry-After header asks for, as number or date; urllib3 caps it at six hours."""
     import urllib3
 
     try:
@@ -2057,55 +2096,49 @@ def retry_after(text: str) -> float:
         return 0
 
 
+def open_source(options: Options, deadline: Deadline) -> SnapshotFile | Cluster:
+    return SnapshotFile(options.snapshot) if options.snapshot else Cluster(options, deadline)
+
+
 class Reader:
     """Reads a cluster, from the API or from a file, within the deadline."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
         self.deadline = deadline
-        login = Background(
-            *(
-                (SnapshotFile, options.snapshot)
-                if options.snapshot
-                else (Cluster, options, deadline)
-            )
-        )
-        self.source = login.result(
-            deadline, "logging in to the cluster, or reading the snapshot", 1
-        )
+        login = Background(open_source, options, deadline)
+        doing = "logging in to the cluster, or reading the snapshot"
+        self.source: SnapshotFile | Cluster = login.result(deadline, doing, 1)
 
-    def read(self, kind: Kind, selector: str = "") -> list[Any]:
+    def read(self, kind: Kind, selector: str = "") -> Any:
         reading = Background(self.source.read, kind, selector)
-        return reading.result(self.deadline, f"{self.source.name}: the list of {kind.name}s")  # type: ignore[no-any-return]
+        return reading.result(self.deadline, f"{self.source.name}: the list of {kind.name}s")
 
     def snapshot(self, explained: str = "") -> Snapshot:
-        """What matters of the cluster, all but the endpoints; of Services those with mappings and the one explained."""
-        convert = functools.partial(to_service, always=explained) if explained else to_service
+        """The Services with mappings, and the one that is explained, and all nodes; no endpoints."""
+        convert = functools.partial(to_service, always=explained)
         services = self.once_each(SERVICES._replace(convert=convert), "key")
         nodes = self.once_each(NODES, "name")
         if not nodes:
-            raise Fatal(
-                f"{self.source.name} has no node at all, so it cannot be whole; nothing was changed"
-            )
-        if not any(node.addresses for node in nodes):
+            why = "has no node at all, so it cannot be whole"
+        elif not any(node.addresses for node in nodes):
             why = "none of its nodes has an InternalIP or ExternalIP that packets can be sent to"
-            raise Fatal(
-                f"{self.source.name}: {why}; see kubectl get nodes -o wide; nothing was changed"
-            )
-        return Snapshot(services, nodes, {})
+            why += "; see kubectl get nodes -o wide"
+        else:
+            return Snapshot(services, nodes, {})
+        raise Fatal(f"{self.source.name}: {why}; nothing was changed")
 
     def once_each(self, kind: Kind, key: str) -> tuple[Any, ...]:
-        """All that matter of a kind. What comes twice counts once; if the two differ, which of them is not known."""
-        found: dict[str, Any] = {}
+        """All that matter of a kind. What comes twice counts once; the two must not differ."""
+        unique: dict[str, Any] = {}
         for each in self.read(kind):
             name = getattr(each, key)
-            if found.setdefault(name, each) != each:
-                raise Fatal(
-                    f"{self.source.name} has {kind.name} {name} twice, and not the same; nothing was changed"
-                )
-        return tuple(found.values())
+            if unique.setdefault(name, each) != each:
+                what = f"{self.source.name} has {kind.name} {name} twice, and not the same"
+                raise Fatal(f"{what}; nothing was changed")
+        return tuple(unique.values())
 
     def with_endpoints(self, snapshot: Snapshot, on_node: bool, explained: str = "") -> Snapshot:
-        """Adds endpoints where they are needed: for all Services when the host is a node, else with policy Local.
+        """Adds the endpoints of all Services when the host is a node, else of those of policy Local.
 
         Those of the Service that is explained come too, if they can be had.
         """
