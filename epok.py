@@ -2168,12 +2168,13 @@ class Target(NamedTuple):
     port: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Forward:
-    """External ports `first` to `last` go to the targets; the n-th port to the n-th after the target's port.
+    """External ports `first` to `last` go to each target's port and those after it.
 
-    `direct` targets are pods, not NodePorts; `sources` the networks that may use it, None for everybody. `known` are,
-    with affinity, the addresses that clients are shared out over, also those that may come back.
+    `direct` targets are pods, not NodePorts; `sources` the networks that may use it, None for
+    everybody. With affinity clients are shared out over the `known` addresses, of which some may
+    be no targets now.
     """
 
     protocol: str
@@ -2217,7 +2218,7 @@ def brief(rejections: Iterable[Rejection]) -> Iterator[Rejection]:
 class Plan:
     """What shall be forwarded, what cannot be, and what a person should know.
 
-    `unknown` are annotations that stop nothing; `claims` and `places` are those of the Service that is explained.
+    `unknown` are annotations that stop nothing; `claims` and `places` are for --explain.
     """
 
     forwards: list[Forward] = field(default_factory=list)
@@ -2226,6 +2227,9 @@ class Plan:
     unknown: list[Rejection] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
+
+    def reject(self, service: Service, why: object, mapping: str = "") -> None:
+        self.rejections.append(Rejection(service.key, mapping, str(why)))
 
 
 class Range(NamedTuple):
@@ -2247,7 +2251,7 @@ class PortMapping(NamedTuple):
 
 
 def to_range(text: str) -> Range | None:
-    """Reads "25" or "8000-8010"; None when it is neither. Raises ValueError when no port can be meant."""
+    """Reads "25" or "8000-8010", None if it is neither. Raises ValueError where no port is meant."""
     # no leading zeros: to some programs, iptables among them, they mean an octal number
     match = re.fullmatch(r"(0|[1-9][0-9]*)(?:[ \t]*-[ \t]*(0|[1-9][0-9]*))?", text)
     if not match:
@@ -2288,10 +2292,9 @@ def to_mapping(text: str) -> PortMapping:
 
 def listed(ports: Iterable[Port]) -> str:
     """The NodePorts of a Service for a message."""
-    return (
-        enumerated(f"{p.node_port} ({p.name or p.port}/{p.protocol})" for p in ports if p.node_port)
-        or "none"
-    )
+    having = (port for port in ports if port.node_port)
+    texts = (f"{each.node_port} ({each.name or each.port}/{each.protocol})" for each in having)
+    return enumerated(texts) or "none"
 
 
 PortIndex = dict[tuple[str, int | str], list[Port]]
@@ -2307,21 +2310,18 @@ def index_ports(service: Service) -> PortIndex:
 
 
 def ports_for(service: Service, index: PortIndex, mapping: PortMapping, offset: int) -> list[Port]:
-    """The Service ports that external port number `offset` of a mapping goes to. Raises ValueError if none."""
+    """Where the external port number `offset` of a mapping goes. Raises ValueError if nowhere."""
     key: tuple[str, int | str] = ("port", mapping.external.first + offset)
     if isinstance(mapping.target, Range):
         key = ("NodePort", mapping.target.first + offset)
     elif mapping.target:
         key = ("port named", mapping.target)
     what = f"{key[0]} {key[1]}"
-    found = index.get(key, [])
-    wanted = [port for port in found if mapping.protocol in ("", port.protocol)]
-    if not found:
-        raise ValueError(f"no {what}; the NodePorts of this Service are {listed(service.ports)}")
+    ports = index.get(key, [])
+    wanted = [port for port in ports if mapping.protocol in ("", port.protocol)]
     if not wanted:
-        raise ValueError(
-            f"{what} has no {mapping.protocol}; the NodePorts of this Service are {listed(service.ports)}"
-        )
+        problem = f"{what} has no {mapping.protocol}" if ports else f"no {what}"
+        raise ValueError(f"{problem}; the NodePorts of this Service are {listed(service.ports)}")
     if not all(port.node_port for port in wanted):
         raise ValueError(f"{what} has no NodePort; let the Service allocate NodePorts")
     return wanted
@@ -2341,38 +2341,31 @@ def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
     index = index_ports(service)
     for number, text in enumerate(dict.fromkeys(texts)):
         if number == MAX_MAPPINGS:
-            plan.rejections.append(
-                Rejection(service.key, "", f"has more than {number} mappings; the rest is left out")
-            )
+            plan.reject(service, f"has more than {number} mappings; the rest is left out")
             return
         try:
             if service.type not in ("NodePort", "LoadBalancer"):
-                raise ValueError(
-                    f"a Service of type {service.type} has no NodePorts; make it NodePort or LoadBalancer"
-                )
+                why = "has no NodePorts; make it NodePort or LoadBalancer"
+                raise ValueError(f"a Service of type {service.type} {why}")
             mapping = to_mapping(text)
-            size = mapping.external.last - mapping.external.first + 1
-            # the list first: a mapping stands as a whole or not at all
-            found = [
-                (offset, port)
-                for offset in range(size)
-                for port in ports_for(service, index, mapping, offset)
-            ]
+            first, last = mapping.external
+            # all before the first is yielded: a mapping stands as a whole or not at all
+            ports = [ports_for(service, index, mapping, n) for n in range(last - first + 1)]
         except ValueError as error:
-            plan.rejections.append(Rejection(service.key, text, str(error)))
+            plan.reject(service, error, text)
             continue
-        yield from (Claim(text, mapping.external.first + offset, port) for offset, port in found)
+        for external, wanted in enumerate(ports, first):
+            yield from (Claim(text, external, port) for port in wanted)
 
 
 def check_annotations(service: Service, plan: Plan) -> None:
-    """Finds annotations that epok does not know. Raises ValueError where one may be a restriction, misspelt."""
+    """Finds unknown annotations. Raises ValueError where one may be a restriction, misspelt."""
     strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
     if not strange or not service.annotations.keys() & set(PORT_ANNOTATIONS):
         return
     if len(strange) > MAX_STRANGE:
-        raise ValueError(
-            f"has {len(strange)} annotations that epok does not know, like {quoted(strange[0])}"
-        )
+        many = f"{len(strange)} annotations that epok does not know"
+        raise ValueError(f"has {many}, like {quoted(strange[0])}")
     for name in strange:
         meant = nearest(name)
         what = f"epok knows no annotation {quoted(name)}; is {meant} meant?"
@@ -2382,33 +2375,35 @@ def check_annotations(service: Service, plan: Plan) -> None:
 
 
 def nearest(name: str) -> str:
-    """The annotation that looks most like one that is none, with the same prefix; a restriction if that is in it."""
+    """The annotation with the same prefix that looks most like one that is none.
+
+    A restriction wins if its name is in it.
+    """
     import difflib
 
     prefix, _, word = name.partition("/")
     letters = re.sub("[^a-z]", "", word[:MAX_NAME].lower())
-    known = [each for each in SERVICE_ANNOTATIONS[::-1] if each.startswith(f"{prefix}/")]
 
-    def likeness(each: str) -> tuple[bool, float]:
-        word = each.partition("/")[2]
-        within = each not in PORT_ANNOTATIONS and word.replace("-", "") in letters
-        return within, difflib.SequenceMatcher(None, letters, word).ratio()
+    def likeness(annotation: str) -> tuple[bool, float]:
+        right = annotation.partition("/")[2]
+        within = annotation not in PORT_ANNOTATIONS and right.replace("-", "") in letters
+        return within, difflib.SequenceMatcher(None, letters, right).ratio()
 
-    return max(known, key=likeness)
+    same_prefix = [each for each in SERVICE_ANNOTATIONS[::-1] if each.startswith(f"{prefix}/")]
+    return max(same_prefix, key=likeness)
 
 
 def allowed_sources(service: Service) -> tuple[Network, ...] | None:
-    """The networks that may use a Service, None for everybody. Raises ValueError: in doubt nobody may."""
+    """The networks that may use it, None for everybody. Raises ValueError: in doubt nobody may."""
     given = [name for name in ALLOW_ANNOTATIONS if name in service.annotations]
     if len({service.annotations[name] for name in given}) > 1:
-        raise ValueError(
-            f"{' and '.join(given)} say different things; until one of them is gone nobody may"
-        )
-    text = service.annotations[given[0]] if given else None
-    if text is None and not service.source_ranges:
+        why = "say different things; until one of them is gone nobody may"
+        raise ValueError(f"{' and '.join(given)} {why}")
+    if not given and not service.source_ranges:
         return None
-    name = given[0] if given else "spec.loadBalancerSourceRanges"
-    text = ",".join(service.source_ranges) if text is None else text.strip(" \t\r\n,")
+    name, text = "spec.loadBalancerSourceRanges", ",".join(service.source_ranges)
+    if given:
+        name, text = given[0], service.annotations[given[0]].strip(" \t\r\n,")
     if text.count(",") >= MAX_SOURCES:
         raise ValueError(f"{name} has more than {MAX_SOURCES} networks; until then nobody may")
     try:
@@ -2421,41 +2416,41 @@ def allowed_sources(service: Service) -> tuple[Network, ...] | None:
 
 
 def choose_nodes(nodes: Iterable[Node], plan: Plan) -> list[Node]:
-    """The nodes that forwards go to, in the order of preference that people expect of a load balancer."""
+    """The nodes that forwards go to, as people expect it of a load balancer."""
     rest = sorted((node for node in nodes if not node.excluded), key=lambda node: node.name)
-    choices: tuple[tuple[str, list[Node]], ...] = (
-        ("", [n for n in rest if n.ready and not n.labelled]),
-        (f"every Ready node has the label {STANDARD_EXCLUDE_LABEL}; forwarding to them all the same",
-         [n for n in rest if n.ready]),
-        ("no node is Ready; forwarding to all of them", [n for n in rest if not n.labelled] or rest),
-    )  # fmt: skip
-    for warning, chosen in choices:
-        if chosen:
-            plan.warnings += [warning] if warning else []
-            return chosen
-    plan.warnings.append(
-        "every node is excluded by an annotation, label or taint; nothing can be forwarded"
-    )
+    ready = [node for node in rest if node.ready]
+    unlabelled = [node for node in rest if not node.labelled]
+    if best := [node for node in ready if not node.labelled]:
+        return best
+    if ready:
+        what = f"every Ready node has the label {STANDARD_EXCLUDE_LABEL}"
+        plan.warnings.append(f"{what}; forwarding to them all the same")
+        return ready
+    if rest:
+        plan.warnings.append("no node is Ready; forwarding to all of them")
+        return unlabelled or rest
+    what = "every node is excluded by an annotation, label or taint"
+    plan.warnings.append(f"{what}; nothing can be forwarded")
     return []
 
 
 class Place(NamedTuple):
     """Where a Service is reached: a node, or a pod with its ports by name and protocol.
 
-    It is used now (`live`) or perhaps later, and one that is not `first` takes the place of one that is gone.
+    It is used now (`live`), or may come back. A stand-in has the place of one that may come back.
     """
 
     name: str
     address: Address
     ports: Mapping[tuple[str, str], int] | None
     live: bool
-    first: bool = True
+    stand_in: bool = False
 
     def target(self, port: Port) -> Target:
-        return Target(
-            self.address,
-            port.node_port if self.ports is None else self.ports.get((port.name, port.protocol), 0),
-        )
+        number = port.node_port
+        if self.ports is not None:
+            number = self.ports.get((port.name, port.protocol), 0)
+        return Target(self.address, number)
 
 
 Places = Mapping[int, list[Place]]  # by IP version
@@ -2465,18 +2460,18 @@ def each_address_once(places: Iterable[Place]) -> Places:
     """In order; of an address that two have, the live one counts, with the ports of both."""
     unique: dict[Address, Place] = {}
     for place in sorted(places, key=lambda place: (place.live, place.name)):
-        ports = unique.get(place.address, place).ports
-        unique[place.address] = place._replace(
-            ports=place.ports and {**(ports or {}), **place.ports}
-        )
-    found: dict[int, list[Place]] = {4: [], 6: []}
+        other = unique.get(place.address)
+        if place.ports and other and other.ports:
+            place = place._replace(ports={**other.ports, **place.ports})
+        unique[place.address] = place
+    by_version: dict[int, list[Place]] = {4: [], 6: []}
     for address in sorted(unique, key=lambda address: (address.version, address)):
-        found[address.version].append(unique[address])
-    return found
+        by_version[address.version].append(unique[address])
+    return by_version
 
 
 def node_places(nodes: Iterable[Node], chosen: Sequence[Node]) -> list[Place]:
-    """The nodes that were chosen, live, and those that may come back; not those with a label that keeps them out."""
+    """The nodes that were chosen, live, and those that may come back: unless a label keeps them out."""
     live = {node.name for node in chosen}
     labelled = any(node.labelled for node in chosen)
     some = [node for node in nodes if labelled or not node.labelled]
@@ -2492,44 +2487,43 @@ def pod_places(service: Service, endpoints: Iterable[Endpoint], own: Set[str]) -
 
 def having_pods(nodes: Iterable[Place], endpoints: Sequence[Endpoint]) -> list[Place]:
     """Of the nodes those that have pods; only where these can be used they are live."""
-    having = {e.node for e in endpoints}
-    using = {e.node for e in itertools.compress(endpoints, in_use(endpoints))}
-    return [
-        node._replace(live=node.live and node.name in using)
-        for node in nodes
-        if node.name in having
-    ]
+    having = {each.node for each in endpoints}
+    using = {each.node for each in itertools.compress(endpoints, in_use(endpoints))}
+    some = [node for node in nodes if node.name in having]
+    return [node._replace(live=node.live and node.name in using) for node in some]
 
 
 def in_use(endpoints: Sequence[Endpoint]) -> list[bool]:
-    """Which of them get connections: the ready ones, and where there is none those that end but still serve."""
+    """Which get connections: the ready ones, or if there is none those that end but still serve."""
     ready = [endpoint.ready for endpoint in endpoints]
     return ready if any(ready) else [endpoint.serving for endpoint in endpoints]
 
 
 def highest(service: str, places: list[Place], most: int) -> list[Place]:
-    """So many of the nodes: those that a Service ranks highest, and live ones in place of those that are not.
+    """So many of the nodes: those that a Service ranks highest, and a stand-in for each not live.
 
-    Each Service has a ranking of its own (rendezvous hashing: Thaler and Ravishankar, 1996), so that all nodes have
-    about equally many Services, and a node that comes or goes changes only those that rank it high.
+    Each Service has a ranking of its own (rendezvous hashing: Thaler and Ravishankar, 1996), so
+    that all nodes have about equally many Services, and a node that comes or goes changes only
+    those that rank it high.
     """
     if len(places) <= most:
         return places
-    ranked = sorted(
-        places, key=lambda place: hashlib.sha256(f"{service} {place.name}".encode()).digest()
-    )
-    firsts, others = ranked[:most], (place for place in ranked[most:] if place.live)
-    lacking = sum(not place.live for place in firsts)
-    stand_ins = [place._replace(first=False) for place in itertools.islice(others, lacking)]
-    return sorted(firsts + stand_ins, key=lambda place: place.address)
+
+    def rank(place: Place) -> bytes:
+        return hashlib.sha256(f"{service} {place.name}".encode()).digest()
+
+    ranked = sorted(places, key=rank)
+    homes, others = ranked[:most], (place for place in ranked[most:] if place.live)
+    lacking = sum(not place.live for place in homes)
+    stand_ins = [place._replace(stand_in=True) for place in itertools.islice(others, lacking)]
+    return sorted(homes + stand_ins, key=lambda place: place.address)
 
 
-class Nodes:
-    """Where the nodes are, for all Services, and for those of policy Local, which go to some of them."""
+class Nodes(NamedTuple):
+    """Where the nodes are; `unique` is where all Services go but those of policy Local."""
 
-    def __init__(self, places: list[Place]) -> None:
-        self.places = places
-        self.all = each_address_once(places)
+    places: list[Place]
+    unique: Places
 
 
 def places_of(
@@ -2537,66 +2531,68 @@ def places_of(
 ) -> list[Place]:
     """Where a Service's connections may go: nodes, or, on a host that is one of them, its pods.
 
-    On such a host a NodePort cannot be the target: a connection is translated once, so kube-proxy would not see it.
+    On such a host a NodePort cannot be the target: a connection is translated only once, so
+    kube-proxy would not see it.
     """
     endpoints = snapshot.endpoints.get(service.key, ())
     if own:
-        found = each_address_once(pod_places(service, endpoints, own))
+        places = each_address_once(pod_places(service, endpoints, own))
+    elif service.local:
+        places = each_address_once(having_pods(nodes.places, endpoints))
     else:
-        found = (
-            each_address_once(having_pods(nodes.places, endpoints)) if service.local else nodes.all
-        )
-        found = {
-            version: highest(service.key, places, options.max_nodes)
-            for version, places in found.items()
-        }
-    return [place for version in sorted({*service.versions}) for place in found[version]]
+        places = nodes.unique
+    most = sys.maxsize if own else options.max_nodes
+    families = [places[version] for version in sorted({*service.versions})]
+    return [place for family in families for place in highest(service.key, family, most)]
 
 
 def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset()) -> Plan:
     """Decides what is forwarded; `own` are the names of the nodes that the host itself is."""
     plan = Plan()
-    nodes = [] if own else choose_nodes(snapshot.nodes, plan)
-    everywhere = Nodes(node_places(snapshot.nodes, nodes))
+    chosen = [] if own else choose_nodes(snapshot.nodes, plan)
+    places = node_places(snapshot.nodes, chosen)
+    nodes = Nodes(places, each_address_once(places))
     taken: dict[tuple[str, int], tuple[str, int]] = {}
     if options.executor == "ssh":
         taken = {("tcp", login.port): ("", 0) for login in options.host}
     # the older Service wins a port that two ask for
-    for service in sorted(
-        snapshot.services, key=lambda service: (service.created or "~", service.key)
-    ):
+    for service in sorted(snapshot.services, key=lambda each: (each.created or "~", each.key)):
         try:
             check_annotations(service, plan)
             sources = allowed_sources(service)
         except ValueError as error:
-            plan.rejections.append(Rejection(service.key, "", str(error)))
+            plan.reject(service, error)
             continue
         claims = list(granted(service, taken, plan))
-        places = places_of(service, snapshot, everywhere, own, options)
+        places = places_of(service, snapshot, nodes, own, options)
         if service.key == options.explain:
             plan.claims, plan.places = claims, places
-        live = any(place.live for place in places)
-        if claims and not live and (nodes or own):
-            what = "ready endpoint" if own or service.local else "node"
-            plan.warnings.append(
-                f"{service.key}: not forwarded, there is no {what} of its IP families to forward to"
-            )
         forwards = [
             forward_of(service, claim, places, sources, options, bool(own)) for claim in claims
         ]
-        lacking = [forward.port for forward in forwards if live and not forward.targets]
-        if lacking:
-            plan.warnings.append(
-                f"{service.key}: not forwarded, no ready pod has the port {enumerated(lacking)}"
-            )
-        merged = merge([forward for forward in forwards if forward.targets])
-        if len(merged) * len(sources or ()) > MAX_SOURCES:
-            what = f"{len(merged)} external ports for {len(sources or ())} networks make more than {MAX_SOURCES} rules"
-            plan.rejections.append(Rejection(service.key, "", f"{what}; ask for fewer"))
+        if chosen or own:
+            plan.warnings += nowhere(service, forwards, places, bool(own))
+        forwards = merge([forward for forward in forwards if forward.targets])
+        if len(forwards) * len(sources or ()) > MAX_SOURCES:
+            what = f"{len(forwards)} external ports for {len(sources or ())} networks"
+            plan.reject(service, f"{what} make more than {MAX_SOURCES} rules; ask for fewer")
         else:
-            plan.forwards += merged
+            plan.forwards += forwards
     plan.forwards.sort(key=lambda forward: (forward.first, forward.protocol))
     return plan
+
+
+def nowhere(
+    service: Service, forwards: Sequence[Forward], places: Sequence[Place], own: bool
+) -> Iterator[str]:
+    """Warns about forwards of a Service that have no target."""
+    lacking = [forward.port for forward in forwards if not forward.targets]
+    if lacking and any(place.live for place in places):
+        yield f"{service.key}: not forwarded, no ready pod has the port {enumerated(lacking)}"
+    elif lacking:
+        what = "ready endpoint" if own or service.local else "node"
+        why = f"there is no {what} of its IP families to forward to"
+        yield f"{service.key}: not forwarded, {why}"
 
 
 def granted(
@@ -2616,9 +2612,7 @@ def granted(
     for (mapping, reason), claims in refused.items():
         ports = spans({claim.external for claim in claims})
         protocols = ", ".join(sorted({claim.port.protocol for claim in claims}))
-        plan.rejections.append(
-            Rejection(service.key, mapping, f"external port {ports} ({protocols}) is {reason}")
-        )
+        plan.reject(service, f"external port {ports} ({protocols}) is {reason}", mapping)
 
 
 def spans(ports: Iterable[int]) -> str:
@@ -2636,41 +2630,41 @@ def forward_of(
     options: Options,
     direct: bool,
 ) -> Forward:
+    targets = [place.target(claim.port) for place in places if place.live]
+    homes = [place.address for place in places if not place.stand_in]
+    masquerade = {"always": True, "never": False, "auto": not service.local}
     return Forward(
         protocol=claim.port.protocol,
         first=claim.external,
         last=claim.external,
         service=service.key,
         port=claim.port.name or str(claim.port.port),
-        targets=tuple(
-            target for place in places if place.live and (target := place.target(claim.port)).port
-        ),
+        targets=tuple(target for target in targets if target.port),
         direct=direct,
-        masquerade=options.masquerade == "always"
-        or (options.masquerade == "auto" and not service.local),
+        masquerade=masquerade[options.masquerade],
         internal=any(name in service.annotations for name in INTERNAL_ANNOTATIONS),
         sources=sources,
-        known=tuple(place.address for place in places if place.first) if service.sticky else (),
+        known=tuple(homes) if service.sticky else (),
     )
 
 
-def merge(forwards: list[Forward]) -> list[Forward]:
+def merge(forwards: Iterable[Forward]) -> list[Forward]:
     """Those of a Service's forwards to neighbouring ports of the same targets become one range."""
-    if len(forwards) < 2:
-        return forwards
 
     def run_of(pair: tuple[int, Forward]) -> tuple[object, ...]:
         number, forward = pair
         shifts = [(target.address, target.port - forward.first) for target in forward.targets]
         return forward.protocol, forward.first - number, shifts
 
-    ordered = enumerate(sorted(forwards, key=lambda forward: (forward.protocol, forward.first)))
-    runs = [[forward for _, forward in run] for _, run in itertools.groupby(ordered, run_of)]
-    ports = [run[0].port if len(run) == 1 else f"{run[0].port}-{run[-1].port}" for run in runs]
-    return [
-        dataclasses.replace(run[0], last=run[-1].last, port=port)
-        for run, port in zip(runs, ports, strict=True)
-    ]
+    merged = []
+    ordered = sorted(forwards, key=lambda forward: (forward.protocol, forward.first))
+    for _, run in itertools.groupby(enumerate(ordered), run_of):
+        first, *others = [forward for _, forward in run]
+        if others:
+            last, ports = others[-1].last, f"{first.port}-{others[-1].port}"
+            first = dataclasses.replace(first, last=last, port=ports)
+        merged.append(first)
+    return merged
 
 
 # ------------------------------------------------ ruleset: Forwards -> chains, in iptables-save's words
@@ -2683,12 +2677,9 @@ BUILT_IN = {
     "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
 }
 HOST_HOOK = f"-m addrtype --dst-type LOCAL -j {ROOT}"
-HOOKS = {
+HOOKS = {  # with lo, nat's OUTPUT has HOST_HOOK too
     "filter": {"FORWARD": f"-j {FORWARD}"},
-    "nat": {
-        "PREROUTING": HOST_HOOK,
-        "POSTROUTING": f"-j {POSTROUTING}",
-    },  # with lo, OUTPUT has it too
+    "nat": {"PREROUTING": HOST_HOOK, "POSTROUTING": f"-j {POSTROUTING}"},
 }
 # The trie over the 16 bits of a port is cut at these bits: fewer bits a level send less when a port changes,
 # more bits a level make fewer chains.
@@ -2711,12 +2702,13 @@ FAMILIES = (
 
 @dataclass
 class Table:
-    """What is, or shall be, epok's in a table: its chains, and the rules of built-in chains that jump to them.
+    """What is, or shall be, epok's in a table: its chains, and the rules that jump to them.
 
-    `held` are chains of epok's that foreign rules refer to, `older` the (chain, rule) pairs of the older epok.
-    `counts` are the packets that met each rule of a chain, where they were asked for, `origin` is what printed it all,
-    `ahead` are all rules that are not epok's, by chain, when some may come before epok's hook, and `beside` is whether
-    the host has tables of iptables-legacy too.
+    `hooks` are these rules, by built-in chain, `held` chains of epok's that foreign rules refer to,
+    `older` the (chain, rule) pairs of the older epok. Of a table that was read, `counts` are the
+    packets that met each rule of a chain, where they were asked for, `origin` is what printed it,
+    `ahead` are all rules that are not epok's, by chain, when some may come before epok's hook, and
+    `beside` is whether the host has tables of iptables-legacy too.
     """
 
     chains: dict[str, list[str]] = field(default_factory=dict)
@@ -2730,12 +2722,12 @@ class Table:
 
     def add(self, prefix: str, rules: list[str]) -> str:
         """Adds an immutable chain, named by prefix and digest; returns its name."""
-        for salt in itertools.count():
-            text = "\n".join(rules) + "\n" * salt
+        text = "\n".join(rules)
+        while True:
             name = f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
             if self.chains.setdefault(name, rules) == rules:
                 return name
-        raise AssertionError  # count() does not end
+            text += "\n"  # another chain has this digest already
 
 
 Tables = dict[str, Table]
@@ -2746,26 +2738,23 @@ NOTHING: Tables = {"filter": Table(), "nat": Table()}
 
 def render(forwards: Sequence[Forward], family: Family, options: Options) -> Tables:
     """The tables of one IP version that make the forwards work."""
-    masquerade = options.mark.masquerade
-    nat = Table()
-    external = options.external_interface
+    external, mark = options.external_interface, options.mark
     ways = {name: entries(name, family, options.addresses) for name in options.interfaces}
     inner = any(ways[name] for name in ways if name != external)
-    reachable = [
-        forward for forward in forwards if inner or (ways.get(external) and not forward.internal)
-    ]
-    leaves = [leaf for forward in reachable for leaf in add_leaf(forward, family, options, nat)]
+    outer = bool(ways.get(external))
+    nat = Table()
+    leaves: list[Leaf] = []
+    for forward in forwards:
+        if inner or (outer and not forward.internal):
+            leaves += add_leaf(forward, family, mark, nat)
     inside = add_trees(leaves, nat) if inner else {}
-    outside = (
-        add_trees([leaf for leaf in leaves if not leaf.internal], nat) if ways.get(external) else {}
-    )
+    outside = add_trees([leaf for leaf in leaves if not leaf.internal], nat) if outer else {}
+    bit = f"{mark.masquerade:#x}/{mark.masquerade:#x}"
     nat.chains[ROOT] = root_rules(ways, inside, outside, external)
-    nat.chains[POSTROUTING] = [
-        f"-m connmark --mark {masquerade:#x}/{masquerade:#x} -j MASQUERADE --random-fully"
-    ]
+    nat.chains[POSTROUTING] = [f"-m connmark --mark {bit} -j MASQUERADE --random-fully"]
     nat.hooks = {chain: [hook] for chain, hook in HOOKS["nat"].items()}
     nat.hooks["OUTPUT"] = [HOST_HOOK] if "lo" in options.interfaces else []
-    accept = Table({FORWARD: [f"-m connmark {marked(options.mark)} -j ACCEPT"]})
+    accept = Table({FORWARD: [f"-m connmark {marked(mark)} -j ACCEPT"]})
     accept.hooks = {chain: [hook] for chain, hook in HOOKS["filter"].items()}
     return {"filter": accept, "nat": nat}
 
@@ -2781,15 +2770,12 @@ def root_rules(
     outside: Mapping[str, str],
     external: str,
 ) -> list[str]:
-    """The rules of EPOK: from each way in to the first chain of a protocol, the external interface first."""
+    """The rules of EPOK, from each way in to a protocol's first chain; the external one first."""
     rules = []
     for interface, matches in sorted(ways.items(), key=lambda way: way[0] != external):
         trees = outside if interface == external else inside
-        rules += [
-            f"{match} -p {protocol} -g {chain}"
-            for match in matches
-            for protocol, chain in trees.items()
-        ]
+        for match, (protocol, chain) in itertools.product(matches, trees.items()):
+            rules.append(f"{match} -p {protocol} -g {chain}")
         if interface == external and inside:
             # so that another interface that covers this one, like eth+, does not let its packets in
             rules.append(f"{'-o' if interface == 'lo' else '-i'} {interface} -j RETURN")
@@ -2797,19 +2783,18 @@ def root_rules(
 
 
 def entries(interface: str, family: Family, addresses: Sequence[Network]) -> list[str]:
-    """What packets match that come in through an interface to the host's addresses, one rule each."""
+    """What packets match that come in through an interface to these addresses, one rule each."""
     given = [network for network in addresses if network.version == family.version]
-    if interface != "lo":
-        matches = [f"-d {text_of(network)} " if network.prefixlen else "" for network in given]
-        return [f"{match}-i {interface}" for match in matches or ([""] if not addresses else [])]
+    everywhere = not addresses or any(not network.prefixlen for network in given)
     # packets of the host to itself pass OUTPUT, where -i cannot match
-    if not addresses or any(not network.prefixlen for network in given):
+    if interface == "lo" and everywhere:
         return [f"! -d {family.loopback} -o lo"]
-    return [
-        f"-d {text_of(part)} -o lo"
-        for network in given
-        for part in without(network, family.loopback)
-    ]
+    if interface == "lo":
+        parts = [part for network in given for part in without(network, family.loopback)]
+        return [f"-d {text_of(part)} -o lo" for part in parts]
+    if everywhere:
+        return [f"-i {interface}"]
+    return [f"-d {text_of(network)} -i {interface}" for network in given]
 
 
 def without(network: Any, hole: Any) -> list[Network]:
@@ -2837,7 +2822,7 @@ class Leaf(NamedTuple):
 
 
 def add_trees(leaves: Iterable[Leaf], nat: Table) -> dict[str, str]:
-    """Adds the chains that lead packets to their leaves; returns the chain to begin with for each protocol."""
+    """Adds the chains that lead packets to their leaves; returns each protocol's first chain."""
     roots = {}
     for protocol in PROTOCOLS:
         chosen = sorted(leaf for leaf in leaves if leaf.protocol == protocol)
@@ -2850,11 +2835,13 @@ def add_branch(protocol: str, leaves: Sequence[Leaf], level: int, nat: Table) ->
     """Adds the chain that tells the leaves apart by port, and the smaller ones below it."""
     while len(leaves) > 1 and leaves[0].first >> CUTS[level] == leaves[-1].last >> CUTS[level]:
         level += 1
+
+    def block_of(leaf: Leaf) -> tuple[int, int]:
+        return leaf.first >> CUTS[level], leaf.last >> CUTS[level]
+
     rules = []
     # a range that crosses a border between blocks stands alone in this chain
-    for _, group in itertools.groupby(
-        leaves, lambda leaf: (leaf.first >> CUTS[level], leaf.last >> CUTS[level])
-    ):
+    for _, group in itertools.groupby(leaves, block_of):
         block = list(group)
         rule = block[0].rule
         if len(block) > 1:
@@ -2864,79 +2851,82 @@ def add_branch(protocol: str, leaves: Sequence[Leaf], level: int, nat: Table) ->
     return nat.add(f"EPOK-{protocol}-{leaves[0].first}-{leaves[-1].last}", rules)
 
 
-def add_leaf(forward: Forward, family: Family, options: Options, nat: Table) -> list[Leaf]:
-    """Adds the chain that marks a connection and picks a node; none when no target or client is of the family."""
-    targets = [target for target in forward.targets if target.address.version == family.version]
-    sources = [network for network in forward.sources or () if network.version == family.version]
+def add_leaf(forward: Forward, family: Family, mark: Mark, nat: Table) -> list[Leaf]:
+    """Adds the chain that marks a connection and picks a node.
+
+    Returns its leaf; none when no target or client is of the family.
+    """
+    version, protocol = family.version, forward.protocol
+    targets = [target for target in forward.targets if target.address.version == version]
+    sources = [network for network in forward.sources or () if network.version == version]
     if not targets or (forward.sources is not None and not sources):
         return []
-    forwarded, masquerade = options.mark
-    bits = forwarded | masquerade if forward.masquerade else forwarded
+    bits = mark.forwarded | (mark.masquerade if forward.masquerade else 0)
     addresses = tuple(target.address for target in targets)
-    known = tuple(address for address in forward.known if address.version == family.version)
+    known = tuple(address for address in forward.known if address.version == version)
     ports = [target_ports(forward, target) for target in targets]
-    rules = [f"-j CONNMARK --set-xmark {bits:#x}/{forwarded | masquerade:#x}"]
-    rules += [start + ports[number] for number, start in shares(forward.protocol, addresses, known)]
-    prefix = f"EPOK-{forward.protocol}-{Range(forward.first, forward.last)}"
+    rules = [f"-j CONNMARK --set-xmark {bits:#x}/{mark.forwarded | mark.masquerade:#x}"]
+    rules += [start + ports[number] for number, start in shares(protocol, addresses, known)]
+    prefix = f"EPOK-{protocol}-{Range(forward.first, forward.last)}"
     chain = nat.add(prefix, rules)
     # 255 bytes are all that iptables keeps: four names of 63 make more
     comment = f"{forward.service} {forward.port}"[:250] + (" pods" if forward.direct else "")
-    if not re.fullmatch(
-        r"[A-Za-z0-9_.:/ -]{1,255}", comment
-    ):  # anything else could end the rule or begin another
+    # anything else could end the rule or begin another
+    if not re.fullmatch(r"[A-Za-z0-9_.:/ -]{1,255}", comment):
         raise Fatal(f"{quoted(comment)} cannot stand in a comment of iptables; nothing was changed")
+    jump = f'-m comment --comment "{comment}" -g'
     if sources and all(network.prefixlen for network in sources):
-        chain = nat.add(
-            prefix,
-            [f'-s {text_of(n)} -m comment --comment "{comment}" -g {chain}' for n in sources],
-        )
-    external = (
-        f"{forward.first}:{forward.last}" if forward.last > forward.first else f"{forward.first}"
-    )
-    rule = f'-p {forward.protocol} -m {forward.protocol} --dport {external} -m comment --comment "{comment}" -g {chain}'
-    return [Leaf(forward.first, forward.last, forward.protocol, forward.internal, rule)]
+        chain = nat.add(prefix, [f"-s {text_of(source)} {jump} {chain}" for source in sources])
+    external = f"{forward.first}"
+    if forward.last > forward.first:
+        external += f":{forward.last}"
+    rule = f"-p {protocol} -m {protocol} --dport {external} {jump} {chain}"
+    return [Leaf(forward.first, forward.last, protocol, forward.internal, rule)]
 
 
 @functools.lru_cache
 def shares(
     protocol: str, targets: tuple[Address, ...], known: tuple[Address, ...]
 ) -> list[tuple[int, str]]:
-    """The rules that pick one of the targets: its number, and all of the rule but the port, which comes last.
+    """The rules that pick a target: its number, and all of the rule but the port, which comes last.
 
-    The pick is by the low bits of the client's address when addresses are `known` (see Forward), else at random.
+    The pick is by the client's address when addresses are `known` (see Forward), else at random.
     """
     hosts = [f"[{address}]" if address.version == 6 else f"{address}" for address in targets]
     ends = [f"-j DNAT --to-destination {host}:" for host in hosts]
     if known and len(targets) > 1:
         owners = buckets_of(tuple(map(str, known)), tuple(map(str, targets)))
         make = type(targets[0])
-        # once with and once without the first bit: iptables 1.8.7 (nft) makes nothing of a mask that begins with zeros
+        # once with and once without the first bit: iptables 1.8.7 (nft) makes nothing of a mask
+        # that begins with zeros
         first = 1 << targets[0].max_prefixlen - 1
         mask = make(first + len(owners) - 1)
         sources = [(n, make(bit + bucket)) for bucket, n in enumerate(owners) for bit in (0, first)]
         return [(n, f"-s {source}/{mask} -p {protocol} {ends[n]}") for n, source in sources]
-    # 1/left as iptables-save prints it: the kernel keeps 31 bits of a probability
-    chances = [f"{int(2**31 / left + 0.5) / 2**31:.11f}" for left in range(len(targets), 1, -1)]
-    matches = [f" -m statistic --mode random --probability {chance}" for chance in chances] + [""]
-    return [
-        (n, f"-p {protocol}{match} {end}")
-        for n, (match, end) in enumerate(zip(matches, ends, strict=True))
-    ]
+    rules = []
+    for number, end in enumerate(ends):
+        left = len(ends) - number
+        # 1/left as iptables-save prints it: the kernel keeps 31 bits of a probability
+        chance = f"{int(2**31 / left + 0.5) / 2**31:.11f}"
+        pick = f" -m statistic --mode random --probability {chance}" if left > 1 else ""
+        rules.append((number, f"-p {protocol}{pick} {end}"))
+    return rules
 
 
 @functools.lru_cache
 def buckets_of(known: tuple[str, ...], live: tuple[str, ...]) -> list[int]:
-    """Shares the low bits of client addresses out evenly: for each bucket the number of one of the `live` names.
+    """Shares the low bits of client addresses out evenly: each bucket's number of a `live` name.
 
-    Those that are known take in turn what they like best, as in Maglev (Eisenbud et al., NSDI 2016); a bucket whose
-    owner is not live goes to the live name that likes it best. So a client is with its own node whenever that is there.
+    Those that are known take in turn what they like best, as in Maglev (Eisenbud et al., NSDI
+    2016); a bucket whose owner is not live goes to the live name that likes it best. So a client
+    is with its own node whenever that is there.
     """
     count = 64
     while count < 4 * len(known):
         count *= 2
-    wishes = {
-        name: iter(sorted(range(count), key=likings(name, count).__getitem__)) for name in known
-    }
+    wishes = {}
+    for name in known:
+        wishes[name] = iter(sorted(range(count), key=likings(name, count).__getitem__))
     owners: dict[int, str] = {}
     for name in itertools.islice(itertools.cycle(known), count):
         owners[next(bucket for bucket in wishes[name] if bucket not in owners)] = name
@@ -2952,7 +2942,7 @@ def likings(name: str, count: int) -> list[bytes]:
 
 
 def target_ports(forward: Forward, target: Target) -> str:
-    """A target's port as DNAT has it; of a range "30000-30010/8000": port 8000 goes to 30000, and so on."""
+    """A target's port, or of a range "30000-30010/8000": port 8000 goes to 30000, and so on."""
     if forward.first == forward.last:
         return f"{target.port}"
     return f"{target.port}-{target.port + forward.last - forward.first}/{forward.first}"
@@ -2961,11 +2951,15 @@ def target_ports(forward: Forward, target: Target) -> str:
 # ------------------------------------------------ live: chains -> the forwards in them, and what changed
 
 
-@dataclass(frozen=True)
+Key = tuple[int, int, str, str]  # ports, protocol and Service
+
+
+@dataclass(frozen=True, slots=True)
 class Live:
     """A forward as rules say it: `ways` are the interfaces, and addresses, by which it is reached.
 
-    `counts` are the new connections since its rules were made, all and those to each target; empty is not known.
+    `counts` are the new connections since its rules were made, all and those to each target;
+    empty is not known.
     """
 
     first: int
@@ -2986,42 +2980,35 @@ class Live:
         return f"{self.protocol}/{Range(self.first, self.last)}"
 
     @property
-    def key(self) -> tuple[int, int, str, str]:
+    def key(self) -> Key:
         return self.first, self.last, self.protocol, self.service
 
     @property
     def node_ports(self) -> str:
-        ports = {
-            target.port: Range(target.port, target.port + self.last - self.first)
-            for target in self.targets
-        }
-        return ", ".join(map(str, ports.values()))
+        size = self.last - self.first
+        firsts = dict.fromkeys(target.port for target in self.targets)
+        return ", ".join(str(Range(first, first + size)) for first in firsts)
 
     @property
     def text(self) -> str:
-        """Where it goes, as a person says it: "default/mail:smtp (NodePort 2025) on 3 nodes, client address kept"."""
+        """As "default/mail:smtp (NodePort 2025) on 3 nodes, client address kept"."""
         what, place = ("port", "pod") if self.direct else ("NodePort", "node")
-        count = len(self.targets)
-        return (
-            f"{self.service}:{self.port} ({what} {self.node_ports}) on {count} {plural(count, place)}"
-            + (", client address kept" if self.kept else "")
-            + (f", for {enumerated(self.sources)} only" if self.sources else "")
-            + (" over IPv6" if self.version == 6 else "")
-        )
+        places = f"{len(self.targets)} {plural(len(self.targets), place)}"
+        text = f"{self.service}:{self.port} ({what} {self.node_ports}) on {places}"
+        text += ", client address kept" if self.kept else ""
+        text += f", for {enumerated(self.sources)} only" if self.sources else ""
+        return text + (" over IPv6" if self.version == 6 else "")
 
     def document(self) -> dict[str, Any]:
         """The same for programs."""
-        named = {
-            "protocol": self.protocol,
-            "first": self.first,
-            "last": self.last,
-            "service": self.service,
-        }
         places = [{"address": str(target.address), "port": target.port} for target in self.targets]
         for place, count in zip(places, self.counts[1:], strict=False):
             place["connections"] = count
         return {
-            **named,
+            "protocol": self.protocol,
+            "first": self.first,
+            "last": self.last,
+            "service": self.service,
             "port": self.port,
             "ipVersion": self.version,
             "pods" if self.direct else "nodes": places,
@@ -3040,17 +3027,16 @@ DISPATCH = re.compile(
     re.ASCII,
 )
 TARGET = re.compile(r"--to-destination \[?([0-9a-f.:]+)\]?:(\d{1,5})", re.ASCII)
+# whether the address is negated, address, interface and chain
 ENTRY = re.compile(r"(?:(! )?-d (\S+) )?(?:-i|-o) (\S+) -p \w+ -g (\S+)")
-Key = tuple[int, int, str, str]  # ports, protocol and Service
-Dispatch = tuple[
-    re.Match[str], tuple[str, ...]
-]  # a rule that leads to a forward, and the ways by which it is met
+# A rule that leads to a forward, and the ways by which packets come to it.
+Dispatch = tuple[re.Match[str], tuple[str, ...]]
 
 
 def dispatches_in(tables: Tables) -> dict[Key, Dispatch]:
     """What rules lead to forwards."""
     chains = tables["nat"].chains
-    found: dict[Key, Dispatch] = {}
+    dispatches: dict[Key, Dispatch] = {}
     for way, start in ways_in(tables):
         todo, seen = [start], {start}
         while todo:
@@ -3059,62 +3045,56 @@ def dispatches_in(tables: Tables) -> dict[Key, Dispatch]:
                 if match := DISPATCH.match(rule):
                     protocol, first, last, service = match.groups()[:4]
                     key = int(first), int(last or first), protocol, service
-                    ways = found[key][1] if key in found else ()
-                    found[key] = match, ways if way in ways else (*ways, way)
+                    ways = dispatches[key][1] if key in dispatches else ()
+                    dispatches[key] = match, ways if way in ways else (*ways, way)
                 elif jump not in seen:
                     seen.add(jump)
                     todo.append(jump)
-    return found
+    return dispatches
 
 
 def forwards_in(
-    tables: Tables, version: int, counts: Mapping[str, Sequence[int]] | None = None
+    tables: Tables, version: int, counts: dict[str, list[int]] | None = None
 ) -> dict[Key, Live]:
-    """What rules forward; `counts` are those of the rules, by chain."""
-    found = dispatches_in(tables).items()
-    return {
-        key: read_forward(key, dispatch, tables["nat"], version, counts) for key, dispatch in found
-    }
+    """What rules forward; `counts` are those of the rules, by chain, if not the table's own."""
+    nat = tables["nat"]
+    nat = dataclasses.replace(nat, counts=counts) if counts else nat
+    dispatches = dispatches_in(tables).items()
+    return {key: read_forward(key, dispatch, nat, version) for key, dispatch in dispatches}
 
 
 def entries_in(tables: Tables) -> list[re.Match[str]]:
-    """The rules of EPOK that lead packets in: whether the address is negated, address, interface and chain."""
-    return [
-        match for rule in tables["nat"].chains.get(ROOT, []) if (match := ENTRY.fullmatch(rule))
-    ]
+    """The rules of EPOK that lead packets in; see ENTRY."""
+    matches = (ENTRY.fullmatch(rule) for rule in tables["nat"].chains.get(ROOT, []))
+    return [match for match in matches if match]
 
 
 def ways_in(tables: Tables) -> list[tuple[str, str]]:
-    """How packets come to the forwards, "eth0" or "192.0.2.1/32 by eth0", and the chain that they come to."""
-    entries = (match.groups() for match in entries_in(tables))
-    return [
-        (f"{to} by {name}" if to and not negated else name, chain)
-        for negated, to, name, chain in entries
-    ]
+    """How packets come in, "eth0" or "192.0.2.1/32 by eth0", and the chain that they come to."""
+    ways = []
+    for negated, address, interface, chain in (match.groups() for match in entries_in(tables)):
+        by_address = address and not negated
+        ways.append((f"{address} by {interface}" if by_address else interface, chain))
+    return ways
 
 
-def read_forward(
-    key: Key,
-    dispatch: Dispatch,
-    nat: Table,
-    version: int,
-    counts: Mapping[str, Sequence[int]] | None = None,
-) -> Live:
+def read_forward(key: Key, dispatch: Dispatch, nat: Table, version: int) -> Live:
     """The forward that a rule leads to."""
-    (match, ways), chains, counts = dispatch, nat.chains, counts or nat.counts
-    (first, last, protocol, service), (port, pods, chain) = key, match.groups()[4:]
-    sources = {
-        rule.split()[1]: rule.split()[-1]
-        for rule in chains.get(chain, [])
-        if re.match("-s .* -g ", rule)
-    }
+    (first, last, protocol, service), (match, ways) = key, dispatch
+    port, pods, chain = match.groups()[4:]
+    sources = {}
+    for rule in nat.chains.get(chain, []):
+        if re.match("-s .* -g ", rule):
+            words = rule.split()
+            sources[words[1]] = words[-1]
     leaf = next(iter(sources.values()), chain)
-    rules = chains.get(leaf, [])
+    rules, counts = nat.chains.get(leaf, []), nat.counts.get(leaf, [])
     met: dict[Target, int] = {}
-    for rule, count in itertools.zip_longest(rules, counts.get(leaf, ())):
-        if (found := TARGET.search(rule or "")) and (address := to_address(found[1])):
-            target = Target(address, int(found[2]))
-            met[target] = met.get(target, 0) + (count or 0)
+    for rule, count in zip(rules, itertools.chain(counts, itertools.repeat(0)), strict=False):
+        place = TARGET.search(rule)
+        if place and (address := to_address(place[1])):
+            target = Target(address, int(place[2]))
+            met[target] = met.get(target, 0) + count
     marks = re.search(r"--set-xmark (\w+)/(\w+)", rules[0] if rules else "")
     return Live(
         first=first,
@@ -3129,12 +3109,15 @@ def read_forward(
         kept=bool(marks and marks[1] != marks[2]),
         sources=tuple(sources),
         ways=ways,
-        counts=(counts[leaf][0], *met.values()) if counts.get(leaf) else (),
+        counts=(counts[0], *met.values()) if counts else (),
     )
 
 
 class Change(NamedTuple):
-    """A forward of a Service that came (+), went (-), or goes elsewhere now (~), and how it was before."""
+    """A forward of a Service that came (+), went (-), or goes elsewhere now (~).
+
+    `before` is how that was before.
+    """
 
     sign: str
     live: Live
@@ -3142,7 +3125,7 @@ class Change(NamedTuple):
 
     @property
     def text(self) -> str:
-        return f"{self.live.text}{self.before and ': ' + difference(self.before, self.live) or ''}"
+        return self.live.text + (f": {difference(self.before, self.live)}" if self.before else "")
 
     @property
     def line(self) -> str:
@@ -3155,26 +3138,28 @@ class Change(NamedTuple):
 
 def difference(old: Live, new: Live) -> str:
     """What changed about a forward, as a person says it."""
-    lists = [(old.ways, new.ways, "by "), (old.sources, new.sources, "for ")]
-    told = [f"NodePort {old.node_ports} before"] if old.node_ports != new.node_ports else []
-    pairs = [
-        ([str(t.address) for t in old.targets], [str(t.address) for t in new.targets], ""),
-        *lists,
-    ]
-    for before, after, word in pairs:
-        gone, come = [x for x in before if x not in after], [x for x in after if x not in before]
-        told += [f"no longer {word}{enumerated(gone)}"] if gone and after else []
-        told += (
-            [f"now {word}{enumerated(come)}" + (" too" if len(come) < len(after) else "")]
-            if come
-            else []
-        )
-    told += ["for everybody"] if old.sources and not new.sources else []
-    told += (
-        [f"client address {'kept' if new.kept else 'hidden'} now"] if old.kept != new.kept else []
-    )
-    told += [f"port {old.port} before"] if old.port != new.port else []
-    return "; ".join(told) or "nodes picked in another way"
+    news = []
+    if old.node_ports != new.node_ports:
+        news.append(f"NodePort {old.node_ports} before")
+    for word, before, after in (
+        ("", [str(t.address) for t in old.targets], [str(t.address) for t in new.targets]),
+        ("by ", old.ways, new.ways),
+        ("for ", old.sources, new.sources),
+    ):
+        gone = [each for each in before if each not in after]
+        come = [each for each in after if each not in before]
+        if gone and after:
+            news.append(f"no longer {word}{enumerated(gone)}")
+        if come:
+            too = " too" if len(come) < len(after) else ""
+            news.append(f"now {word}{enumerated(come)}{too}")
+    if old.sources and not new.sources:
+        news.append("for everybody")
+    if old.kept != new.kept:
+        news.append(f"client address {'kept' if new.kept else 'hidden'} now")
+    if old.port != new.port:
+        news.append(f"port {old.port} before")
+    return "; ".join(news) or "nodes picked in another way"
 
 
 VERBS = {"+": "now forwarding", "-": "no longer forwarding", "~": "changed:"}
@@ -3188,11 +3173,8 @@ def changes_between(before: Found, after: Wanted) -> list[Change]:
             continue
         old, new = dispatches_in(tables), dispatches_in(after[version])
         had, has = tables["nat"], after[version]["nat"]
-        tampered = any(
-            rules != has.chains.get(chain, rules)
-            for chain, rules in had.chains.items()
-            if chain != ROOT
-        )
+        chains = [chain for chain in had.chains if chain != ROOT and chain in has.chains]
+        tampered = any(had.chains[chain] != has.chains[chain] for chain in chains)
         for key in sorted(old.keys() | new.keys()):
             if key in old and key in new and not tampered and same(old[key], new[key]):
                 continue  # the names of chains say what is in them
