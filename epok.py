@@ -1481,27 +1481,22 @@ class ServiceObject(msgspec.Struct):
     spec: ServiceSpec = msgspec.field(default_factory=ServiceSpec)
 
 
-class Taint(msgspec.Struct):
+class NodeEntry(msgspec.Struct):
+    """A taint, an address or a condition of a Node."""
+
     key: str = ""
-
-
-class NodeSpec(msgspec.Struct):
-    taints: list[Taint] = []
-
-
-class NodeAddress(msgspec.Struct):
     type: str = ""
     address: str = ""
-
-
-class NodeCondition(msgspec.Struct):
-    type: str = ""
     status: str = ""
 
 
+class NodeSpec(msgspec.Struct):
+    taints: list[NodeEntry] = []
+
+
 class NodeStatus(msgspec.Struct):
-    addresses: list[NodeAddress] = []
-    conditions: list[NodeCondition] = []
+    addresses: list[NodeEntry] = []
+    conditions: list[NodeEntry] = []
 
 
 class NodeObject(msgspec.Struct):
@@ -1781,8 +1776,8 @@ class Answer(NamedTuple):
 
 
 class ListMetadata(msgspec.Struct, rename="camel"):
-    resource_version: str = ""
-    more: str = msgspec.field(name="continue", default="")
+    resource_version: str | None = None
+    more: str | None = msgspec.field(name="continue", default=None)
 
 
 class Page(msgspec.Struct, rename="camel"):
@@ -1790,7 +1785,7 @@ class Page(msgspec.Struct, rename="camel"):
 
     api_version: str = ""
     kind: str = ""
-    metadata: ListMetadata = msgspec.field(default_factory=ListMetadata)
+    metadata: ListMetadata | None = None
     items: list[msgspec.Raw] | None = None
 
 
@@ -1834,7 +1829,7 @@ class Cluster:
         query = {"limit": "500", **({"labelSelector": selector} if selector else {})}
         while page := persist(self.deadline, self.page, kind, query, self.deadline):
             objects, meta = page
-            versions.add(meta.resource_version)
+            versions.add(meta.resource_version or "")
             if len(versions) > 1:  # what has moved to a page that was read before would be missing
                 raise Transient(f"{self.name}: the list of {kind.path} changed between two pages")
             kept += objects
@@ -1857,7 +1852,7 @@ class Cluster:
         if (page.api_version, page.kind) != (version, name) or page.items is None:
             told = quoted(status_message(answer.data))
             raise Fatal(f"{self.name} answers no {name} of {version} in JSON, but {told}")
-        return needed(kind, page.items), page.metadata
+        return needed(kind, page.items), page.metadata or ListMetadata()
 
     def decode(self, body: bytes, form: type[T], what: str) -> T:
         """A whole answer as the struct. Raises Fatal."""
@@ -2169,12 +2164,10 @@ class Target(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Forward:
-    """External ports `first` to `last` go to each target's port and those after it.
+class Route:
+    """External ports of a Service; the n-th goes to the n-th port from each target's port on.
 
-    `direct` targets are pods, not NodePorts; `sources` the networks that may use it, None for
-    everybody. With affinity clients are shared out over the `known` addresses, of which some may
-    be no targets now.
+    `direct` targets are pods, not NodePorts.
     """
 
     protocol: str
@@ -2184,6 +2177,16 @@ class Forward:
     port: str
     targets: tuple[Target, ...]
     direct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Forward(Route):
+    """What shall be forwarded; `sources` are the networks that may use it, None for everybody.
+
+    With affinity clients are shared out over the `known` addresses, of which some may be no
+    targets now.
+    """
+
     masquerade: bool
     internal: bool
     sources: tuple[Network, ...] | None
@@ -2955,22 +2958,15 @@ Key = tuple[int, int, str, str]  # ports, protocol and Service
 
 
 @dataclass(frozen=True, slots=True)
-class Live:
-    """A forward as rules say it: `ways` are the interfaces, and addresses, by which it is reached.
+class Live(Route):
+    """What rules forward: `ways` are the interfaces, and addresses, by which it is reached.
 
     `counts` are the new connections since its rules were made, all and those to each target;
     empty is not known.
     """
 
-    first: int
-    last: int
-    protocol: str
-    service: str
-    port: str
     version: int
     chain: str
-    targets: tuple[Target, ...]
-    direct: bool
     kept: bool
     sources: tuple[str, ...]
     ways: tuple[str, ...] = ()
