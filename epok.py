@@ -1756,15 +1756,15 @@ class DocumentList(msgspec.Struct):
     items: list[Any] = []
 
 
-def flatten(documents: Iterable[Any], kind: str = "") -> Iterator[tuple[str, Any]]:
-    """The objects in documents and in lists of any kind; `kind` is of those that say none."""
-    for document in documents:
-        own = typed(document, Document, "snapshot").kind or kind
+def flatten(objects: Iterable[Any], kind: str = "") -> Iterator[tuple[str, Any]]:
+    """The objects, also those in lists of any kind; `kind` is that of those that say none."""
+    for each in objects:
+        own = typed(each, Document, "snapshot").kind or kind
         if own.endswith("List"):
-            inside = typed(document, DocumentList, "snapshot").items
+            inside = typed(each, DocumentList, "snapshot").items
             yield from flatten(inside, own.removesuffix("List"))
         else:
-            yield own, document
+            yield own, each
 
 
 class Answer(NamedTuple):
@@ -1874,7 +1874,7 @@ class Cluster:
         query: Mapping[str, str] | None = None,
         body: Any = None,
     ) -> Answer:
-        """The answer, whatever its status; a PATCH merges the body in. Raises Transient or Fatal."""
+        """The answer, whatever its status; PATCH merges the body in. Raises Transient or Fatal."""
         import urllib3
 
         # as UTF-8, which Go sends; http.client makes latin-1 of it
@@ -1917,7 +1917,7 @@ class Cluster:
         return Fatal(f"{self.name}: the proxy {what}: {why}; see proxy-url, or HTTPS_PROXY")
 
     def body_of(self, answer: Any) -> bytes:
-        """All of a body, unpacked. Raises OSError where it breaks off, Fatal where it does not end."""
+        """All of a body, unpacked. Raises OSError where it breaks off, Fatal where it never ends."""
         try:
             body: bytes = answer.read(ANSWER_LIMIT)
         except ValueError as error:  # the length of a chunk is less than nothing, say
@@ -1997,7 +1997,7 @@ class Cluster:
     def record_all(
         self, events: Iterable[Event], uids: Mapping[str, str], deadline: Deadline
     ) -> None:
-        """Writes Events; a namespace that refuses one is left out. Raises Fatal if there was any."""
+        """Writes Events; leaves out namespaces that refuse one. Raises Fatal if there was any."""
         failed: dict[str, str] = {}
         for event in events:
             namespace = event.service.partition("/")[0]
@@ -2059,7 +2059,7 @@ TLS_TROUBLES = {
     "certificate has expired": "its certificate has expired, or this machine's clock is wrong",
     "not yet valid": "this machine's clock is behind, or its certificate is for later",
     "mismatch": "its certificate is for other names than that in server, or in tls-server-name",
-    "verify failed": "its certificate is not by the certificate-authority (without one: this machine's)",
+    "verify failed": "its certificate is not by the certificate-authority (or this machine's)",
     "WRONG_VERSION_NUMBER|record layer|HTTP_REQUEST": "what answers there speaks no TLS",
     "alert": "it, or what is before it, refuses clients with this certificate, or with none",
 }
@@ -2082,7 +2082,7 @@ def status_message(body: bytes) -> str:
 
 
 def retry_after(text: str) -> float:
-    """Seconds that a Retry-After header asks for, as number or date; urllib3 caps it at six hours."""
+    """Seconds that a Retry-After header asks for, in a number or date; six hours at most."""
     import urllib3
 
     try:
@@ -2109,7 +2109,7 @@ class Reader:
         return reading.result(self.deadline, f"{self.source.name}: the list of {kind.name}s")
 
     def snapshot(self, explained: str = "") -> Snapshot:
-        """The Services with mappings, and the one that is explained, and all nodes; no endpoints."""
+        """Services with mappings, and the one that is explained, and all nodes; no endpoints."""
         convert = functools.partial(to_service, always=explained)
         services = self.once_each(SERVICES._replace(convert=convert), "key")
         nodes = self.once_each(NODES, "name")
@@ -2133,7 +2133,7 @@ class Reader:
         return tuple(unique.values())
 
     def with_endpoints(self, snapshot: Snapshot, on_node: bool, explained: str = "") -> Snapshot:
-        """Adds the endpoints of all Services when the host is a node, else of those of policy Local.
+        """Adds the endpoints of all Services on a host that is a node, else of those of policy Local.
 
         Those of the Service that is explained come too, if they can be had.
         """
@@ -2254,7 +2254,7 @@ class PortMapping(NamedTuple):
 
 
 def to_range(text: str) -> Range | None:
-    """Reads "25" or "8000-8010", None if it is neither. Raises ValueError where no port is meant."""
+    """Reads "25" or "8000-8010", None if it is neither. Raises ValueError if it is no port."""
     # no leading zeros: to some programs, iptables among them, they mean an octal number
     match = re.fullmatch(r"(0|[1-9][0-9]*)(?:[ \t]*-[ \t]*(0|[1-9][0-9]*))?", text)
     if not match:
@@ -2268,7 +2268,7 @@ def to_range(text: str) -> Range | None:
 
 
 def to_mapping(text: str) -> PortMapping:
-    """Reads EXTERNAL [":" TARGET] [":" PROTOCOL | "/" PROTOCOL]. Raises ValueError with the reason."""
+    """Reads EXTERNAL [":" TARGET] [":" PROTOCOL | "/" PROTOCOL]. Raises ValueError that says why."""
     head, slash, protocol = (part.strip(" \t\r\n") for part in text.partition("/"))
     words = [word.strip(" \t\r\n") for word in head.split(":")]
     if not slash and len(words) > 1 and words[-1].lower() in PROTOCOLS:
@@ -2474,7 +2474,7 @@ def each_address_once(places: Iterable[Place]) -> Places:
 
 
 def node_places(nodes: Iterable[Node], chosen: Sequence[Node]) -> list[Place]:
-    """The nodes that were chosen, live, and those that may come back: unless a label keeps them out."""
+    """The nodes that were chosen, live, and those that may come back, not kept out by a label."""
     live = {node.name for node in chosen}
     labelled = any(node.labelled for node in chosen)
     some = [node for node in nodes if labelled or not node.labelled]
@@ -2672,7 +2672,7 @@ def merge(forwards: Iterable[Forward]) -> list[Forward]:
 
 # ------------------------------------------------ ruleset: Forwards -> chains, in iptables-save's words
 
-# Each rule below was printed back by iptables-save as it stands here, by nft and legacy, IPv4 and IPv6.
+# iptables-save printed back each rule below as it stands here, by nft and legacy, IPv4 and IPv6.
 
 ROOT, FORWARD, POSTROUTING = "EPOK", "EPOK-FORWARD", "EPOK-POSTROUTING"
 BUILT_IN = {
@@ -2684,8 +2684,8 @@ HOOKS = {  # with lo, nat's OUTPUT has HOST_HOOK too
     "filter": {"FORWARD": f"-j {FORWARD}"},
     "nat": {"PREROUTING": HOST_HOOK, "POSTROUTING": f"-j {POSTROUTING}"},
 }
-# The trie over the 16 bits of a port is cut at these bits: fewer bits a level send less when a port changes,
-# more bits a level make fewer chains.
+# The trie over the 16 bits of a port is cut at these bits: fewer bits a level send less when a
+# port changes, more bits a level make fewer chains.
 CUTS = (13, 10, 8, 6, 4, 2, 0)
 
 
