@@ -1917,7 +1917,7 @@ class Cluster:
         return Fatal(f"{self.name}: the proxy {what}: {why}; see proxy-url, or HTTPS_PROXY")
 
     def body_of(self, answer: Any) -> bytes:
-        """All of a body, unpacked. Raises OSError where it breaks off, Fatal where it never ends."""
+        """All of a body, unpacked. Raises OSError if it breaks off, Fatal if it does not end."""
         try:
             body: bytes = answer.read(ANSWER_LIMIT)
         except ValueError as error:  # the length of a chunk is less than nothing, say
@@ -2133,7 +2133,7 @@ class Reader:
         return tuple(unique.values())
 
     def with_endpoints(self, snapshot: Snapshot, on_node: bool, explained: str = "") -> Snapshot:
-        """Adds the endpoints of all Services on a host that is a node, else of those of policy Local.
+        """Adds endpoints: on a host that is a node all Services', else those of policy Local.
 
         Those of the Service that is explained come too, if they can be had.
         """
@@ -2268,7 +2268,7 @@ def to_range(text: str) -> Range | None:
 
 
 def to_mapping(text: str) -> PortMapping:
-    """Reads EXTERNAL [":" TARGET] [":" PROTOCOL | "/" PROTOCOL]. Raises ValueError that says why."""
+    """Reads EXTERNAL [":" TARGET] [":" PROTOCOL | "/" PROTOCOL]. Raises ValueError: why not."""
     head, slash, protocol = (part.strip(" \t\r\n") for part in text.partition("/"))
     words = [word.strip(" \t\r\n") for word in head.split(":")]
     if not slash and len(words) > 1 and words[-1].lower() in PROTOCOLS:
