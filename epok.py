@@ -1709,7 +1709,7 @@ def wrong_field(item: Any, error: str, what: str) -> Fatal:
     meta = item.get("metadata") if isinstance(item, dict) else None
     names = [meta.get(key) for key in ("namespace", "name")] if isinstance(meta, dict) else []
     name = "/".join(each for each in names if isinstance(each, str))
-    path = "".join(re.findall(r"\$([^`]*)", error))  # $.spec.ports[0].port
+    path = "".join(re.findall(r"\$([^`]*)", error))  # of msgspec's `$.spec.ports[0].port`
     value = item
     for key, number in re.findall(r"\.(\w+)|\[(\d+)\]", path):
         value = value[key] if key else value[int(number)]
@@ -2553,8 +2553,8 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
     """Decides what is forwarded; `own` are the names of the nodes that the host itself is."""
     plan = Plan()
     chosen = [] if own else choose_nodes(snapshot.nodes, plan)
-    places = node_places(snapshot.nodes, chosen)
-    nodes = Nodes(places, each_address_once(places))
+    candidates = node_places(snapshot.nodes, chosen)
+    nodes = Nodes(candidates, each_address_once(candidates))
     taken: dict[tuple[str, int], tuple[str, int]] = {}
     if options.executor == "ssh":
         taken = {("tcp", login.port): ("", 0) for login in options.host}
@@ -2575,12 +2575,12 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
         ]
         if chosen or own:
             plan.warnings += nowhere(service, forwards, places, bool(own))
-        forwards = merge([forward for forward in forwards if forward.targets])
-        if len(forwards) * len(sources or ()) > MAX_SOURCES:
-            what = f"{len(forwards)} external ports for {len(sources or ())} networks"
+        merged = merge(forward for forward in forwards if forward.targets)
+        if len(merged) * len(sources or ()) > MAX_SOURCES:
+            what = f"{len(merged)} external ports for {len(sources or ())} networks"
             plan.reject(service, f"{what} make more than {MAX_SOURCES} rules; ask for fewer")
         else:
-            plan.forwards += forwards
+            plan.forwards += merged
     plan.forwards.sort(key=lambda forward: (forward.first, forward.protocol))
     return plan
 
