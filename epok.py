@@ -1842,7 +1842,8 @@ class Cluster:
         self, kind: Kind, query: Mapping[str, str], deadline: Deadline
     ) -> tuple[list[Any], ListMetadata] | None:
         """What matters of one page, and its metadata; None when its continue token has expired."""
-        answer = self.request("GET", kind.path, deadline, fields=query)
+        words = urllib.parse.urlencode(query, quote_via=urllib.parse.quote, safe="/")
+        answer = self.request("GET", kind.path, deadline, f"?{words}")
         if answer.status == 410:
             return None
         if answer.status != 200:
@@ -1866,11 +1867,10 @@ class Cluster:
                 f"{self.name} answers no {what} in JSON, but {quoted(told)}: {why}"
             ) from None
 
-    def request(self, method: str, path: str, deadline: Deadline, **content: Any) -> Answer:
-        """The answer, whatever its status. Raises Transient or Fatal.
-
-        `content` is urllib3's: `fields` of a query, or what is sent as `json`; PATCH merges it in.
-        """
+    def request(
+        self, method: str, path: str, deadline: Deadline, query: str = "", body: Any = None
+    ) -> Answer:
+        """The answer, whatever its status; PATCH merges the body in. Raises Transient or Fatal."""
         import urllib3
 
         # as UTF-8, which Go sends; http.client makes latin-1 of it
@@ -1881,10 +1881,11 @@ class Cluster:
         headers["Content-Type"] = f"application/{merge}json"
         left = deadline.remaining()
         timeout = urllib3.Timeout(connect=min(CONNECT_SECONDS, left), read=left)
-        how = {"redirect": False, "preload_content": False, "timeout": timeout, **content}
+        how = {"redirect": False, "preload_content": False, "timeout": timeout}
+        url = f"{self.access.server}{path}{query}"
         try:
-            answer = self.pool.request(method, self.access.server + path, headers=headers, **how)
-            body = self.body_of(answer)
+            answer = self.pool.request(method, url, headers=headers, json=body, **how)
+            content = self.body_of(answer)
         except urllib3.exceptions.SSLError as error:
             what = f"{self.name}: {one_line(error)}"
             if "EOF" in str(error):  # a load balancer, say, whose API server is about to come back
@@ -1895,9 +1896,9 @@ class Cluster:
         except ValueError:  # its text would show the token
             what = "the address, the token or an as has characters that no request can have"
             raise Fatal(f"{self.name}: {what}") from None
-        size = len(body)
+        size = len(content)
         log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, size)
-        return Answer(answer.status, answer.headers, body)
+        return Answer(answer.status, answer.headers, content)
 
     def unreachable(self, error: Exception) -> Exception:
         """What a connection that was not made, or that broke, means."""
@@ -2011,7 +2012,7 @@ class Cluster:
 
         None where it, or its namespace, is not there, or where it is there already.
         """
-        answer = self.request(method, path, deadline, json=body)
+        answer = self.request(method, path, deadline, body=body)
         ending = answer.status == 403 and b"is being terminated" in answer.data
         if answer.status in (404, 409) or ending:
             return None
