@@ -176,7 +176,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
 HOW_TO_INSTALL = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, "
@@ -1409,17 +1409,95 @@ def connections(access: Access) -> Any:
 
 # ------------------------------------------------ cluster: Kubernetes API or file -> Snapshot
 
-
-class Port(NamedTuple):
-    """A port of a Service; `node_port` 0 is none."""
-
-    name: str
-    protocol: str
-    port: int
-    node_port: int
+# Names stand in rules, so they have only the characters that Kubernetes allows.
+# \Z, since $ matches before a line break too.
+Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9.-]{1,253}\Z")]
+PortName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9-]{0,63}\Z")]
+PortNumber = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 
-@dataclass(frozen=True)
+# What is read of the API's objects; the rest of their fields may be anything.
+class Metadata(msgspec.Struct, kw_only=True, rename="camel"):
+    name: Name
+    labels: dict[Any, Any] = {}
+    annotations: dict[Any, Any] = {}
+
+
+class NamespacedMetadata(Metadata, kw_only=True):
+    namespace: Name
+    uid: str = ""
+    creation_timestamp: str = ""
+
+
+class Port(msgspec.Struct, rename="camel", gc=False):
+    """A port of a Service, or of the pods of an EndpointSlice; `node_port` 0 is none."""
+
+    name: PortName = ""
+    protocol: str = "TCP"
+    port: PortNumber = 0
+    node_port: PortNumber = 0
+
+    def __post_init__(self) -> None:
+        self.protocol = self.protocol.lower()
+
+
+class ServiceSpec(msgspec.Struct, rename="camel"):
+    type: str = "ClusterIP"
+    ports: list[Port] = []
+    external_traffic_policy: str = ""
+    session_affinity: str = ""
+    ip_families: list[str] = []
+    cluster_ips: list[str] = msgspec.field(name="clusterIPs", default_factory=list)
+    load_balancer_source_ranges: list[str] = []
+
+
+class ServiceObject(msgspec.Struct):
+    metadata: NamespacedMetadata
+    spec: ServiceSpec = msgspec.field(default_factory=ServiceSpec)
+
+
+class NodeEntry(msgspec.Struct):
+    """A taint, an address or a condition of a Node."""
+
+    key: str = ""
+    type: str = ""
+    address: str = ""
+    status: str = ""
+
+
+class NodeSpec(msgspec.Struct):
+    taints: list[NodeEntry] = []
+
+
+class NodeStatus(msgspec.Struct):
+    addresses: list[NodeEntry] = []
+    conditions: list[NodeEntry] = []
+
+
+class NodeObject(msgspec.Struct):
+    metadata: Metadata
+    spec: NodeSpec = msgspec.field(default_factory=NodeSpec)
+    status: NodeStatus = msgspec.field(default_factory=NodeStatus)
+
+
+class EndpointConditions(msgspec.Struct):
+    ready: bool = True  # "a nil value should be interpreted as true": its API reference
+    serving: bool | None = None
+
+
+class SliceEndpoint(msgspec.Struct, rename="camel"):
+    addresses: list[str] = []
+    node_name: str = ""
+    conditions: EndpointConditions = msgspec.field(default_factory=EndpointConditions)
+
+
+class EndpointSlice(msgspec.Struct):
+    metadata: NamespacedMetadata
+    endpoints: list[SliceEndpoint] | None = None  # the API writes null where there are none
+    ports: list[Port] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
     """What matters of a Service, with the annotations that are, or look like, epok's."""
 
@@ -1437,7 +1515,10 @@ class Service:
 
 @dataclass(frozen=True)
 class Node:
-    """What matters of a Node; at most one address of each IP version. `excluded` says what keeps traffic away."""
+    """What matters of a Node; at most one address of each IP version.
+
+    `excluded` says what keeps traffic away.
+    """
 
     name: str
     addresses: tuple[Address, ...]
@@ -1447,7 +1528,7 @@ class Node:
 
 
 class Endpoint(NamedTuple):
-    """An endpoint of a Service: a pod, the node that it is on, and its ports by name and protocol."""
+    """An endpoint of a Service: a pod, its node, and its ports by name and protocol."""
 
     service: str
     node: str
@@ -1466,176 +1547,152 @@ class Snapshot:
     endpoints: Mapping[str, Sequence[Endpoint]]
 
 
-class Fields:
-    """Typed access to the fields of one API object. A null is an absent field; a wrong type is Fatal."""
-
-    def __init__(self, value: Any, path: str) -> None:
-        self.value, self.path = value, path
-        if not isinstance(value, dict):
-            self.wrong("an object")
-
-    def wrong(self, expected: str, key: str = "") -> NoReturn:
-        value = self.value.get(key) if key else self.value
-        raise Fatal(
-            f"{self.path}{key and '.' + key}: {quoted(value)} is not {expected}; nothing was changed"
-        )
-
-    def get(self, key: str, default: T) -> T:
-        value = self.value.get(key)
-        if value is None:
-            return default
-        if type(value) is not type(default):
-            self.wrong(f"a {type(default).__name__}", key)
-        return value
-
-    def inner(self, key: str) -> Fields:
-        return Fields(self.get(key, {}), f"{self.path}.{key}")
-
-    def each(self, key: str) -> list[Fields]:
-        return [Fields(item, f"{self.path}.{key}[{n}]") for n, item in enumerate(self.objects(key))]
-
-    def objects(self, key: str) -> list[Any]:
-        return self.get(key, [])
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        texts = self.objects(key)
-        if not all(isinstance(text, str) for text in texts):
-            self.wrong("a list of strings", key)
-        return tuple(texts)
-
-
-def object_name(kind: str, item: Any) -> tuple[Fields, str]:
-    """Its metadata, and "namespace/name", or the name alone of a Node."""
-    meta = Fields(item, kind).inner("metadata")
-    parts = [meta.get(key, "") for key in ("namespace", "name") if key == "name" or kind != "Node"]
-    # names go into comments of rules; the API server lets no other characters through
-    if not all(re.fullmatch(r"[A-Za-z0-9.-]{1,253}", part) for part in parts):
-        raise Fatal(
-            f"{kind} {quoted('/'.join(parts))}: not a name that Kubernetes allows; nothing was changed"
-        )
-    name = "/".join(parts)
-    meta.path = f"{kind} {name} metadata"
-    return meta, name
-
-
-def to_service_port(fields: Fields) -> Port:
-    name, protocol = fields.get("name", ""), fields.get("protocol", "TCP").lower()
-    port, node_port = fields.get("port", 0), fields.get("nodePort", 0)
-    if not re.fullmatch(r"[A-Za-z0-9-]{0,63}", name):
-        fields.wrong("the name of a port", "name")
-    if not (0 <= port <= 65535 and 0 <= node_port <= 65535):
-        fields.wrong("a port with a nodePort, 1 to 65535")
-    return Port(name, protocol, port, node_port)
-
-
-def to_service(item: Any, always: str = "") -> Service | None:
-    """Reads a Service; None when it carries no mapping and is not the one that matters `always`."""
-    meta, key = object_name("Service", item)
-    annotations = meta.inner("annotations")
-    # null is "" to the API server too: an annotation that is there
-    known = {name: annotations.get(name, "") for name in annotations.value
-            if isinstance(name, str) and name.startswith(PREFIXES)}  # fmt: skip
-    if key != always and not known.keys() & set(PORT_ANNOTATIONS):
+def to_service(item: ServiceObject, always: str = "") -> Service | None:
+    """None for a Service without a mapping, unless it is the one that matters `always`."""
+    meta, spec = item.metadata, item.spec
+    key = f"{meta.namespace}/{meta.name}"
+    annotations = {}
+    for name, text in meta.annotations.items():
+        if not (isinstance(name, str) and name.startswith(PREFIXES)):
+            continue
+        if not isinstance(text, str | None):
+            what = f"Service {key} annotation {name}: {quoted(text)} is not a text"
+            raise Fatal(f"{what}; nothing was changed")
+        # null is "" to the API server too: an annotation that is there
+        annotations[name] = text or ""
+    if key != always and not annotations.keys() & set(PORT_ANNOTATIONS):
         return None
-    spec = Fields(Fields(item, f"Service {key}").get("spec", {}), f"Service {key} spec")
-    ports = [to_service_port(port) for port in spec.each("ports")]
-    families = spec.texts("ipFamilies") or tuple(
-        "IPv6" if ":" in ip else "IPv4" for ip in spec.texts("clusterIPs")
-    )
+    families = spec.ip_families or ["IPv6" if ":" in ip else "IPv4" for ip in spec.cluster_ips]
     return Service(
         key=key,
-        uid=meta.get("uid", ""),
-        created=meta.get("creationTimestamp", ""),
-        type=spec.get("type", "ClusterIP"),
-        annotations=known,
-        ports=tuple(port for port in ports if port.protocol in PROTOCOLS),
-        local=spec.get("externalTrafficPolicy", "Cluster") == "Local",
-        sticky=spec.get("sessionAffinity", "None") == "ClientIP",
-        versions=tuple(6 if family == "IPv6" else 4 for family in families or ("IPv4",)),
-        source_ranges=spec.texts("loadBalancerSourceRanges"),
+        uid=meta.uid,
+        created=meta.creation_timestamp,
+        type=spec.type,
+        annotations=annotations,
+        ports=tuple(port for port in spec.ports if port.protocol in PROTOCOLS),
+        local=spec.external_traffic_policy == "Local",
+        sticky=spec.session_affinity == "ClientIP",
+        versions=tuple(6 if family == "IPv6" else 4 for family in families or ["IPv4"]),
+        source_ranges=tuple(spec.load_balancer_source_ranges),
     )
 
 
 def usable(text: str) -> Address | None:
-    """The address of a node, or None when nothing can be sent there."""
+    """The address of a node or pod, or None when nothing can be sent there."""
     address = to_address(text)
-    if address is None:
+    if address is None or address.is_unspecified or address.is_loopback or address.is_multicast:
+        return None
+    if address.is_reserved or address.is_link_local:
         return None
     mapped = address.version == 6 and (address.ipv4_mapped or address.scope_id)
-    bad = (
-        address.is_unspecified or address.is_loopback or address.is_multicast or address.is_reserved
-    )
-    return None if bad or mapped or address.is_link_local else address
+    return None if mapped else address
 
 
-def to_node(item: Any) -> Node:
-    meta, name = object_name("Node", item)
-    spec, status = (
-        Fields(item, f"Node {name}").inner("spec"),
-        Fields(item, f"Node {name}").inner("status"),
-    )
-    listed = [
-        (entry.get("type", ""), usable(entry.get("address", "")))
-        for entry in status.each("addresses")
-    ]
-    addresses = []
-    for version in (4, 6):
-        candidates = [a for kind in ("InternalIP", "ExternalIP") for k, a in listed
-                      if k == kind and a and a.version == version]  # fmt: skip
-        addresses += candidates[:1]
-    labels, annotations = meta.inner("labels").value, meta.inner("annotations").value
-    tainted = any(taint.get("key", "") == AUTOSCALER_TAINT for taint in spec.each("taints"))
-    marks = {
-        **{f"annotation {name}": name in annotations for name in EXCLUDE_ANNOTATIONS},
-        f"label {EXCLUDE_LABEL}": EXCLUDE_LABEL in labels,
-        f"taint {AUTOSCALER_TAINT}": tainted,
-    }
-    conditions = {
-        entry.get("type", ""): entry.get("status", "") for entry in status.each("conditions")
-    }
+def to_node(item: NodeObject) -> Node:
+    meta, kinds = item.metadata, ("InternalIP", "ExternalIP")  # the first that can be used counts
+    listed = [each for kind in kinds for each in item.status.addresses if each.type == kind]
+    addresses: dict[int, Address] = {}
+    for address in (usable(each.address) for each in listed):
+        if address:
+            addresses.setdefault(address.version, address)
+    marks = [f"annotation {name}" for name in EXCLUDE_ANNOTATIONS if name in meta.annotations]
+    if EXCLUDE_LABEL in meta.labels:
+        marks.append(f"label {EXCLUDE_LABEL}")
+    if any(taint.key == AUTOSCALER_TAINT for taint in item.spec.taints):
+        marks.append(f"taint {AUTOSCALER_TAINT}")
+    conditions = {condition.type: condition.status for condition in item.status.conditions}
     return Node(
-        name=name,
-        addresses=tuple(addresses),
+        name=meta.name,
+        addresses=tuple(addresses[version] for version in sorted(addresses)),
         ready=conditions.get("Ready") == "True",
-        excluded=", ".join(itertools.compress(marks, marks.values())),
-        labelled=STANDARD_EXCLUDE_LABEL in labels,
+        excluded=", ".join(marks),
+        labelled=STANDARD_EXCLUDE_LABEL in meta.labels,
     )
 
 
-def to_endpoints(item: Any) -> list[Endpoint]:
-    meta, key = object_name("EndpointSlice", item)
-    service = f"{key.split('/')[0]}/{meta.inner('labels').get('kubernetes.io/service-name', '')}"
-    fields = Fields(item, f"EndpointSlice {key}")
-    listening = [to_service_port(port) for port in fields.each("ports")]
-    ports = {(port.name, port.protocol): port.port for port in listening}
+def to_endpoints(item: EndpointSlice) -> list[Endpoint]:
+    meta = item.metadata
+    service = f"{meta.namespace}/{meta.labels.get('kubernetes.io/service-name', '')}"
+    ports = {(port.name, port.protocol): port.port for port in item.ports or ()}
     endpoints = []
-    for entry in fields.each("endpoints"):
-        conditions = entry.inner("conditions")
-        ready = conditions.get(
-            "ready", True
-        )  # "a nil value should be interpreted as true": its API reference
-        serving = conditions.get("serving", ready)
-        address = usable(next(iter(entry.texts("addresses")), ""))
-        endpoints.append(
-            Endpoint(service, entry.get("nodeName", ""), address, ports, ready, serving)
-        )
+    for each in item.endpoints or ():
+        ready, serving = each.conditions.ready, each.conditions.serving
+        address = usable(next(iter(each.addresses), ""))
+        serving = ready if serving is None else serving
+        endpoints.append(Endpoint(service, each.node_name, address, ports, ready, serving))
     return endpoints
 
 
 class Kind(NamedTuple):
-    """A kind of API object; `convert` makes ours of one, or None when it does not matter."""
+    """A kind of API object, its type, and what makes ours of one, or None when it is not needed."""
 
     name: str
     path: str
     group: str
+    type: Any
     convert: Callable[[Any], Any]
 
 
-SERVICES = Kind("Service", "/api/v1/services", "", to_service)
-NODES = Kind("Node", "/api/v1/nodes", "", to_node)
+SERVICES = Kind("Service", "/api/v1/services", "", ServiceObject, to_service)
+NODES = Kind("Node", "/api/v1/nodes", "", NodeObject, to_node)
 ENDPOINT_SLICES = Kind(
-    "EndpointSlice", "/apis/discovery.k8s.io/v1/endpointslices", "discovery.k8s.io", to_endpoints
+    "EndpointSlice",
+    "/apis/discovery.k8s.io/v1/endpointslices",
+    "discovery.k8s.io",
+    EndpointSlice,
+    to_endpoints,
 )
+
+
+def needed(kind: Kind, items: Iterable[Any]) -> list[Any]:
+    """What matters of objects of a kind, which are JSON (Raw), or were read from JSON or YAML."""
+    made = (kind.convert(typed(item, kind.type, kind.name)) for item in items)
+    return [each for each in made if each]
+
+
+def typed(item: Any, form: type[T], what: str) -> T:
+    """The item as a struct; a null is an absent field. Raises Fatal that names object and field."""
+    raw = isinstance(item, msgspec.Raw)
+    try:
+        return msgspec.json.decode(item, type=form) if raw else msgspec.convert(item, form)
+    except (msgspec.DecodeError, RecursionError):
+        pass  # by a null, perhaps
+    try:
+        item = without_null_fields(json.loads(bytes(item)) if raw else item)
+        return msgspec.convert(item, form)
+    except msgspec.ValidationError as error:
+        raise wrong_field(item, str(error), what) from None
+    except (ValueError, RecursionError) as error:
+        raise Fatal(f"{what} in JSON or YAML: {one_line(error)}; nothing was changed") from None
+
+
+def without_null_fields(value: Any) -> Any:
+    """Leaves out fields that are null; no items of lists, and no labels and annotations."""
+    if isinstance(value, list):
+        return [without_null_fields(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: each if name in ("labels", "annotations") else without_null_fields(each)
+        for name, each in value.items()
+        if each is not None
+    }
+
+
+def wrong_field(item: Any, error: str, what: str) -> Fatal:
+    """Says which field of which object msgspec does not take, and what is there."""
+    meta = item.get("metadata") if isinstance(item, dict) else None
+    names = [meta.get(key) for key in ("namespace", "name")] if isinstance(meta, dict) else []
+    name = "/".join(each for each in names if isinstance(each, str))
+    path = "".join(re.findall(r"\$([^`]*)", error))  # of msgspec's `$.spec.ports[0].port`
+    value = item
+    for key, number in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        value = value[key] if key else value[int(number)]
+    where = f"{what} {quoted(name)} {path.lstrip('.')}" if name else f"{what}{path}"
+    why = error.partition(" - at ")[0]
+    return Fatal(f"{where}: {quoted(value)}: {why}; nothing was changed")
+
+
 HOW_TO_WRITE = "write it with kubectl get services,nodes,endpointslices -A -o json"
 
 
@@ -1647,38 +1704,42 @@ class SnapshotFile:
         try:
             # unbuffered: a thread that waits in a buffer keeps Python from exiting
             with open(0 if name == "-" else name, "rb", buffering=0, closefd=name != "-") as file:
-                self.objects = list(flatten(documents(file.read())))
+                there = [each for each in documents(file.read()) if each is not None]
+                self.objects = list(flatten(there))
         except OSError as error:
             raise Fatal(f"{self.name}: {one_line(error)}; {HOW_TO_WRITE}") from None
         except ValueError as error:
-            raise Fatal(
-                f"{self.name} is neither JSON nor YAML: {one_line(error)}; {HOW_TO_WRITE}"
-            ) from None
+            what = f"{self.name} is neither JSON nor YAML: {one_line(error)}"
+            raise Fatal(f"{what}; {HOW_TO_WRITE}") from None
         except RecursionError:
             raise Fatal(f"{self.name}: nested too deeply; {HOW_TO_WRITE}") from None
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
         """All that the file has of a kind; a selector only saves the API work."""
-        found = [item for item in self.objects if item.get("kind") == kind.name]
-        if kind is ENDPOINT_SLICES and not found:
+        chosen = [item for name, item in self.objects if name == kind.name]
+        if kind is ENDPOINT_SLICES and not chosen:
             why = "which externalTrafficPolicy Local, and a host that is itself a node, need"
             raise Fatal(f"{self.name} has no EndpointSlices, {why}; {HOW_TO_WRITE}")
-        return [keep for item in found if (keep := kind.convert(item))]
+        return needed(kind, chosen)
 
 
-def flatten(documents: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """The objects in documents and in lists of any kind; those of a ServiceList get the kind Service."""
-    for document in documents:
-        if document is None:
-            continue
-        kind = Fields(document, "snapshot").get("kind", "")
-        if not kind.endswith("List"):
-            yield document
-            continue
-        for item in Fields(document, "snapshot").objects("items"):
-            yield from flatten(
-                [{"kind": kind.removesuffix("List"), **Fields(item, "snapshot item").value}]
-            )
+class Document(msgspec.Struct):
+    kind: str = ""
+
+
+class DocumentList(msgspec.Struct):
+    items: list[Any] = []
+
+
+def flatten(objects: Iterable[Any], kind: str = "") -> Iterator[tuple[str, Any]]:
+    """The objects, also those in lists of any kind; `kind` is that of those that say none."""
+    for each in objects:
+        own = typed(each, Document, "snapshot").kind or kind
+        if own.endswith("List"):
+            inside = typed(each, DocumentList, "snapshot").items
+            yield from flatten(inside, own.removesuffix("List"))
+        else:
+            yield own, each
 
 
 class Answer(NamedTuple):
@@ -1687,6 +1748,24 @@ class Answer(NamedTuple):
     status: int
     headers: Mapping[str, str]
     data: bytes
+
+
+class ListMetadata(msgspec.Struct, rename="camel"):
+    resource_version: str | None = None
+    more: str | None = msgspec.field(name="continue", default=None)
+
+
+class Page(msgspec.Struct, rename="camel"):
+    """A page of a list; its items stay JSON, so that each is decoded when its turn comes."""
+
+    api_version: str = ""
+    kind: str = ""
+    metadata: ListMetadata | None = None
+    items: list[msgspec.Raw] | None = None
+
+
+class KnownEvent(msgspec.Struct):
+    count: int | None = 1
 
 
 class Event(NamedTuple):
@@ -1717,146 +1796,125 @@ class Cluster:
         return persist(self.deadline, self.all_pages, kind, selector)
 
     def all_pages(self, kind: Kind, selector: str) -> list[Any]:
-        found: list[Any] = []
-        query = {"limit": "500", **({"labelSelector": selector} if selector else {})}
-        load = functools.partial(persist, self.deadline, self.page, kind, query)
+        kept: list[Any] = []
         versions: set[str] = set()
-        page: Fields | None = load()
-        while page:
-            meta = page.inner("metadata")
-            versions.add(meta.get("resourceVersion", ""))
+        query = {"limit": "500", **({"labelSelector": selector} if selector else {})}
+        while page := persist(self.deadline, self.page, kind, query, self.deadline):
+            objects, meta = page
+            versions.add(meta.resource_version or "")
             if len(versions) > 1:  # what has moved to a page that was read before would be missing
                 raise Transient(f"{self.name}: the list of {kind.path} changed between two pages")
-            query["continue"] = meta.get("continue", "")
-            # the next one loads while this one is converted
-            loading = Background(load) if query["continue"] else None
-            found += [keep for item in page.objects("items") if (keep := kind.convert(item))]
-            if loading is None:
-                return found
-            page = loading.result(self.deadline, f"{self.name}: the list of {kind.path}")
+            kept += objects
+            if not meta.more:
+                return kept
+            query["continue"] = meta.more
         raise Transient(f"{self.name}: the list of {kind.path} expired between two pages")
 
-    def page(self, kind: Kind, query: Mapping[str, str]) -> Fields | None:
-        """One page; None when its continue token has expired."""
-        answer = self.request("GET", kind.path, self.deadline, query)
+    def page(
+        self, kind: Kind, query: Mapping[str, str], deadline: Deadline
+    ) -> tuple[list[Any], ListMetadata] | None:
+        """What matters of one page, and its metadata; None when its continue token has expired."""
+        words = urllib.parse.urlencode(query, quote_via=urllib.parse.quote, safe="/")
+        answer = self.request("GET", kind.path, deadline, f"?{words}")
         if answer.status == 410:
             return None
         if answer.status != 200:
             raise self.refusal(answer, "list", kind.path.rsplit("/", 1)[1], kind.group)
-        listed = self.decode(answer.data)
         version, name = f"{kind.group}/v1".lstrip("/"), f"{kind.name}List"
-        what = (listed.get("apiVersion"), listed.get("kind")) if isinstance(listed, dict) else ()
-        if what != (version, name) or listed.get("items") is None:
+        page = self.decode(answer.data, Page, name)
+        if (page.api_version, page.kind) != (version, name) or page.items is None:
+            told = quoted(status_message(answer.data))
+            raise Fatal(f"{self.name} answers no {name} of {version} in JSON, but {told}")
+        return needed(kind, page.items), page.metadata or ListMetadata()
+
+    def decode(self, body: bytes, form: type[T], what: str) -> T:
+        """A whole answer as the struct. Raises Fatal."""
+        try:
+            return msgspec.json.decode(body, type=form)
+        except (msgspec.DecodeError, RecursionError) as error:
+            at = re.search(r"\(byte (\d+)\)", str(error))
+            told = status_message(body[max(0, int(at[1]) - 30) if at else 0 :])
+            why = one_line(error).replace("$", what)
             raise Fatal(
-                f"{self.name} answers no {name} of {version}, but {quoted(status_message(answer.data))}"
-            )
-        return Fields(listed, f"{kind.name}List")
+                f"{self.name} answers no {what} in JSON, but {quoted(told)}: {why}"
+            ) from None
 
     def request(
-        self,
-        method: str,
-        path: str,
-        deadline: Deadline,
-        query: Mapping[str, str] | None = None,
-        body: Any = None,
+        self, method: str, path: str, deadline: Deadline, query: str = "", body: Any = None
     ) -> Answer:
-        """The answer: status, headers, body. `body` is for PATCH the fields to merge in. Raises Transient or Fatal."""
+        """The answer, whatever its status; PATCH merges the body in. Raises Transient or Fatal."""
         import urllib3
 
         # as UTF-8, which Go sends; http.client makes latin-1 of it
         sent = [(name, value.encode().decode("latin-1")) for name, value in self.access.headers]
-        headers = urllib3.HTTPHeaderDict(sent)
-        headers["Accept"] = "application/json"
-        headers["User-Agent"] = f"epok/{VERSION}"
-        headers["Content-Type"] = (
-            "application/merge-patch+json" if method == "PATCH" else "application/json"
-        )
-        url = f"{self.access.server}{path}" + (
-            f"?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote, safe='/')}"
-            if query
-            else ""
-        )
-        data = None if body is None else json.dumps(body).encode()
+        headers = urllib3.HTTPHeaderDict(sent)  # a name may stand there twice
+        headers.update({"Accept": "application/json", "User-Agent": f"epok/{VERSION}"})
+        merge = "merge-patch+" if method == "PATCH" else ""
+        headers["Content-Type"] = f"application/{merge}json"
         left = deadline.remaining()
         timeout = urllib3.Timeout(connect=min(CONNECT_SECONDS, left), read=left)
+        how = {"redirect": False, "preload_content": False, "timeout": timeout}
+        url = f"{self.access.server}{path}{query}"
         try:
-            answer = self.pool.request(
-                method,
-                url,
-                body=data,
-                headers=headers,
-                timeout=timeout,
-                redirect=False,
-                preload_content=False,
-            )
+            answer = self.pool.request(method, url, headers=headers, json=body, **how)
             content = self.body_of(answer)
         except urllib3.exceptions.SSLError as error:
+            what = f"{self.name}: {one_line(error)}"
             if "EOF" in str(error):  # a load balancer, say, whose API server is about to come back
-                raise Transient(f"{self.name}: {one_line(error)}") from None
-            raise Fatal(
-                f"{self.name}: {one_line(error)}: {tls_trouble(error)}{self.how_to_reach()}"
-            ) from None
+                raise Transient(what) from None
+            raise Fatal(f"{what}: {tls_trouble(error)}{self.how_to_reach()}") from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise self.unreachable(error) from None
         except ValueError:  # its text would show the token
             what = "the address, the token or an as has characters that no request can have"
             raise Fatal(f"{self.name}: {what}") from None
-        log.debug(
-            "%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, len(content)
-        )
+        size = len(content)
+        log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, size)
         return Answer(answer.status, answer.headers, content)
 
     def unreachable(self, error: Exception) -> Exception:
         """What a connection that was not made, or that broke, means."""
-        refused = re.search(
-            r"Tunnel connection failed: (4[0-9][0-9])|SOCKS5 authentication", str(error)
-        )
-        if refused:
-            login = refused[1] in ("401", "407", None)
-            why = (
-                "user:password@ in its address is missing or wrong"
-                if login
-                else "its rules forbid it"
-            )
-            what = f"answers {refused[1]}" if refused[1] else "lets nobody in like that"
-            return Fatal(f"{self.name}: the proxy {what}: {why}; see proxy-url, or HTTPS_PROXY")
-        return Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach())
+        proxy = r"Tunnel connection failed: (4[0-9][0-9])|SOCKS5 authentication"
+        refused = re.search(proxy, str(error))
+        if not refused:
+            return Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach())
+        what = f"answers {refused[1]}" if refused[1] else "lets nobody in like that"
+        why = "its rules forbid it"
+        if refused[1] in ("401", "407", None):
+            why = "user:password@ in its address is missing or wrong"
+        return Fatal(f"{self.name}: the proxy {what}: {why}; see proxy-url, or HTTPS_PROXY")
 
     def body_of(self, answer: Any) -> bytes:
-        """All of an answer's body, unpacked. Raises OSError where it breaks off, and Fatal where it does not end."""
+        """All of a body, unpacked. Raises OSError if it breaks off, Fatal if it does not end."""
         try:
             body: bytes = answer.read(ANSWER_LIMIT)
         except ValueError as error:  # the length of a chunk is less than nothing, say
             raise OSError(one_line(error)) from None
         if len(body) == ANSWER_LIMIT:
-            raise Fatal(
-                f"{self.name}: more than {ANSWER_LIMIT >> 20} MiB in one answer; nothing was changed"
-            )
+            what = f"more than {ANSWER_LIMIT >> 20} MiB in one answer"
+            raise Fatal(f"{self.name}: {what}; nothing was changed")
         return body
 
-    def refusal(self, answer: Any, verb: str, resource: str, group: str = "") -> Exception:
-        """What an answer other than the one that was wished for means: Fatal with what to do, or Transient."""
-        told = f"{self.name} answers {answer.status} to {verb} {resource} ({status_message(answer.data)})"
+    def refusal(self, answer: Answer, verb: str, resource: str, group: str = "") -> Exception:
+        """What an answer means that was not wished for: Fatal with what to do, or Transient."""
+        said = status_message(answer.data)
+        told = f"{self.name} answers {answer.status} to {verb} {resource} ({said})"
         if answer.status == 429 or answer.status >= 500:
             return Transient(told, retry_after(answer.headers.get("Retry-After", "")))
-        if answer.status == 401:
-            if not self.access.shows:
-                return Fatal(
-                    f"{told}: no credentials were sent, since {self.access.origin} has none"
-                )
-            renew = f"the {self.access.shows} is not accepted; renew it"
+        advice = "; is this a Kubernetes API server (1.21 or newer)?"
+        if answer.status == 401 and not self.access.shows:
+            advice = f": no credentials were sent, since {self.access.origin} has none"
+        elif answer.status == 401:
+            advice = f": the {self.access.shows} is not accepted; renew it"
             if self.access.kubectl:
-                renew += "; k3s: copy /etc/rancher/k3s/k3s.yaml anew; kubeadm: kubeadm certs renew admin.conf"
-            return Fatal(f"{told}: {renew}")
-        if answer.status == 403:
-            said = status_message(answer.data)
+                advice += "; k3s: copy /etc/rancher/k3s/k3s.yaml anew; "
+                advice += "kubeadm: kubeadm certs renew admin.conf"
+        elif answer.status == 403:
             allow = (
                 f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
             )
-            return Fatal(
-                f"{told}: {mistaken(said, self.access) or allow + how_to_allow(verb, said)}"
-            )
-        return Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
+            advice = f": {mistaken(said, self.access) or allow + how_to_allow(verb, said)}"
+        return Fatal(told + advice)
 
     def how_to_reach(self) -> str:
         """What to do about an API server that does not answer."""
@@ -1871,54 +1929,43 @@ class Cluster:
 
     def uid_of(self, namespace: str, service: str, deadline: Deadline) -> str:
         """The uid of a Service, empty when it is gone. Raises Transient or Fatal."""
-        query = {"fieldSelector": f"metadata.name={service}"}
-        answer = self.request("GET", f"/api/v1/namespaces/{namespace}/services", deadline, query)
-        if answer.status != 200:
-            raise self.refusal(answer, "list", "services")
-        found = Fields(self.decode(answer.data), "ServiceList").each("items")
-        return found[0].inner("metadata").get("uid", "") if found else ""
+        path = f"/api/v1/namespaces/{namespace}/services"
+        kind = SERVICES._replace(path=path, convert=lambda item: item.metadata.uid)
+        page = self.page(kind, {"fieldSelector": f"metadata.name={service}"}, deadline)
+        return page[0][0] if page and page[0] else ""
 
     def record(self, event: Event, uids: Mapping[str, str], deadline: Deadline) -> None:
-        """Writes an Event about a Service, or counts up the one that says the same. Raises Transient or Fatal."""
+        """Writes an Event, or counts up the one that says the same. Raises Transient or Fatal."""
         namespace, _, service = event.service.partition("/")
         uid = uids.get(event.service) or self.uid_of(namespace, service, deadline)
         if not uid:
             return  # nobody would look for it
-        involved = {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "namespace": namespace,
-            "name": service,
-            "uid": uid,
-        }
         name = f"{service}.{hashlib.sha256(repr((uid, event)).encode()).hexdigest()[:16]}"
         path = f"/api/v1/namespaces/{namespace}/events"
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         # an empty patch changes nothing and tells what is there, without the permission to get
-        known = self.send("PATCH", f"{path}/{name}", {}, deadline)
-        if known:
-            again = {"count": known.get("count", 1) + 1, "lastTimestamp": now}
+        if there := self.send("PATCH", f"{path}/{name}", {}, deadline):
+            again = {"count": (there.count or 1) + 1, "lastTimestamp": now}
             self.send("PATCH", f"{path}/{name}", again, deadline)
             return
-        times = {"firstTimestamp": now, "lastTimestamp": now, "count": 1}
-        said = {
+        about = {"kind": "Service", "namespace": namespace, "name": service, "uid": uid}
+        made = {
+            "metadata": {"name": name, "namespace": namespace},
+            "involvedObject": {"apiVersion": "v1", **about},
             "type": event.type,
             "reason": event.reason,
             "message": event.message,
             "source": {"component": "epok"},
-        }
-        made = {
-            "metadata": {"name": name, "namespace": namespace},
-            "involvedObject": involved,
-            **said,
-            **times,
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
         }
         self.send("POST", path, made, deadline)
 
     def record_all(
         self, events: Iterable[Event], uids: Mapping[str, str], deadline: Deadline
     ) -> None:
-        """Writes Events, in other namespaces also when one refuses them. Raises Fatal when any was not written."""
+        """Writes Events; leaves out namespaces that refuse one. Raises Fatal if there was any."""
         failed: dict[str, str] = {}
         for event in events:
             namespace = event.service.partition("/")[0]
@@ -1929,85 +1976,68 @@ class Cluster:
             except Fatal as error:
                 failed[namespace] = str(error)
         if failed:
-            raise Fatal(
-                f"{next(iter(failed.values()))}; no Events in namespace {enumerated(failed)}"
-            )
+            first = next(iter(failed.values()))
+            raise Fatal(f"{first}; no Events in namespace {enumerated(failed)}")
 
-    def send(self, method: str, path: str, body: Any, deadline: Deadline) -> Fields | None:
-        """Creates or patches an Event; None where it, or its namespace, is not there, or where it is there already."""
+    def send(self, method: str, path: str, body: Any, deadline: Deadline) -> KnownEvent | None:
+        """Creates or patches an Event.
+
+        None where it, or its namespace, is not there, or where it is there already.
+        """
         answer = self.request(method, path, deadline, body=body)
         ending = answer.status == 403 and b"is being terminated" in answer.data
         if answer.status in (404, 409) or ending:
             return None
         if answer.status not in (200, 201):
             raise self.refusal(answer, "create" if method == "POST" else "patch", "events")
-        return Fields(self.decode(answer.data), "Event")
-
-    def decode(self, body: bytes) -> Any:
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError):
-            raise Fatal(
-                f"{self.name} answers no JSON, but {quoted(status_message(body))}"
-            ) from None
+        return self.decode(answer.data, KnownEvent, "Event")
 
 
 def mistaken(message: str, access: Access) -> str:
-    """Why the server takes epok for nobody, or for somebody else than it may be, if an answer with 403 says so."""
-    if re.search(
-        'User "system:(anonymous|unauthenticated)"', message
-    ):  # who are everybody: never grant them anything
+    """Why the server takes epok for somebody else, or nobody, if an answer with 403 says so."""
+    if re.search('User "system:(anonymous|unauthenticated)"', message):
+        # these are everybody: never grant them anything
         if not access.shows:
             return f"no credentials were sent, since {access.origin} has none"
         if access.shows == "password":
-            return (
-                f"API servers take no username and password any more; give {access.origin} a token"
-            )
-        return f"the {access.shows} of {access.origin} did not arrive; is there something in between that ends TLS?"
+            why = "API servers take no username and password any more"
+            return f"{why}; give {access.origin} a token"
+        why = "is there something in between that ends TLS?"
+        return f"the {access.shows} of {access.origin} did not arrive; {why}"
     if "cannot impersonate" in message:
         return f"take as, as-uid, as-groups and as-user-extra out of {access.origin}"
     return ""
 
 
 def how_to_allow(verb: str, message: str) -> str:
-    """The commands that give a user the permission that an answer with status 403 says it lacks."""
+    """How to give a user the permission that an answer with status 403 says it lacks."""
     user = re.search(r'User "([A-Za-z0-9:@._-]{1,253})" cannot', message)
     if not user:
         return "; cron/cronjob.yaml has all that it needs"
-    events = verb != "list"
-    name, verbs = ("epok-events", "create,patch") if events else ("epok-list", "list")
-    resources = "events" if events else "services,nodes,endpointslices.discovery.k8s.io"
+    name, verbs, resources = "epok-events", "create,patch", "events"
+    if verb == "list":
+        name, verbs, resources = "epok-list", verb, "services,nodes,endpointslices.discovery.k8s.io"
     role = f"kubectl create clusterrole {name} --verb={verbs} --resource={resources}"
-    return f": {role} && kubectl create clusterrolebinding {name} --clusterrole={name} --user={user[1]}"
+    binding = f"kubectl create clusterrolebinding {name} --clusterrole={name} --user={user[1]}"
+    return f": {role} && {binding}"
 
 
 # What OpenSSL says, and what is wrong then.
-TLS_TROUBLES = (
-    (
-        "certificate has expired",
-        "the server's certificate has expired, or this machine's clock is wrong",
-    ),
-    ("not yet valid", "this machine's clock is behind, or the server's certificate is for later"),
-    (
-        "mismatch",
-        "the server's certificate is for other names than the one in server, or in tls-server-name",
-    ),
-    (
-        "verify failed",
-        "the server's certificate is not by the certificate-authority (without one: this machine's)",
-    ),
-    ("WRONG_VERSION_NUMBER|record layer|HTTP_REQUEST", "what answers there speaks no TLS"),
-    (
-        "alert",
-        "the server, or what is before it, refuses to talk to a client with this certificate, or with none",
-    ),
-)
+TLS_TROUBLES = {
+    "certificate has expired": "its certificate has expired, or this machine's clock is wrong",
+    "not yet valid": "this machine's clock is behind, or its certificate is for later",
+    "mismatch": "its certificate is for other names than that in server, or in tls-server-name",
+    "verify failed": "its certificate is not by the certificate-authority (or this machine's)",
+    "WRONG_VERSION_NUMBER|record layer|HTTP_REQUEST": "what answers there speaks no TLS",
+    "alert": "it, or what is before it, refuses clients with this certificate, or with none",
+}
 
 
 def tls_trouble(error: Exception) -> str:
-    return next(
-        (why for pattern, why in TLS_TROUBLES if re.search(pattern, str(error))), "TLS failed"
-    )
+    for pattern, why in TLS_TROUBLES.items():
+        if re.search(pattern, str(error)):
+            return why
+    return "TLS failed"
 
 
 def status_message(body: bytes) -> str:
@@ -2020,7 +2050,7 @@ def status_message(body: bytes) -> str:
 
 
 def retry_after(text: str) -> float:
-    """Seconds that a Retry-After header asks for, as a number or a date; urllib3 takes six hours for the most."""
+    """Seconds that a Retry-After header asks for, in a number or date; six hours at most."""
     import urllib3
 
     try:
@@ -2029,55 +2059,49 @@ def retry_after(text: str) -> float:
         return 0
 
 
+def open_source(options: Options, deadline: Deadline) -> SnapshotFile | Cluster:
+    return SnapshotFile(options.snapshot) if options.snapshot else Cluster(options, deadline)
+
+
 class Reader:
     """Reads a cluster, from the API or from a file, within the deadline."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
         self.deadline = deadline
-        login = Background(
-            *(
-                (SnapshotFile, options.snapshot)
-                if options.snapshot
-                else (Cluster, options, deadline)
-            )
-        )
-        self.source = login.result(
-            deadline, "logging in to the cluster, or reading the snapshot", 1
-        )
+        login = Background(open_source, options, deadline)
+        doing = "logging in to the cluster, or reading the snapshot"
+        self.source: SnapshotFile | Cluster = login.result(deadline, doing, 1)
 
-    def read(self, kind: Kind, selector: str = "") -> list[Any]:
+    def read(self, kind: Kind, selector: str = "") -> Any:
         reading = Background(self.source.read, kind, selector)
-        return reading.result(self.deadline, f"{self.source.name}: the list of {kind.name}s")  # type: ignore[no-any-return]
+        return reading.result(self.deadline, f"{self.source.name}: the list of {kind.name}s")
 
     def snapshot(self, explained: str = "") -> Snapshot:
-        """What matters of the cluster, all but the endpoints; of Services those with mappings and the one explained."""
-        convert = functools.partial(to_service, always=explained) if explained else to_service
+        """Services with mappings, and the one that is explained, and all nodes; no endpoints."""
+        convert = functools.partial(to_service, always=explained)
         services = self.once_each(SERVICES._replace(convert=convert), "key")
         nodes = self.once_each(NODES, "name")
         if not nodes:
-            raise Fatal(
-                f"{self.source.name} has no node at all, so it cannot be whole; nothing was changed"
-            )
-        if not any(node.addresses for node in nodes):
+            why = "has no node at all, so it cannot be whole"
+        elif not any(node.addresses for node in nodes):
             why = "none of its nodes has an InternalIP or ExternalIP that packets can be sent to"
-            raise Fatal(
-                f"{self.source.name}: {why}; see kubectl get nodes -o wide; nothing was changed"
-            )
-        return Snapshot(services, nodes, {})
+            why += "; see kubectl get nodes -o wide"
+        else:
+            return Snapshot(services, nodes, {})
+        raise Fatal(f"{self.source.name}: {why}; nothing was changed")
 
     def once_each(self, kind: Kind, key: str) -> tuple[Any, ...]:
-        """All that matter of a kind. What comes twice counts once; if the two differ, which of them is not known."""
-        found: dict[str, Any] = {}
+        """All that matter of a kind. What comes twice counts once; the two must not differ."""
+        unique: dict[str, Any] = {}
         for each in self.read(kind):
             name = getattr(each, key)
-            if found.setdefault(name, each) != each:
-                raise Fatal(
-                    f"{self.source.name} has {kind.name} {name} twice, and not the same; nothing was changed"
-                )
-        return tuple(found.values())
+            if unique.setdefault(name, each) != each:
+                what = f"{self.source.name} has {kind.name} {name} twice, and not the same"
+                raise Fatal(f"{what}; nothing was changed")
+        return tuple(unique.values())
 
     def with_endpoints(self, snapshot: Snapshot, on_node: bool, explained: str = "") -> Snapshot:
-        """Adds endpoints where they are needed: for all Services when the host is a node, else with policy Local.
+        """Adds endpoints: on a host that is a node all Services', else those of policy Local.
 
         Those of the Service that is explained come too, if they can be had.
         """
@@ -2100,19 +2124,18 @@ class Reader:
 # ------------------------------------------------ plan: Snapshot -> Forwards and Rejections
 
 
-class Target(NamedTuple):
-    """Where a forward sends connections."""
+class Target(msgspec.Struct, frozen=True, gc=False):
+    """Where a forward sends connections; a struct, since there are many and it takes half as much."""
 
     address: Address
     port: int
 
 
-@dataclass(frozen=True)
-class Forward:
-    """External ports `first` to `last` go to the targets; the n-th port to the n-th after the target's port.
+@dataclass(frozen=True, slots=True)
+class Route:
+    """External ports of a Service; the n-th goes to the n-th port from each target's port on.
 
-    `direct` targets are pods, not NodePorts; `sources` the networks that may use it, None for everybody. `known` are,
-    with affinity, the addresses that clients are shared out over, also those that may come back.
+    `direct` targets are pods, not NodePorts.
     """
 
     protocol: str
@@ -2122,6 +2145,16 @@ class Forward:
     port: str
     targets: tuple[Target, ...]
     direct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Forward(Route):
+    """What shall be forwarded; `sources` are the networks that may use it, None for everybody.
+
+    With affinity clients are shared out over the `known` addresses, of which some may be no
+    targets now.
+    """
+
     masquerade: bool
     internal: bool
     sources: tuple[Network, ...] | None
@@ -2156,7 +2189,7 @@ def brief(rejections: Iterable[Rejection]) -> Iterator[Rejection]:
 class Plan:
     """What shall be forwarded, what cannot be, and what a person should know.
 
-    `unknown` are annotations that stop nothing; `claims` and `places` are those of the Service that is explained.
+    `unknown` are annotations that stop nothing; `claims` and `places` are for --explain.
     """
 
     forwards: list[Forward] = field(default_factory=list)
@@ -2165,6 +2198,9 @@ class Plan:
     unknown: list[Rejection] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
+
+    def reject(self, service: Service, why: object, mapping: str = "") -> None:
+        self.rejections.append(Rejection(service.key, mapping, str(why)))
 
 
 class Range(NamedTuple):
@@ -2186,7 +2222,7 @@ class PortMapping(NamedTuple):
 
 
 def to_range(text: str) -> Range | None:
-    """Reads "25" or "8000-8010"; None when it is neither. Raises ValueError when no port can be meant."""
+    """Reads "25" or "8000-8010", None if it is neither. Raises ValueError if it is no port."""
     # no leading zeros: to some programs, iptables among them, they mean an octal number
     match = re.fullmatch(r"(0|[1-9][0-9]*)(?:[ \t]*-[ \t]*(0|[1-9][0-9]*))?", text)
     if not match:
@@ -2200,7 +2236,7 @@ def to_range(text: str) -> Range | None:
 
 
 def to_mapping(text: str) -> PortMapping:
-    """Reads EXTERNAL [":" TARGET] [":" PROTOCOL | "/" PROTOCOL]. Raises ValueError with the reason."""
+    """Reads EXTERNAL [":" TARGET] [":" PROTOCOL | "/" PROTOCOL]. Raises ValueError: why not."""
     head, slash, protocol = (part.strip(" \t\r\n") for part in text.partition("/"))
     words = [word.strip(" \t\r\n") for word in head.split(":")]
     if not slash and len(words) > 1 and words[-1].lower() in PROTOCOLS:
@@ -2227,10 +2263,9 @@ def to_mapping(text: str) -> PortMapping:
 
 def listed(ports: Iterable[Port]) -> str:
     """The NodePorts of a Service for a message."""
-    return (
-        enumerated(f"{p.node_port} ({p.name or p.port}/{p.protocol})" for p in ports if p.node_port)
-        or "none"
-    )
+    having = (port for port in ports if port.node_port)
+    texts = (f"{each.node_port} ({each.name or each.port}/{each.protocol})" for each in having)
+    return enumerated(texts) or "none"
 
 
 PortIndex = dict[tuple[str, int | str], list[Port]]
@@ -2246,21 +2281,18 @@ def index_ports(service: Service) -> PortIndex:
 
 
 def ports_for(service: Service, index: PortIndex, mapping: PortMapping, offset: int) -> list[Port]:
-    """The Service ports that external port number `offset` of a mapping goes to. Raises ValueError if none."""
+    """Where the external port number `offset` of a mapping goes. Raises ValueError if nowhere."""
     key: tuple[str, int | str] = ("port", mapping.external.first + offset)
     if isinstance(mapping.target, Range):
         key = ("NodePort", mapping.target.first + offset)
     elif mapping.target:
         key = ("port named", mapping.target)
     what = f"{key[0]} {key[1]}"
-    found = index.get(key, [])
-    wanted = [port for port in found if mapping.protocol in ("", port.protocol)]
-    if not found:
-        raise ValueError(f"no {what}; the NodePorts of this Service are {listed(service.ports)}")
+    ports = index.get(key, [])
+    wanted = [port for port in ports if mapping.protocol in ("", port.protocol)]
     if not wanted:
-        raise ValueError(
-            f"{what} has no {mapping.protocol}; the NodePorts of this Service are {listed(service.ports)}"
-        )
+        problem = f"{what} has no {mapping.protocol}" if ports else f"no {what}"
+        raise ValueError(f"{problem}; the NodePorts of this Service are {listed(service.ports)}")
     if not all(port.node_port for port in wanted):
         raise ValueError(f"{what} has no NodePort; let the Service allocate NodePorts")
     return wanted
@@ -2280,38 +2312,31 @@ def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
     index = index_ports(service)
     for number, text in enumerate(dict.fromkeys(texts)):
         if number == MAX_MAPPINGS:
-            plan.rejections.append(
-                Rejection(service.key, "", f"has more than {number} mappings; the rest is left out")
-            )
+            plan.reject(service, f"has more than {number} mappings; the rest is left out")
             return
         try:
             if service.type not in ("NodePort", "LoadBalancer"):
-                raise ValueError(
-                    f"a Service of type {service.type} has no NodePorts; make it NodePort or LoadBalancer"
-                )
+                why = "has no NodePorts; make it NodePort or LoadBalancer"
+                raise ValueError(f"a Service of type {service.type} {why}")
             mapping = to_mapping(text)
-            size = mapping.external.last - mapping.external.first + 1
-            # the list first: a mapping stands as a whole or not at all
-            found = [
-                (offset, port)
-                for offset in range(size)
-                for port in ports_for(service, index, mapping, offset)
-            ]
+            first, last = mapping.external
+            # all before the first is yielded: a mapping stands as a whole or not at all
+            ports = [ports_for(service, index, mapping, n) for n in range(last - first + 1)]
         except ValueError as error:
-            plan.rejections.append(Rejection(service.key, text, str(error)))
+            plan.reject(service, error, text)
             continue
-        yield from (Claim(text, mapping.external.first + offset, port) for offset, port in found)
+        for external, wanted in enumerate(ports, first):
+            yield from (Claim(text, external, port) for port in wanted)
 
 
 def check_annotations(service: Service, plan: Plan) -> None:
-    """Finds annotations that epok does not know. Raises ValueError where one may be a restriction, misspelt."""
+    """Finds unknown annotations. Raises ValueError where one may be a restriction, misspelt."""
     strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
     if not strange or not service.annotations.keys() & set(PORT_ANNOTATIONS):
         return
     if len(strange) > MAX_STRANGE:
-        raise ValueError(
-            f"has {len(strange)} annotations that epok does not know, like {quoted(strange[0])}"
-        )
+        many = f"{len(strange)} annotations that epok does not know"
+        raise ValueError(f"has {many}, like {quoted(strange[0])}")
     for name in strange:
         meant = nearest(name)
         what = f"epok knows no annotation {quoted(name)}; is {meant} meant?"
@@ -2321,33 +2346,35 @@ def check_annotations(service: Service, plan: Plan) -> None:
 
 
 def nearest(name: str) -> str:
-    """The annotation that looks most like one that is none, with the same prefix; a restriction if that is in it."""
+    """The annotation with the same prefix that looks most like one that is none.
+
+    A restriction wins if its name is in it.
+    """
     import difflib
 
     prefix, _, word = name.partition("/")
     letters = re.sub("[^a-z]", "", word[:MAX_NAME].lower())
-    known = [each for each in SERVICE_ANNOTATIONS[::-1] if each.startswith(f"{prefix}/")]
 
-    def likeness(each: str) -> tuple[bool, float]:
-        word = each.partition("/")[2]
-        within = each not in PORT_ANNOTATIONS and word.replace("-", "") in letters
-        return within, difflib.SequenceMatcher(None, letters, word).ratio()
+    def likeness(annotation: str) -> tuple[bool, float]:
+        right = annotation.partition("/")[2]
+        within = annotation not in PORT_ANNOTATIONS and right.replace("-", "") in letters
+        return within, difflib.SequenceMatcher(None, letters, right).ratio()
 
-    return max(known, key=likeness)
+    same_prefix = [each for each in SERVICE_ANNOTATIONS[::-1] if each.startswith(f"{prefix}/")]
+    return max(same_prefix, key=likeness)
 
 
 def allowed_sources(service: Service) -> tuple[Network, ...] | None:
-    """The networks that may use a Service, None for everybody. Raises ValueError: in doubt nobody may."""
+    """The networks that may use it, None for everybody. Raises ValueError: in doubt nobody may."""
     given = [name for name in ALLOW_ANNOTATIONS if name in service.annotations]
     if len({service.annotations[name] for name in given}) > 1:
-        raise ValueError(
-            f"{' and '.join(given)} say different things; until one of them is gone nobody may"
-        )
-    text = service.annotations[given[0]] if given else None
-    if text is None and not service.source_ranges:
+        why = "say different things; until one of them is gone nobody may"
+        raise ValueError(f"{' and '.join(given)} {why}")
+    if not given and not service.source_ranges:
         return None
-    name = given[0] if given else "spec.loadBalancerSourceRanges"
-    text = ",".join(service.source_ranges) if text is None else text.strip(" \t\r\n,")
+    name, text = "spec.loadBalancerSourceRanges", ",".join(service.source_ranges)
+    if given:
+        name, text = given[0], service.annotations[given[0]].strip(" \t\r\n,")
     if text.count(",") >= MAX_SOURCES:
         raise ValueError(f"{name} has more than {MAX_SOURCES} networks; until then nobody may")
     try:
@@ -2360,41 +2387,41 @@ def allowed_sources(service: Service) -> tuple[Network, ...] | None:
 
 
 def choose_nodes(nodes: Iterable[Node], plan: Plan) -> list[Node]:
-    """The nodes that forwards go to, in the order of preference that people expect of a load balancer."""
+    """The nodes that forwards go to, as people expect it of a load balancer."""
     rest = sorted((node for node in nodes if not node.excluded), key=lambda node: node.name)
-    choices: tuple[tuple[str, list[Node]], ...] = (
-        ("", [n for n in rest if n.ready and not n.labelled]),
-        (f"every Ready node has the label {STANDARD_EXCLUDE_LABEL}; forwarding to them all the same",
-         [n for n in rest if n.ready]),
-        ("no node is Ready; forwarding to all of them", [n for n in rest if not n.labelled] or rest),
-    )  # fmt: skip
-    for warning, chosen in choices:
-        if chosen:
-            plan.warnings += [warning] if warning else []
-            return chosen
-    plan.warnings.append(
-        "every node is excluded by an annotation, label or taint; nothing can be forwarded"
-    )
+    ready = [node for node in rest if node.ready]
+    unlabelled = [node for node in rest if not node.labelled]
+    if best := [node for node in ready if not node.labelled]:
+        return best
+    if ready:
+        what = f"every Ready node has the label {STANDARD_EXCLUDE_LABEL}"
+        plan.warnings.append(f"{what}; forwarding to them all the same")
+        return ready
+    if rest:
+        plan.warnings.append("no node is Ready; forwarding to all of them")
+        return unlabelled or rest
+    what = "every node is excluded by an annotation, label or taint"
+    plan.warnings.append(f"{what}; nothing can be forwarded")
     return []
 
 
 class Place(NamedTuple):
     """Where a Service is reached: a node, or a pod with its ports by name and protocol.
 
-    It is used now (`live`) or perhaps later, and one that is not `first` takes the place of one that is gone.
+    It is used now (`live`), or may come back. A stand-in has the place of one that may come back.
     """
 
     name: str
     address: Address
     ports: Mapping[tuple[str, str], int] | None
     live: bool
-    first: bool = True
+    stand_in: bool = False
 
     def target(self, port: Port) -> Target:
-        return Target(
-            self.address,
-            port.node_port if self.ports is None else self.ports.get((port.name, port.protocol), 0),
-        )
+        number = port.node_port
+        if self.ports is not None:
+            number = self.ports.get((port.name, port.protocol), 0)
+        return Target(self.address, number)
 
 
 Places = Mapping[int, list[Place]]  # by IP version
@@ -2404,18 +2431,18 @@ def each_address_once(places: Iterable[Place]) -> Places:
     """In order; of an address that two have, the live one counts, with the ports of both."""
     unique: dict[Address, Place] = {}
     for place in sorted(places, key=lambda place: (place.live, place.name)):
-        ports = unique.get(place.address, place).ports
-        unique[place.address] = place._replace(
-            ports=place.ports and {**(ports or {}), **place.ports}
-        )
-    found: dict[int, list[Place]] = {4: [], 6: []}
+        other = unique.get(place.address)
+        if place.ports and other and other.ports:
+            place = place._replace(ports={**other.ports, **place.ports})
+        unique[place.address] = place
+    by_version: dict[int, list[Place]] = {4: [], 6: []}
     for address in sorted(unique, key=lambda address: (address.version, address)):
-        found[address.version].append(unique[address])
-    return found
+        by_version[address.version].append(unique[address])
+    return by_version
 
 
 def node_places(nodes: Iterable[Node], chosen: Sequence[Node]) -> list[Place]:
-    """The nodes that were chosen, live, and those that may come back; not those with a label that keeps them out."""
+    """The nodes that were chosen, live, and those that may come back, not kept out by a label."""
     live = {node.name for node in chosen}
     labelled = any(node.labelled for node in chosen)
     some = [node for node in nodes if labelled or not node.labelled]
@@ -2431,44 +2458,43 @@ def pod_places(service: Service, endpoints: Iterable[Endpoint], own: Set[str]) -
 
 def having_pods(nodes: Iterable[Place], endpoints: Sequence[Endpoint]) -> list[Place]:
     """Of the nodes those that have pods; only where these can be used they are live."""
-    having = {e.node for e in endpoints}
-    using = {e.node for e in itertools.compress(endpoints, in_use(endpoints))}
-    return [
-        node._replace(live=node.live and node.name in using)
-        for node in nodes
-        if node.name in having
-    ]
+    having = {each.node for each in endpoints}
+    using = {each.node for each in itertools.compress(endpoints, in_use(endpoints))}
+    some = [node for node in nodes if node.name in having]
+    return [node._replace(live=node.live and node.name in using) for node in some]
 
 
 def in_use(endpoints: Sequence[Endpoint]) -> list[bool]:
-    """Which of them get connections: the ready ones, and where there is none those that end but still serve."""
+    """Which get connections: the ready ones, or if there is none those that end but still serve."""
     ready = [endpoint.ready for endpoint in endpoints]
     return ready if any(ready) else [endpoint.serving for endpoint in endpoints]
 
 
 def highest(service: str, places: list[Place], most: int) -> list[Place]:
-    """So many of the nodes: those that a Service ranks highest, and live ones in place of those that are not.
+    """So many of the nodes: those that a Service ranks highest, and a stand-in for each not live.
 
-    Each Service has a ranking of its own (rendezvous hashing: Thaler and Ravishankar, 1996), so that all nodes have
-    about equally many Services, and a node that comes or goes changes only those that rank it high.
+    Each Service has a ranking of its own (rendezvous hashing: Thaler and Ravishankar, 1996), so
+    that all nodes have about equally many Services, and a node that comes or goes changes only
+    those that rank it high.
     """
     if len(places) <= most:
         return places
-    ranked = sorted(
-        places, key=lambda place: hashlib.sha256(f"{service} {place.name}".encode()).digest()
-    )
-    firsts, others = ranked[:most], (place for place in ranked[most:] if place.live)
-    lacking = sum(not place.live for place in firsts)
-    stand_ins = [place._replace(first=False) for place in itertools.islice(others, lacking)]
-    return sorted(firsts + stand_ins, key=lambda place: place.address)
+
+    def rank(place: Place) -> bytes:
+        return hashlib.sha256(f"{service} {place.name}".encode()).digest()
+
+    ranked = sorted(places, key=rank)
+    homes, others = ranked[:most], (place for place in ranked[most:] if place.live)
+    lacking = sum(not place.live for place in homes)
+    stand_ins = [place._replace(stand_in=True) for place in itertools.islice(others, lacking)]
+    return sorted(homes + stand_ins, key=lambda place: place.address)
 
 
-class Nodes:
-    """Where the nodes are, for all Services, and for those of policy Local, which go to some of them."""
+class Nodes(NamedTuple):
+    """Where the nodes are; `unique` is where all Services go but those of policy Local."""
 
-    def __init__(self, places: list[Place]) -> None:
-        self.places = places
-        self.all = each_address_once(places)
+    places: list[Place]
+    unique: Places
 
 
 def places_of(
@@ -2476,66 +2502,68 @@ def places_of(
 ) -> list[Place]:
     """Where a Service's connections may go: nodes, or, on a host that is one of them, its pods.
 
-    On such a host a NodePort cannot be the target: a connection is translated once, so kube-proxy would not see it.
+    On such a host a NodePort cannot be the target: a connection is translated only once, so
+    kube-proxy would not see it.
     """
     endpoints = snapshot.endpoints.get(service.key, ())
     if own:
-        found = each_address_once(pod_places(service, endpoints, own))
+        places = each_address_once(pod_places(service, endpoints, own))
+    elif service.local:
+        places = each_address_once(having_pods(nodes.places, endpoints))
     else:
-        found = (
-            each_address_once(having_pods(nodes.places, endpoints)) if service.local else nodes.all
-        )
-        found = {
-            version: highest(service.key, places, options.max_nodes)
-            for version, places in found.items()
-        }
-    return [place for version in sorted({*service.versions}) for place in found[version]]
+        places = nodes.unique
+    most = sys.maxsize if own else options.max_nodes
+    families = [places[version] for version in sorted({*service.versions})]
+    return [place for family in families for place in highest(service.key, family, most)]
 
 
 def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset()) -> Plan:
     """Decides what is forwarded; `own` are the names of the nodes that the host itself is."""
     plan = Plan()
-    nodes = [] if own else choose_nodes(snapshot.nodes, plan)
-    everywhere = Nodes(node_places(snapshot.nodes, nodes))
+    chosen = [] if own else choose_nodes(snapshot.nodes, plan)
+    candidates = node_places(snapshot.nodes, chosen)
+    nodes = Nodes(candidates, each_address_once(candidates))
     taken: dict[tuple[str, int], tuple[str, int]] = {}
     if options.executor == "ssh":
         taken = {("tcp", login.port): ("", 0) for login in options.host}
     # the older Service wins a port that two ask for
-    for service in sorted(
-        snapshot.services, key=lambda service: (service.created or "~", service.key)
-    ):
+    for service in sorted(snapshot.services, key=lambda each: (each.created or "~", each.key)):
         try:
             check_annotations(service, plan)
             sources = allowed_sources(service)
         except ValueError as error:
-            plan.rejections.append(Rejection(service.key, "", str(error)))
+            plan.reject(service, error)
             continue
         claims = list(granted(service, taken, plan))
-        places = places_of(service, snapshot, everywhere, own, options)
+        places = places_of(service, snapshot, nodes, own, options)
         if service.key == options.explain:
             plan.claims, plan.places = claims, places
-        live = any(place.live for place in places)
-        if claims and not live and (nodes or own):
-            what = "ready endpoint" if own or service.local else "node"
-            plan.warnings.append(
-                f"{service.key}: not forwarded, there is no {what} of its IP families to forward to"
-            )
         forwards = [
             forward_of(service, claim, places, sources, options, bool(own)) for claim in claims
         ]
-        lacking = [forward.port for forward in forwards if live and not forward.targets]
-        if lacking:
-            plan.warnings.append(
-                f"{service.key}: not forwarded, no ready pod has the port {enumerated(lacking)}"
-            )
-        merged = merge([forward for forward in forwards if forward.targets])
+        if chosen or own:
+            plan.warnings += nowhere(service, forwards, places, bool(own))
+        merged = merge(forward for forward in forwards if forward.targets)
         if len(merged) * len(sources or ()) > MAX_SOURCES:
-            what = f"{len(merged)} external ports for {len(sources or ())} networks make more than {MAX_SOURCES} rules"
-            plan.rejections.append(Rejection(service.key, "", f"{what}; ask for fewer"))
+            what = f"{len(merged)} external ports for {len(sources or ())} networks"
+            plan.reject(service, f"{what} make more than {MAX_SOURCES} rules; ask for fewer")
         else:
             plan.forwards += merged
     plan.forwards.sort(key=lambda forward: (forward.first, forward.protocol))
     return plan
+
+
+def nowhere(
+    service: Service, forwards: Sequence[Forward], places: Sequence[Place], own: bool
+) -> Iterator[str]:
+    """Warns about forwards of a Service that have no target."""
+    lacking = [forward.port for forward in forwards if not forward.targets]
+    if lacking and any(place.live for place in places):
+        yield f"{service.key}: not forwarded, no ready pod has the port {enumerated(lacking)}"
+    elif lacking:
+        what = "ready endpoint" if own or service.local else "node"
+        why = f"there is no {what} of its IP families to forward to"
+        yield f"{service.key}: not forwarded, {why}"
 
 
 def granted(
@@ -2555,9 +2583,7 @@ def granted(
     for (mapping, reason), claims in refused.items():
         ports = spans({claim.external for claim in claims})
         protocols = ", ".join(sorted({claim.port.protocol for claim in claims}))
-        plan.rejections.append(
-            Rejection(service.key, mapping, f"external port {ports} ({protocols}) is {reason}")
-        )
+        plan.reject(service, f"external port {ports} ({protocols}) is {reason}", mapping)
 
 
 def spans(ports: Iterable[int]) -> str:
@@ -2575,46 +2601,46 @@ def forward_of(
     options: Options,
     direct: bool,
 ) -> Forward:
+    targets = [place.target(claim.port) for place in places if place.live]
+    homes = [place.address for place in places if not place.stand_in]
+    masquerade = {"always": True, "never": False, "auto": not service.local}
     return Forward(
         protocol=claim.port.protocol,
         first=claim.external,
         last=claim.external,
         service=service.key,
         port=claim.port.name or str(claim.port.port),
-        targets=tuple(
-            target for place in places if place.live and (target := place.target(claim.port)).port
-        ),
+        targets=tuple(target for target in targets if target.port),
         direct=direct,
-        masquerade=options.masquerade == "always"
-        or (options.masquerade == "auto" and not service.local),
+        masquerade=masquerade[options.masquerade],
         internal=any(name in service.annotations for name in INTERNAL_ANNOTATIONS),
         sources=sources,
-        known=tuple(place.address for place in places if place.first) if service.sticky else (),
+        known=tuple(homes) if service.sticky else (),
     )
 
 
-def merge(forwards: list[Forward]) -> list[Forward]:
+def merge(forwards: Iterable[Forward]) -> list[Forward]:
     """Those of a Service's forwards to neighbouring ports of the same targets become one range."""
-    if len(forwards) < 2:
-        return forwards
 
     def run_of(pair: tuple[int, Forward]) -> tuple[object, ...]:
         number, forward = pair
         shifts = [(target.address, target.port - forward.first) for target in forward.targets]
         return forward.protocol, forward.first - number, shifts
 
-    ordered = enumerate(sorted(forwards, key=lambda forward: (forward.protocol, forward.first)))
-    runs = [[forward for _, forward in run] for _, run in itertools.groupby(ordered, run_of)]
-    ports = [run[0].port if len(run) == 1 else f"{run[0].port}-{run[-1].port}" for run in runs]
-    return [
-        dataclasses.replace(run[0], last=run[-1].last, port=port)
-        for run, port in zip(runs, ports, strict=True)
-    ]
+    merged = []
+    ordered = sorted(forwards, key=lambda forward: (forward.protocol, forward.first))
+    for _, run in itertools.groupby(enumerate(ordered), run_of):
+        first, *others = [forward for _, forward in run]
+        if others:
+            last, ports = others[-1].last, f"{first.port}-{others[-1].port}"
+            first = dataclasses.replace(first, last=last, port=ports)
+        merged.append(first)
+    return merged
 
 
 # ------------------------------------------------ ruleset: Forwards -> chains, in iptables-save's words
 
-# Each rule below was printed back by iptables-save as it stands here, by nft and legacy, IPv4 and IPv6.
+# iptables-save printed back each rule below as it stands here, by nft and legacy, IPv4 and IPv6.
 
 ROOT, FORWARD, POSTROUTING = "EPOK", "EPOK-FORWARD", "EPOK-POSTROUTING"
 BUILT_IN = {
@@ -2622,15 +2648,12 @@ BUILT_IN = {
     "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
 }
 HOST_HOOK = f"-m addrtype --dst-type LOCAL -j {ROOT}"
-HOOKS = {
+HOOKS = {  # with lo, nat's OUTPUT has HOST_HOOK too
     "filter": {"FORWARD": f"-j {FORWARD}"},
-    "nat": {
-        "PREROUTING": HOST_HOOK,
-        "POSTROUTING": f"-j {POSTROUTING}",
-    },  # with lo, OUTPUT has it too
+    "nat": {"PREROUTING": HOST_HOOK, "POSTROUTING": f"-j {POSTROUTING}"},
 }
-# The trie over the 16 bits of a port is cut at these bits: fewer bits a level send less when a port changes,
-# more bits a level make fewer chains.
+# The trie over the 16 bits of a port is cut at these bits: fewer bits a level send less when a
+# port changes, more bits a level make fewer chains.
 CUTS = (13, 10, 8, 6, 4, 2, 0)
 
 
@@ -2684,12 +2707,13 @@ class Rules(Sequence[str]):
 
 @dataclass
 class Table:
-    """What is, or shall be, epok's in a table: its chains, and the rules of built-in chains that jump to them.
+    """What is, or shall be, epok's in a table: its chains, and the rules that jump to them.
 
-    `held` are chains of epok's that foreign rules refer to, `older` the (chain, rule) pairs of the older epok.
-    `counts` are the packets that met each rule of a chain, where they were asked for, `origin` is what printed it all,
-    `ahead` are all rules that are not epok's, by chain, when some may come before epok's hook, and `beside` is whether
-    the host has tables of iptables-legacy too.
+    `hooks` are these rules, by built-in chain, `held` chains of epok's that foreign rules refer to,
+    `older` the (chain, rule) pairs of the older epok. Of a table that was read, `counts` are the
+    packets that met each rule of a chain, where they were asked for, `origin` is what printed it,
+    `ahead` are all rules that are not epok's, by chain, when some may come before epok's hook, and
+    `beside` is whether the host has tables of iptables-legacy too.
     """
 
     chains: dict[str, Sequence[str]] = field(default_factory=dict)
@@ -2703,13 +2727,12 @@ class Table:
 
     def add(self, prefix: str, lines: list[str]) -> str:
         """Adds an immutable chain, named by prefix and digest; returns its name."""
-        rules = Rules(lines)
-        for salt in itertools.count():
-            text = "\n".join(lines) + "\n" * salt
+        rules, text = Rules(lines), "\n".join(lines)
+        while True:
             name = f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
             if self.chains.setdefault(name, rules) == rules:
                 return name
-        raise AssertionError  # count() does not end
+            text += "\n"  # another chain has this digest already
 
 
 Tables = dict[str, Table]
@@ -2720,26 +2743,23 @@ NOTHING: Tables = {"filter": Table(), "nat": Table()}
 
 def render(forwards: Sequence[Forward], family: Family, options: Options) -> Tables:
     """The tables of one IP version that make the forwards work."""
-    masquerade = options.mark.masquerade
-    nat = Table()
-    external = options.external_interface
+    external, mark = options.external_interface, options.mark
     ways = {name: entries(name, family, options.addresses) for name in options.interfaces}
     inner = any(ways[name] for name in ways if name != external)
-    reachable = [
-        forward for forward in forwards if inner or (ways.get(external) and not forward.internal)
-    ]
-    leaves = [leaf for forward in reachable for leaf in add_leaf(forward, family, options, nat)]
+    outer = bool(ways.get(external))
+    nat = Table()
+    leaves: list[Leaf] = []
+    for forward in forwards:
+        if inner or (outer and not forward.internal):
+            leaves += add_leaf(forward, family, mark, nat)
     inside = add_trees(leaves, nat) if inner else {}
-    outside = (
-        add_trees([leaf for leaf in leaves if not leaf.internal], nat) if ways.get(external) else {}
-    )
+    outside = add_trees([leaf for leaf in leaves if not leaf.internal], nat) if outer else {}
+    bit = f"{mark.masquerade:#x}/{mark.masquerade:#x}"
     nat.chains[ROOT] = root_rules(ways, inside, outside, external)
-    nat.chains[POSTROUTING] = [
-        f"-m connmark --mark {masquerade:#x}/{masquerade:#x} -j MASQUERADE --random-fully"
-    ]
+    nat.chains[POSTROUTING] = [f"-m connmark --mark {bit} -j MASQUERADE --random-fully"]
     nat.hooks = {chain: [hook] for chain, hook in HOOKS["nat"].items()}
     nat.hooks["OUTPUT"] = [HOST_HOOK] if "lo" in options.interfaces else []
-    accept = Table({FORWARD: [f"-m connmark {marked(options.mark)} -j ACCEPT"]})
+    accept = Table({FORWARD: [f"-m connmark {marked(mark)} -j ACCEPT"]})
     accept.hooks = {chain: [hook] for chain, hook in HOOKS["filter"].items()}
     return {"filter": accept, "nat": nat}
 
@@ -2755,15 +2775,12 @@ def root_rules(
     outside: Mapping[str, str],
     external: str,
 ) -> list[str]:
-    """The rules of EPOK: from each way in to the first chain of a protocol, the external interface first."""
+    """The rules of EPOK, from each way in to a protocol's first chain; the external one first."""
     rules = []
     for interface, matches in sorted(ways.items(), key=lambda way: way[0] != external):
         trees = outside if interface == external else inside
-        rules += [
-            f"{match} -p {protocol} -g {chain}"
-            for match in matches
-            for protocol, chain in trees.items()
-        ]
+        for match, (protocol, chain) in itertools.product(matches, trees.items()):
+            rules.append(f"{match} -p {protocol} -g {chain}")
         if interface == external and inside:
             # so that another interface that covers this one, like eth+, does not let its packets in
             rules.append(f"{'-o' if interface == 'lo' else '-i'} {interface} -j RETURN")
@@ -2771,19 +2788,18 @@ def root_rules(
 
 
 def entries(interface: str, family: Family, addresses: Sequence[Network]) -> list[str]:
-    """What packets match that come in through an interface to the host's addresses, one rule each."""
+    """What packets match that come in through an interface to these addresses, one rule each."""
     given = [network for network in addresses if network.version == family.version]
-    if interface != "lo":
-        matches = [f"-d {text_of(network)} " if network.prefixlen else "" for network in given]
-        return [f"{match}-i {interface}" for match in matches or ([""] if not addresses else [])]
+    everywhere = not addresses or any(not network.prefixlen for network in given)
     # packets of the host to itself pass OUTPUT, where -i cannot match
-    if not addresses or any(not network.prefixlen for network in given):
+    if interface == "lo" and everywhere:
         return [f"! -d {family.loopback} -o lo"]
-    return [
-        f"-d {text_of(part)} -o lo"
-        for network in given
-        for part in without(network, family.loopback)
-    ]
+    if interface == "lo":
+        parts = [part for network in given for part in without(network, family.loopback)]
+        return [f"-d {text_of(part)} -o lo" for part in parts]
+    if everywhere:
+        return [f"-i {interface}"]
+    return [f"-d {text_of(network)} -i {interface}" for network in given]
 
 
 def without(network: Any, hole: Any) -> list[Network]:
@@ -2811,7 +2827,7 @@ class Leaf(NamedTuple):
 
 
 def add_trees(leaves: Iterable[Leaf], nat: Table) -> dict[str, str]:
-    """Adds the chains that lead packets to their leaves; returns the chain to begin with for each protocol."""
+    """Adds the chains that lead packets to their leaves; returns each protocol's first chain."""
     roots = {}
     for protocol in PROTOCOLS:
         chosen = sorted(leaf for leaf in leaves if leaf.protocol == protocol)
@@ -2824,11 +2840,13 @@ def add_branch(protocol: str, leaves: Sequence[Leaf], level: int, nat: Table) ->
     """Adds the chain that tells the leaves apart by port, and the smaller ones below it."""
     while len(leaves) > 1 and leaves[0].first >> CUTS[level] == leaves[-1].last >> CUTS[level]:
         level += 1
+
+    def block_of(leaf: Leaf) -> tuple[int, int]:
+        return leaf.first >> CUTS[level], leaf.last >> CUTS[level]
+
     rules = []
     # a range that crosses a border between blocks stands alone in this chain
-    for _, group in itertools.groupby(
-        leaves, lambda leaf: (leaf.first >> CUTS[level], leaf.last >> CUTS[level])
-    ):
+    for _, group in itertools.groupby(leaves, block_of):
         block = list(group)
         rule = block[0].rule
         if len(block) > 1:
@@ -2838,79 +2856,82 @@ def add_branch(protocol: str, leaves: Sequence[Leaf], level: int, nat: Table) ->
     return nat.add(f"EPOK-{protocol}-{leaves[0].first}-{leaves[-1].last}", rules)
 
 
-def add_leaf(forward: Forward, family: Family, options: Options, nat: Table) -> list[Leaf]:
-    """Adds the chain that marks a connection and picks a node; none when no target or client is of the family."""
-    targets = [target for target in forward.targets if target.address.version == family.version]
-    sources = [network for network in forward.sources or () if network.version == family.version]
+def add_leaf(forward: Forward, family: Family, mark: Mark, nat: Table) -> list[Leaf]:
+    """Adds the chain that marks a connection and picks a node.
+
+    Returns its leaf; none when no target or client is of the family.
+    """
+    version, protocol = family.version, forward.protocol
+    targets = [target for target in forward.targets if target.address.version == version]
+    sources = [network for network in forward.sources or () if network.version == version]
     if not targets or (forward.sources is not None and not sources):
         return []
-    forwarded, masquerade = options.mark
-    bits = forwarded | masquerade if forward.masquerade else forwarded
+    bits = mark.forwarded | (mark.masquerade if forward.masquerade else 0)
     addresses = tuple(target.address for target in targets)
-    known = tuple(address for address in forward.known if address.version == family.version)
+    known = tuple(address for address in forward.known if address.version == version)
     ports = [target_ports(forward, target) for target in targets]
-    rules = [f"-j CONNMARK --set-xmark {bits:#x}/{forwarded | masquerade:#x}"]
-    rules += [start + ports[number] for number, start in shares(forward.protocol, addresses, known)]
-    prefix = f"EPOK-{forward.protocol}-{Range(forward.first, forward.last)}"
+    rules = [f"-j CONNMARK --set-xmark {bits:#x}/{mark.forwarded | mark.masquerade:#x}"]
+    rules += [start + ports[number] for number, start in shares(protocol, addresses, known)]
+    prefix = f"EPOK-{protocol}-{Range(forward.first, forward.last)}"
     chain = nat.add(prefix, rules)
     # 255 bytes are all that iptables keeps: four names of 63 make more
     comment = f"{forward.service} {forward.port}"[:250] + (" pods" if forward.direct else "")
-    if not re.fullmatch(
-        r"[A-Za-z0-9_.:/ -]{1,255}", comment
-    ):  # anything else could end the rule or begin another
+    # anything else could end the rule or begin another
+    if not re.fullmatch(r"[A-Za-z0-9_.:/ -]{1,255}", comment):
         raise Fatal(f"{quoted(comment)} cannot stand in a comment of iptables; nothing was changed")
+    jump = f'-m comment --comment "{comment}" -g'
     if sources and all(network.prefixlen for network in sources):
-        chain = nat.add(
-            prefix,
-            [f'-s {text_of(n)} -m comment --comment "{comment}" -g {chain}' for n in sources],
-        )
-    external = (
-        f"{forward.first}:{forward.last}" if forward.last > forward.first else f"{forward.first}"
-    )
-    rule = f'-p {forward.protocol} -m {forward.protocol} --dport {external} -m comment --comment "{comment}" -g {chain}'
-    return [Leaf(forward.first, forward.last, forward.protocol, forward.internal, rule)]
+        chain = nat.add(prefix, [f"-s {text_of(source)} {jump} {chain}" for source in sources])
+    external = f"{forward.first}"
+    if forward.last > forward.first:
+        external += f":{forward.last}"
+    rule = f"-p {protocol} -m {protocol} --dport {external} {jump} {chain}"
+    return [Leaf(forward.first, forward.last, protocol, forward.internal, rule)]
 
 
 @functools.lru_cache
 def shares(
     protocol: str, targets: tuple[Address, ...], known: tuple[Address, ...]
 ) -> list[tuple[int, str]]:
-    """The rules that pick one of the targets: its number, and all of the rule but the port, which comes last.
+    """The rules that pick a target: its number, and all of the rule but the port, which comes last.
 
-    The pick is by the low bits of the client's address when addresses are `known` (see Forward), else at random.
+    The pick is by the client's address when addresses are `known` (see Forward), else at random.
     """
     hosts = [f"[{address}]" if address.version == 6 else f"{address}" for address in targets]
     ends = [f"-j DNAT --to-destination {host}:" for host in hosts]
     if known and len(targets) > 1:
         owners = buckets_of(tuple(map(str, known)), tuple(map(str, targets)))
         make = type(targets[0])
-        # once with and once without the first bit: iptables 1.8.7 (nft) makes nothing of a mask that begins with zeros
+        # once with and once without the first bit: iptables 1.8.7 (nft) makes nothing of a mask
+        # that begins with zeros
         first = 1 << targets[0].max_prefixlen - 1
         mask = make(first + len(owners) - 1)
         sources = [(n, make(bit + bucket)) for bucket, n in enumerate(owners) for bit in (0, first)]
         return [(n, f"-s {source}/{mask} -p {protocol} {ends[n]}") for n, source in sources]
-    # 1/left as iptables-save prints it: the kernel keeps 31 bits of a probability
-    chances = [f"{int(2**31 / left + 0.5) / 2**31:.11f}" for left in range(len(targets), 1, -1)]
-    matches = [f" -m statistic --mode random --probability {chance}" for chance in chances] + [""]
-    return [
-        (n, f"-p {protocol}{match} {end}")
-        for n, (match, end) in enumerate(zip(matches, ends, strict=True))
-    ]
+    rules = []
+    for number, end in enumerate(ends):
+        left = len(ends) - number
+        # 1/left as iptables-save prints it: the kernel keeps 31 bits of a probability
+        chance = f"{int(2**31 / left + 0.5) / 2**31:.11f}"
+        pick = f" -m statistic --mode random --probability {chance}" if left > 1 else ""
+        rules.append((number, f"-p {protocol}{pick} {end}"))
+    return rules
 
 
 @functools.lru_cache
 def buckets_of(known: tuple[str, ...], live: tuple[str, ...]) -> list[int]:
-    """Shares the low bits of client addresses out evenly: for each bucket the number of one of the `live` names.
+    """Shares the low bits of client addresses out evenly: each bucket's number of a `live` name.
 
-    Those that are known take in turn what they like best, as in Maglev (Eisenbud et al., NSDI 2016); a bucket whose
-    owner is not live goes to the live name that likes it best. So a client is with its own node whenever that is there.
+    Those that are known take in turn what they like best, as in Maglev (Eisenbud et al., NSDI
+    2016); a bucket whose owner is not live goes to the live name that likes it best. So a client
+    is with its own node whenever that is there.
     """
     count = 64
     while count < 4 * len(known):
         count *= 2
-    wishes = {
-        name: iter(sorted(range(count), key=likings(name, count).__getitem__)) for name in known
-    }
+    wishes = {}
+    for name in known:
+        wishes[name] = iter(sorted(range(count), key=likings(name, count).__getitem__))
     owners: dict[int, str] = {}
     for name in itertools.islice(itertools.cycle(known), count):
         owners[next(bucket for bucket in wishes[name] if bucket not in owners)] = name
@@ -2926,7 +2947,7 @@ def likings(name: str, count: int) -> list[bytes]:
 
 
 def target_ports(forward: Forward, target: Target) -> str:
-    """A target's port as DNAT has it; of a range "30000-30010/8000": port 8000 goes to 30000, and so on."""
+    """A target's port, or of a range "30000-30010/8000": port 8000 goes to 30000, and so on."""
     if forward.first == forward.last:
         return f"{target.port}"
     return f"{target.port}-{target.port + forward.last - forward.first}/{forward.first}"
@@ -2935,22 +2956,19 @@ def target_ports(forward: Forward, target: Target) -> str:
 # ------------------------------------------------ live: chains -> the forwards in them, and what changed
 
 
-@dataclass(frozen=True)
-class Live:
-    """A forward as rules say it: `ways` are the interfaces, and addresses, by which it is reached.
+Key = tuple[int, int, str, str]  # ports, protocol and Service
 
-    `counts` are the new connections since its rules were made, all and those to each target; empty is not known.
+
+@dataclass(frozen=True, slots=True)
+class Live(Route):
+    """What rules forward: `ways` are the interfaces, and addresses, by which it is reached.
+
+    `counts` are the new connections since its rules were made, all and those to each target;
+    empty is not known.
     """
 
-    first: int
-    last: int
-    protocol: str
-    service: str
-    port: str
     version: int
     chain: str
-    targets: tuple[Target, ...]
-    direct: bool
     kept: bool
     sources: tuple[str, ...]
     ways: tuple[str, ...] = ()
@@ -2960,42 +2978,35 @@ class Live:
         return f"{self.protocol}/{Range(self.first, self.last)}"
 
     @property
-    def key(self) -> tuple[int, int, str, str]:
+    def key(self) -> Key:
         return self.first, self.last, self.protocol, self.service
 
     @property
     def node_ports(self) -> str:
-        ports = {
-            target.port: Range(target.port, target.port + self.last - self.first)
-            for target in self.targets
-        }
-        return ", ".join(map(str, ports.values()))
+        size = self.last - self.first
+        firsts = dict.fromkeys(target.port for target in self.targets)
+        return ", ".join(str(Range(first, first + size)) for first in firsts)
 
     @property
     def text(self) -> str:
-        """Where it goes, as a person says it: "default/mail:smtp (NodePort 2025) on 3 nodes, client address kept"."""
+        """As "default/mail:smtp (NodePort 2025) on 3 nodes, client address kept"."""
         what, place = ("port", "pod") if self.direct else ("NodePort", "node")
-        count = len(self.targets)
-        return (
-            f"{self.service}:{self.port} ({what} {self.node_ports}) on {count} {plural(count, place)}"
-            + (", client address kept" if self.kept else "")
-            + (f", for {enumerated(self.sources)} only" if self.sources else "")
-            + (" over IPv6" if self.version == 6 else "")
-        )
+        places = f"{len(self.targets)} {plural(len(self.targets), place)}"
+        text = f"{self.service}:{self.port} ({what} {self.node_ports}) on {places}"
+        text += ", client address kept" if self.kept else ""
+        text += f", for {enumerated(self.sources)} only" if self.sources else ""
+        return text + (" over IPv6" if self.version == 6 else "")
 
     def document(self) -> dict[str, Any]:
         """The same for programs."""
-        named = {
-            "protocol": self.protocol,
-            "first": self.first,
-            "last": self.last,
-            "service": self.service,
-        }
         places = [{"address": str(target.address), "port": target.port} for target in self.targets]
         for place, count in zip(places, self.counts[1:], strict=False):
             place["connections"] = count
         return {
-            **named,
+            "protocol": self.protocol,
+            "first": self.first,
+            "last": self.last,
+            "service": self.service,
             "port": self.port,
             "ipVersion": self.version,
             "pods" if self.direct else "nodes": places,
@@ -3014,17 +3025,16 @@ DISPATCH = re.compile(
     re.ASCII,
 )
 TARGET = re.compile(r"--to-destination \[?([0-9a-f.:]+)\]?:(\d{1,5})", re.ASCII)
+# whether the address is negated, address, interface and chain
 ENTRY = re.compile(r"(?:(! )?-d (\S+) )?(?:-i|-o) (\S+) -p \w+ -g (\S+)")
-Key = tuple[int, int, str, str]  # ports, protocol and Service
-Dispatch = tuple[
-    re.Match[str], tuple[str, ...]
-]  # a rule that leads to a forward, and the ways by which it is met
+# A rule that leads to a forward, and the ways by which packets come to it.
+Dispatch = tuple[re.Match[str], tuple[str, ...]]
 
 
 def dispatches_in(tables: Tables) -> dict[Key, Dispatch]:
     """What rules lead to forwards."""
     chains = tables["nat"].chains
-    found: dict[Key, Dispatch] = {}
+    dispatches: dict[Key, Dispatch] = {}
     for way, start in ways_in(tables):
         todo, seen = [start], {start}
         while todo:
@@ -3033,62 +3043,56 @@ def dispatches_in(tables: Tables) -> dict[Key, Dispatch]:
                 if match := DISPATCH.match(rule):
                     protocol, first, last, service = match.groups()[:4]
                     key = int(first), int(last or first), protocol, service
-                    ways = found[key][1] if key in found else ()
-                    found[key] = match, ways if way in ways else (*ways, way)
+                    ways = dispatches[key][1] if key in dispatches else ()
+                    dispatches[key] = match, ways if way in ways else (*ways, way)
                 elif jump not in seen:
                     seen.add(jump)
                     todo.append(jump)
-    return found
+    return dispatches
 
 
 def forwards_in(
-    tables: Tables, version: int, counts: Mapping[str, Sequence[int]] | None = None
+    tables: Tables, version: int, counts: dict[str, list[int]] | None = None
 ) -> dict[Key, Live]:
-    """What rules forward; `counts` are those of the rules, by chain."""
-    found = dispatches_in(tables).items()
-    return {
-        key: read_forward(key, dispatch, tables["nat"], version, counts) for key, dispatch in found
-    }
+    """What rules forward; `counts` are those of the rules, by chain, if not the table's own."""
+    nat = tables["nat"]
+    nat = dataclasses.replace(nat, counts=counts) if counts else nat
+    dispatches = dispatches_in(tables).items()
+    return {key: read_forward(key, dispatch, nat, version) for key, dispatch in dispatches}
 
 
 def entries_in(tables: Tables) -> list[re.Match[str]]:
-    """The rules of EPOK that lead packets in: whether the address is negated, address, interface and chain."""
-    return [
-        match for rule in tables["nat"].chains.get(ROOT, []) if (match := ENTRY.fullmatch(rule))
-    ]
+    """The rules of EPOK that lead packets in; see ENTRY."""
+    matches = (ENTRY.fullmatch(rule) for rule in tables["nat"].chains.get(ROOT, []))
+    return [match for match in matches if match]
 
 
 def ways_in(tables: Tables) -> list[tuple[str, str]]:
-    """How packets come to the forwards, "eth0" or "192.0.2.1/32 by eth0", and the chain that they come to."""
-    entries = (match.groups() for match in entries_in(tables))
-    return [
-        (f"{to} by {name}" if to and not negated else name, chain)
-        for negated, to, name, chain in entries
-    ]
+    """How packets come in, "eth0" or "192.0.2.1/32 by eth0", and the chain that they come to."""
+    ways = []
+    for negated, address, interface, chain in (match.groups() for match in entries_in(tables)):
+        by_address = address and not negated
+        ways.append((f"{address} by {interface}" if by_address else interface, chain))
+    return ways
 
 
-def read_forward(
-    key: Key,
-    dispatch: Dispatch,
-    nat: Table,
-    version: int,
-    counts: Mapping[str, Sequence[int]] | None = None,
-) -> Live:
+def read_forward(key: Key, dispatch: Dispatch, nat: Table, version: int) -> Live:
     """The forward that a rule leads to."""
-    (match, ways), chains, counts = dispatch, nat.chains, counts or nat.counts
-    (first, last, protocol, service), (port, pods, chain) = key, match.groups()[4:]
-    sources = {
-        rule.split()[1]: rule.split()[-1]
-        for rule in chains.get(chain, [])
-        if re.match("-s .* -g ", rule)
-    }
+    (first, last, protocol, service), (match, ways) = key, dispatch
+    port, pods, chain = match.groups()[4:]
+    sources = {}
+    for rule in nat.chains.get(chain, []):
+        if re.match("-s .* -g ", rule):
+            words = rule.split()
+            sources[words[1]] = words[-1]
     leaf = next(iter(sources.values()), chain)
-    rules = chains.get(leaf, [])
+    rules, counts = nat.chains.get(leaf, []), nat.counts.get(leaf, [])
     met: dict[Target, int] = {}
-    for rule, count in itertools.zip_longest(rules, counts.get(leaf, ())):
-        if (found := TARGET.search(rule or "")) and (address := to_address(found[1])):
-            target = Target(address, int(found[2]))
-            met[target] = met.get(target, 0) + (count or 0)
+    for rule, count in zip(rules, itertools.chain(counts, itertools.repeat(0)), strict=False):
+        place = TARGET.search(rule)
+        if place and (address := to_address(place[1])):
+            target = Target(address, int(place[2]))
+            met[target] = met.get(target, 0) + count
     marks = re.search(r"--set-xmark (\w+)/(\w+)", rules[0] if rules else "")
     return Live(
         first=first,
@@ -3103,12 +3107,15 @@ def read_forward(
         kept=bool(marks and marks[1] != marks[2]),
         sources=tuple(sources),
         ways=ways,
-        counts=(counts[leaf][0], *met.values()) if counts.get(leaf) else (),
+        counts=(counts[0], *met.values()) if counts else (),
     )
 
 
 class Change(NamedTuple):
-    """A forward of a Service that came (+), went (-), or goes elsewhere now (~), and how it was before."""
+    """A forward of a Service that came (+), went (-), or goes elsewhere now (~).
+
+    `before` is how that was before.
+    """
 
     sign: str
     live: Live
@@ -3116,7 +3123,7 @@ class Change(NamedTuple):
 
     @property
     def text(self) -> str:
-        return f"{self.live.text}{self.before and ': ' + difference(self.before, self.live) or ''}"
+        return self.live.text + (f": {difference(self.before, self.live)}" if self.before else "")
 
     @property
     def line(self) -> str:
@@ -3129,26 +3136,28 @@ class Change(NamedTuple):
 
 def difference(old: Live, new: Live) -> str:
     """What changed about a forward, as a person says it."""
-    lists = [(old.ways, new.ways, "by "), (old.sources, new.sources, "for ")]
-    told = [f"NodePort {old.node_ports} before"] if old.node_ports != new.node_ports else []
-    pairs = [
-        ([str(t.address) for t in old.targets], [str(t.address) for t in new.targets], ""),
-        *lists,
-    ]
-    for before, after, word in pairs:
-        gone, come = [x for x in before if x not in after], [x for x in after if x not in before]
-        told += [f"no longer {word}{enumerated(gone)}"] if gone and after else []
-        told += (
-            [f"now {word}{enumerated(come)}" + (" too" if len(come) < len(after) else "")]
-            if come
-            else []
-        )
-    told += ["for everybody"] if old.sources and not new.sources else []
-    told += (
-        [f"client address {'kept' if new.kept else 'hidden'} now"] if old.kept != new.kept else []
-    )
-    told += [f"port {old.port} before"] if old.port != new.port else []
-    return "; ".join(told) or "nodes picked in another way"
+    news = []
+    if old.node_ports != new.node_ports:
+        news.append(f"NodePort {old.node_ports} before")
+    for word, before, after in (
+        ("", [str(t.address) for t in old.targets], [str(t.address) for t in new.targets]),
+        ("by ", old.ways, new.ways),
+        ("for ", old.sources, new.sources),
+    ):
+        gone = [each for each in before if each not in after]
+        come = [each for each in after if each not in before]
+        if gone and after:
+            news.append(f"no longer {word}{enumerated(gone)}")
+        if come:
+            too = " too" if len(come) < len(after) else ""
+            news.append(f"now {word}{enumerated(come)}{too}")
+    if old.sources and not new.sources:
+        news.append("for everybody")
+    if old.kept != new.kept:
+        news.append(f"client address {'kept' if new.kept else 'hidden'} now")
+    if old.port != new.port:
+        news.append(f"port {old.port} before")
+    return "; ".join(news) or "nodes picked in another way"
 
 
 VERBS = {"+": "now forwarding", "-": "no longer forwarding", "~": "changed:"}
@@ -3162,11 +3171,8 @@ def changes_between(before: Found, after: Wanted) -> list[Change]:
             continue
         old, new = dispatches_in(tables), dispatches_in(after[version])
         had, has = tables["nat"], after[version]["nat"]
-        tampered = any(
-            rules != has.chains.get(chain, rules)
-            for chain, rules in had.chains.items()
-            if chain != ROOT
-        )
+        chains = [chain for chain in had.chains if chain != ROOT and chain in has.chains]
+        tampered = any(had.chains[chain] != has.chains[chain] for chain in chains)
         for key in sorted(old.keys() | new.keys()):
             if key in old and key in new and not tampered and same(old[key], new[key]):
                 continue  # the names of chains say what is in them

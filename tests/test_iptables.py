@@ -133,9 +133,9 @@ def test_every_rule_form_is_printed_back_word_for_word(lab: Lab, version: int) -
 
 def plan_of(lab: Lab, options: epok.Options) -> epok.Plan:
     objects = lab.cluster(*EVERY_FORM)["items"]
-    services = [epok.to_service(item) for item in objects if item["kind"] == "Service"]
-    nodes = [epok.to_node(item) for item in objects if item["kind"] == "Node"]
-    return epok.make_plan(epok.Snapshot(tuple(s for s in services if s), tuple(nodes), {}), options)
+    services = epok.needed(epok.SERVICES, (item for item in objects if item["kind"] == "Service"))
+    nodes = epok.needed(epok.NODES, (item for item in objects if item["kind"] == "Node"))
+    return epok.make_plan(epok.Snapshot(tuple(services), tuple(nodes), {}), options)
 
 
 def test_a_second_run_sends_nothing(lab: Lab) -> None:
