@@ -458,6 +458,20 @@ class Fake(epok.LocalHost):
         return epok.Result(self.status, self.out, "")
 
 
+class Visited(epok.Visit):
+    """Such a host, with tables of iptables-legacy and nothing else of its own."""
+
+    facts: Any = epok.Facts({}, {})
+    found: Any = {4: {name: epok.Table(beside=True) for name in ("nat", "filter")}, 6: None}
+
+    def __init__(self, out: str, status: int) -> None:
+        options = epok.parse_options(["-i", "eth0", "local"], {})
+        super().__init__(Fake(out, status), options, epok.Deadline(9))
+
+    def arrive(self) -> Any:
+        pass
+
+
 PACKETS = [
     epok.Packet(4, "eth0", "eth1", "tcp", 25, epok.ipaddress.ip_address("10.0.0.11"), False, 0x10000000),
     epok.Packet(6, "eth0", "", "udp", 53, epok.ipaddress.ip_address("2001:db8::1"), True),
@@ -495,10 +509,6 @@ tcp [::1]:1 *:25 0.0.0.0%lo:9 :::7 via nexthop inet rp_filter strict all"""
 LINES = st.lists(st.sampled_from([*PRINTED.split(), "\n", "\n-A"]) | st.text(max_size=4), max_size=60).map(" ".join)
 
 
-def deadline() -> epok.Deadline:
-    return epok.Deadline(9)
-
-
 @given(LINES)
 def test_no_text_of_ip_ss_or_iptables_breaks_a_check(text: str) -> None:
     for line in text.splitlines():
@@ -511,16 +521,13 @@ def test_no_text_of_ip_ss_or_iptables_breaks_a_check(text: str) -> None:
 
 @given(LISTED.map(lambda listed: json.dumps({"nftables": listed})) | st.text() | LINES, st.integers(0, 1))
 def test_nothing_that_nft_prints_breaks_a_check(text: str, status: int) -> None:
-    host, blind = Fake(text, status), list[str]()
+    visit = Visited(text, status)
     for packet in PACKETS:
-        steps = epok.nft_steps(host, "inet", "wall", {"f": "drop"}, blind, deadline())
+        steps = epok.nft_steps(visit.asker, epok.BaseChain("inet", "wall", "f", "drop"))
         step, sure = epok.decision(steps, "f", packet)
         assert not (status and sure), "a chain that was not read may do anything"
-    around = epok.read_surroundings(host, deadline())
-    found: epok.Found = {4: {name: epok.Table(beside=True) for name in ("nat", "filter")}, 6: None}
-    options = epok.parse_options(["-i", "eth0", "local"], {})
-    view = epok.View(host, options, found, epok.Facts({}, {}), around, deadline())
-    for each in epok.firewalls(view):
+    visit.look_around()
+    for each in epok.firewalls(visit):
         epok.decision(each.steps, each.chain, PACKETS[0])
 
 
