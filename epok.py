@@ -169,7 +169,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -4421,28 +4421,102 @@ class Packet(NamedTuple):
     mark: int = 0
 
 
-class Step(NamedTuple):
-    """A rule on the way of a packet: whether it matches, None when that cannot be told.
+class Option(NamedTuple):
+    """What a rule asks of a packet, in the words of iptables: one of these values, or none of them.
+
+    An empty value is one that is not understood.
+    """
+
+    name: str
+    values: list[str]
+    negated: bool = False
+
+    def fits(self, packet: Packet) -> bool | None:
+        """None where that cannot be told."""
+        answers = [has(packet, self.name, value) if value else None for value in self.values]
+        if True not in answers and (None in answers or not answers):
+            return None
+        return (True in answers) != self.negated
+
+
+def has(packet: Packet, name: str, value: str) -> bool | None:
+    """Whether a packet has a value, None where that cannot be told."""
+    match name:
+        case "-m":
+            return True
+        case "-i":
+            return like(value, packet.interface)
+        case "-o":
+            return like(value, packet.out)
+        case "-p":
+            return value in (packet.protocol, "all")
+        case "-d":
+            return in_network(value, packet.address)
+        case "--dport" | "--dports":
+            return within(value, packet.port)
+        case "--state" | "--ctstate":
+            return value == "NEW" or (value == "DNAT" and not packet.local)
+        case "--dst-type":
+            return value == ("LOCAL" if packet.local else "UNICAST")
+        case "connmark --mark":
+            bits, _, mask = value.partition("/")
+            return bits == mask if mask == f"{packet.mark:#x}" else None
+        case "nfproto":
+            return value == f"ipv{packet.version}"
+    return None
+
+
+def like(pattern: str, interface: str) -> bool | None:
+    """Whether an interface is the one meant, or begins as a pattern that ends in "+"."""
+    if not interface:
+        return None
+    return interface.startswith(pattern[:-1]) if pattern.endswith("+") else interface == pattern
+
+
+def in_network(text: str, address: Address) -> bool | None:
+    first, _, last = text.partition("-")
+    try:
+        if last:
+            low, high = ipaddress.ip_address(first), ipaddress.ip_address(last)
+            return int(low) <= int(address) <= int(high)
+        return address in ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
+def within(ports: str, port: int) -> bool | None:
+    """Whether "25", "8000:8010" or "8000-8010" has a port."""
+    match = re.fullmatch("([0-9]{1,5})(?:[:-]([0-9]{1,5}))?", ports)
+    return int(match[1]) <= port <= int(match[2] or match[1]) if match else None
+
+
+class Rule(NamedTuple):
+    """A rule on the way of packets, and what becomes of one that it matches.
 
     `verdict` is accept, drop, return, jump or goto (to `chain`), own where epok's rules decide from
-    there on, empty for a rule that lets packets go on, or "?". A chain's last step is its policy,
+    there on, empty for a rule that lets packets go on, or "?". A chain's last rule is its policy,
     which is return where it has none.
     """
 
-    matched: bool | None
+    options: Sequence[Option]
     verdict: str
     chain: str
     text: str
 
+    def matches(self, packet: Packet) -> bool | None:
+        """None where that cannot be told."""
+        answers = [option.fits(packet) for option in self.options]
+        return False if False in answers else None if None in answers else True
 
-Steps = Callable[[str, Packet], Iterable[Step]]  # the rules of a chain, for a packet
-Decision = tuple[Step | None, bool]
+
+Rules = Callable[[str], Sequence[Rule]]  # by chain
+Decision = tuple[Rule | None, bool]
 
 
 def decision(
-    steps: Steps, chain: str, packet: Packet, decided: dict[str, Decision] | None = None
+    rules: Rules, chain: str, packet: Packet, decided: dict[str, Decision] | None = None
 ) -> Decision:
-    """The step that decides about a packet, None when none does, and whether that is sure.
+    """The rule that decides about a packet, None when none does, and whether that is sure.
 
     Not sure is what comes after a rule that may have sent the packet another way; one that may drop
     it is taken not to. `decided` are the chains that the packet has met.
@@ -4451,85 +4525,28 @@ def decision(
     if chain not in decided:
         decided[chain] = None, False  # or chains in a circle, which the kernel refuses, had no end
         if len(decided) < 200:
-            decided[chain] = walk(steps, chain, packet, decided)
+            decided[chain] = walk(rules, chain, packet, decided)
     return decided[chain]
 
 
-def walk(steps: Steps, chain: str, packet: Packet, decided: dict[str, Decision]) -> Decision:
+def walk(rules: Rules, chain: str, packet: Packet, decided: dict[str, Decision]) -> Decision:
     sure = True
-    rest = iter(steps(chain, packet))
-    for step in rest:
-        if step.matched is False or not step.verdict:
+    for rule in rules(chain):
+        matched = rule.matches(packet)
+        if matched is False or not rule.verdict:
             continue
-        end = step if step.verdict in ("accept", "drop") else None
-        clear = bool(end) or step.verdict in ("return", "own")
-        if step.chain:
-            end, clear = decision(steps, step.chain, packet, decided)
-        leaves = end or step.verdict in ("return", "goto", "own")
-        if step.matched and leaves:
-            if step.verdict in ("return", "goto"):
-                policy = [step, *rest][-1]
-                end = end or (policy if policy.verdict in ("accept", "drop") else None)
+        end = rule if rule.verdict in ("accept", "drop") else None
+        clear = bool(end) or rule.verdict in ("return", "own")
+        if rule.chain:
+            end, clear = decision(rules, rule.chain, packet, decided)
+        leaves = end or rule.verdict in ("return", "goto", "own")
+        if matched and leaves:
+            policy = rules(chain)[-1]
+            if rule.verdict in ("return", "goto") and policy.verdict in ("accept", "drop"):
+                end = end or policy
             return end, sure and clear
         sure = sure and clear and (not leaves or bool(end and end.verdict == "drop"))
     return None, sure
-
-
-def every(answers: Sequence[bool | None]) -> bool | None:
-    """Whether all is so, None when that cannot be told."""
-    return False if False in answers else None if None in answers else True
-
-
-def negate(answer: bool | None, negated: bool) -> bool | None:
-    return answer if answer is None else answer != negated
-
-
-def within(ports: str, port: int) -> bool:
-    """Whether "25" or "8000:8010" has a port."""
-    match = re.fullmatch(r"([0-9]{1,5})(?::([0-9]{1,5}))?", ports)
-    return bool(match and int(match[1]) <= port <= int(match[2] or match[1]))
-
-
-def in_network(text: str, address: Address) -> bool | None:
-    try:
-        return address in ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        return None
-
-
-def like(pattern: str, interface: str, wildcard: str) -> bool | None:
-    """Whether an interface is the one meant, or begins as a pattern that ends in a wildcard."""
-    if not interface:
-        return None
-    if pattern.endswith(wildcard):
-        return interface.startswith(pattern[:-1])
-    return interface == pattern
-
-
-def iptables_match(option: str, value: str, packet: Packet) -> bool | None:
-    """Whether a packet matches, by an option of iptables; None where that cannot be told."""
-    match option:
-        case "-m":
-            return True
-        case "-i":
-            return like(value, packet.interface, "+")
-        case "-o":
-            return like(value, packet.out, "+")
-        case "-p":
-            return value in (packet.protocol, "all")
-        case "-d":
-            return in_network(value, packet.address)
-        case "--dport" | "--dports":
-            return any(within(ports, packet.port) for ports in value.split(","))
-        case "--state":
-            return "NEW" in value.split(",")
-        case "--ctstate":
-            return not {"NEW", "NEW" if packet.local else "DNAT"}.isdisjoint(value.split(","))
-        case "--dst-type":
-            return ("LOCAL" if packet.local else "UNICAST") in value.split(",")
-        case "connmark --mark":
-            return value == f"{packet.mark:#x}/{packet.mark:#x}" or None
-    return None
 
 
 COMMENT = re.compile(r' -m comment --comment (?:"(?:\\.|[^"\\])*"|\S+)')
@@ -4541,51 +4558,33 @@ VERDICTS = {
 GOING_ON = "(LOG|NFLOG|MARK|CONNMARK|TCPMSS|TRACE|TTL|HL|DSCP|CHECKSUM|CLASSIFY)?"
 
 
-class Option(NamedTuple):
-    """An option of a rule of iptables, like "! -i eth0"."""
+def iptables_rules(chains: Mapping[str, Sequence[str]]) -> Rules:
+    """The rules of chains as saved_chains() reads them."""
+    return functools.cache(
+        lambda chain: [iptables_rule(line, chains) for line in chains.get(chain, ())]
+    )
 
-    negated: bool
-    name: str
-    values: list[str]
 
-
-def options_in(line: str) -> list[Option]:
-    """The options in a line of saved_chains()."""
+def iptables_rule(line: str, chains: Container[str]) -> Rule:
+    if line.startswith("-P "):
+        return Rule((), VERDICTS.get(line.split()[-1], "return"), "", line)
     options: list[Option] = []
     for before, word in itertools.pairwise(split(COMMENT.sub("", line))[1:]):
         if re.match("--?[a-z]", word):
             name = f"{before} {word}" if word == "--mark" else word  # packets have one too
-            options.append(Option(before == "!", name, []))
+            options.append(Option(name, [], before == "!"))
         elif options and word != "!":
-            options[-1].values.append(word)
-    return options
-
-
-def iptables_steps(chains: Mapping[str, Sequence[str]]) -> Steps:
-    """The steps of chains as saved_chains() reads them."""
-    options_of = functools.cache(options_in)
-
-    def step(line: str, packet: Packet) -> Step:
-        if line.startswith("-P "):
-            return Step(True, VERDICTS.get(line.split()[-1], "return"), "", line)
-        answers: list[bool | None] = []
-        target, jump = "", "jump"
-        for negated, name, values in options_of(line):
-            if name in ("-j", "-g"):
-                target, jump = "".join(values[:1]), "goto" if name == "-g" else "jump"
-                break
-            answer = iptables_match(name, values[0], packet) if len(values) == 1 else None
-            answers.append(negate(answer, negated))
-        matched = every(answers)
-        if owned(target):
-            return Step(matched, "own", "", line)
-        if target in chains:
-            return Step(matched, VERDICTS.get(target, jump), target, line)
-        return Step(
-            matched, VERDICTS.get(target, "" if re.fullmatch(GOING_ON, target) else "?"), "", line
-        )
-
-    return lambda chain, packet: (step(line, packet) for line in chains.get(chain, ()))
+            options[-1].values.extend(word.split(","))
+    asked = list(itertools.takewhile(lambda option: option.name not in ("-j", "-g"), options))
+    jumps = options[len(asked) : len(asked) + 1]
+    target = "".join(value for jump in jumps for value in jump.values[:1])
+    if owned(target):
+        return Rule(asked, "own", "", line)
+    if target in chains:
+        verdict = VERDICTS.get(target, "goto" if jumps[0].name == "-g" else "jump")
+        return Rule(asked, verdict, target, line)
+    other = "" if re.fullmatch(GOING_ON, target) else "?"
+    return Rule(asked, VERDICTS.get(target, other), "", line)
 
 
 class Asker:
@@ -4648,125 +4647,106 @@ class BaseChain(NamedTuple):
     policy: str
 
 
-def nft_steps(asker: Asker, base: BaseChain) -> Steps:
-    """The steps of a table that iptables did not make; a chain is read when a packet meets it."""
-    read: dict[str, list[Mapping[str, Any]] | None] = {}
+def nft_rules(asker: Asker, base: BaseChain) -> Rules:
+    """The rules of a table that iptables did not make; a chain is read when a packet meets it."""
+    read: dict[str, list[Rule]] = {}
 
-    def steps(chain: str, packet: Packet) -> Iterator[Step]:
+    def rules(chain: str) -> list[Rule]:
         where = f"nft table {base.family} {base.table}, chain {chain}"
+        unknown = [Rule((), "?", "", where)]
         if chain not in read and len(read) < 50:
-            read[chain] = asker.nft("rule", "chain", base.family, base.table, chain)
-        rules = read.get(chain)
-        if rules is None:
-            yield Step(True, "?", "", where)
-        for rule in rules or ():
-            yield nft_step(rule, packet, f"{where}, handle {rule.get('handle')}")
-        policy = base.policy if chain == base.name else ""
-        end = policy if policy in ("accept", "drop") else "return"
-        yield Step(True, end, "", f"{where}, its policy")
+            listed = asker.nft("rule", "chain", base.family, base.table, chain)
+            read[chain] = unknown if listed is None else [nft_rule(each, where) for each in listed]
+            policy = base.policy.upper() if chain == base.name else ""
+            end = VERDICTS.get(policy, "return")
+            read[chain].append(Rule((), end, "", f"{where}, its policy"))
+        return read.get(chain, unknown)
 
-    return steps
+    return rules
 
 
-def nft_step(rule: Mapping[str, Any], packet: Packet, text: str) -> Step:
-    """A rule of libnftables-json(5): matches and other statements, and a verdict."""
-    answers: list[bool | None] = []
+def nft_rule(rule: Mapping[str, Any], where: str) -> Rule:
+    """Reads a rule of libnftables-json(5): what it asks of packets, and at last a verdict."""
+    text = f"{where}, handle {rule.get('handle')}"
+    options: list[Option] = []
     statements = rule.get("expr")
     for statement in statements if isinstance(statements, list) else ():
         match statement:
             case {"match": expression}:
-                answers.append(nft_match(expression, packet))
+                options += nft_options(expression)
             case {"limit": _} | {"quota": _}:
-                answers.append(None)
+                options.append(UNKNOWN)
             case {"counter": _} | {"log": _} | {"mangle": _}:
                 pass
             case {"accept": _} | {"drop": _} | {"return": _}:
-                return Step(every(answers), next(iter(statement)), "", text)
+                return Rule(options, next(iter(statement)), "", text)
             case {"reject": _}:
-                return Step(every(answers), "drop", "", text)
+                return Rule(options, "drop", "", text)
             case {"jump": {"target": str(chain)}} | {"goto": {"target": str(chain)}}:
-                return Step(every(answers), next(iter(statement)), chain, text)
+                return Rule(options, next(iter(statement)), chain, text)
             case _:
-                return Step(every(answers), "?", "", text)
-    return Step(every(answers), "", "", text)
+                return Rule(options, "?", "", text)
+    return Rule(options, "", "", text)
 
 
-# whose fields a packet has only when it is one of theirs
-NFT_PROTOCOLS = ("icmp", "icmpv6", "igmp", "esp", "ah", "comp", "udplite", "dccp")
-NFT_LAYERS = ("ip", "ip6", *PROTOCOLS, *NFT_PROTOCOLS)
+UNKNOWN = Option("?", [])
+NFT_OPTIONS = {
+    **{("meta", key): "-i" for key in ("iif", "iifname")},
+    **{("meta", key): "-o" for key in ("oif", "oifname")},
+    **{("ct", key): "--ctstate" for key in ("state", "status")},
+    **dict.fromkeys([("meta", "l4proto"), ("payload", "protocol"), ("payload", "nexthdr")], "-p"),
+    ("meta", "nfproto"): "nfproto",
+    ("payload", "daddr"): "-d",
+    ("payload", "dport"): "--dport",
+}
+NFT_PROTOCOLS = (*PROTOCOLS, "icmp", "icmpv6", "igmp", "esp", "ah", "comp", "udplite", "dccp")
 
 
-def nft_match(expression: Any, packet: Packet) -> bool | None:
-    """Whether a packet matches, by an expression of libnftables-json(5)."""
+def nft_options(expression: Any) -> list[Option]:
+    """What an expression of libnftables-json(5) asks of a packet, as options of iptables."""
+    options = []
     match expression:
-        case {"left": {"&": [{"ct": {"key": "mark"}}, packet.mark]}, "op": "==" | "!=" as op}:
-            return negate(expression.get("right") == packet.mark, op == "!=")
-        case {"left": {"payload": {"protocol": layer, "field": key}}}:
+        case {"left": {"&": [{"ct": {"key": "mark"}}, int(mask)]}, "right": int(bits), "op": op}:
+            value = [f"{bits:#x}/{mask:#x}"]
+            return [Option("connmark --mark", value, op == "!=") if op in ("==", "!=") else UNKNOWN]
+        case {"left": {"payload": {"protocol": layer, "field": str(key)}}}:
             kind = "payload"
-            its = ("ip" if packet.version == 4 else "ip6", packet.protocol)
-            if layer in NFT_LAYERS and layer not in its:
-                return False
-        case {"left": {"meta": {"key": key}}}:
+            # a packet has such a field only when it is of that protocol
+            if layer in ("ip", "ip6"):
+                options = [Option("nfproto", ["ipv4" if layer == "ip" else "ipv6"])]
+            elif layer in NFT_PROTOCOLS:
+                options = [Option("-p", [layer])]
+        case {"left": {"meta": {"key": str(key)}}}:
             kind = "meta"
-        case {"left": {"ct": {"key": key}}}:
+        case {"left": {"ct": {"key": str(key)}}}:
             kind = "ct"
         case _:
-            return None
+            return [UNKNOWN]
+    name = NFT_OPTIONS.get((kind, key), "?")
     right, op = expression.get("right"), expression.get("op")
-    values = right["set"] if isinstance(right, dict) and "set" in right else right
     # a list is bits of which one is enough, but with any other operator than "in" all of them count
-    exact = isinstance(right, list) or (kind, key) == ("ct", "status")
+    exact = isinstance(right, list) or key == "status"
     if op not in (("in",) if exact else ("in", "==", "!=")):
-        return None
-    answers = [
-        nft_equal(kind, key, nft_element(value), packet)
-        for value in (values if isinstance(values, list) else [values])
-    ]
-    some = True if True in answers else None if None in answers else False
-    return negate(some, op == "!=")
+        return [*options, UNKNOWN]
+    values = right["set"] if isinstance(right, dict) and "set" in right else right
+    texts = [nft_text(value, name) for value in (values if isinstance(values, list) else [values])]
+    return [*options, Option(name, texts, op == "!=")]
 
 
-def nft_element(value: Any) -> Any:
-    """An element of a set, without its comment, counter or time."""
+def nft_text(value: Any, name: str) -> str:
+    """A value of an expression as iptables has it; empty for what it has not, like a named set."""
     match value:
         case {"elem": {"val": inner}}:
-            return inner
-    return value
-
-
-def nft_equal(kind: str, key: Any, value: Any, packet: Packet) -> bool | None:
-    """Whether a packet has this value, if that can be told."""
-    if kind == "payload" and key in ("daddr", "dport"):
-        return nft_has(value, packet.address if key == "daddr" else packet.port)
-    if not isinstance(value, str) or value.startswith("@"):  # a named set
-        return None
-    match kind, key:
-        case "ct", "state":
-            return value == "new"
-        case "ct", "status":
-            return value == "dnat"
-        case "meta", "iif" | "iifname":
-            return like(value, packet.interface, "*")
-        case "meta", "oif" | "oifname":
-            return like(value, packet.out, "*")
-        case "meta", "nfproto":
-            return value == f"ipv{packet.version}"
-        case ("meta", "l4proto") | ("payload", "protocol" | "nexthdr"):
-            return value == packet.protocol
-    return None
-
-
-def nft_has(value: Any, wanted: Address | int) -> bool | None:
-    """Whether a value of an expression, a prefix or a range is or has an address or a port."""
-    match value:
-        case {"prefix": {"addr": address, "len": length}} if not isinstance(wanted, int):
-            return in_network(f"{address}/{length}", wanted)
-        case {"range": [first, last]}:
-            ends = [first, last]
-        case _:
-            ends = [value, value]
-    low, high = (end if isinstance(end, int) else to_address(str(end)) for end in ends)
-    return None if low is None or high is None else int(low) <= int(wanted) <= int(high)
+            return nft_text(inner, name)
+        case {"prefix": {"addr": address, "len": length}} if name == "-d":
+            return f"{address}/{length}"
+        case {"range": [first, last]} if name in ("-d", "--dport"):
+            return f"{first}-{last}"
+        case int() if name == "--dport":
+            return str(value)
+        case str() if not value.startswith("@"):
+            return re.sub(r"\*$", "+", value.upper() if name == "--ctstate" else value)
+    return ""
 
 
 class Listener(NamedTuple):
@@ -4905,7 +4885,7 @@ class Visit:
 
 
 def comes_in(interface: str, options: Options) -> bool:
-    return any(like(pattern, interface, "+") for pattern in options.interfaces)
+    return any(like(pattern, interface) for pattern in options.interfaces)
 
 
 class Firewall(NamedTuple):
@@ -4917,7 +4897,7 @@ class Firewall(NamedTuple):
     version: int
     before_nat: bool
     chain: str
-    steps: Steps
+    rules: Rules
     cure: str
 
 
@@ -4930,8 +4910,8 @@ def firewalls(visit: Visit) -> Iterator[Firewall]:
         for name, chain in (("nat", "PREROUTING"), ("filter", "FORWARD")):
             undo = f"{family.tool} -t {name} -D {chain} {HOOKS[name][chain]}"
             cure = f"delete that rule, or {undo}, and epok's next run puts its own first"
-            steps = iptables_steps(tables[name].ahead)
-            yield Firewall(family.version, name == "nat", chain, steps, cure)
+            rules = iptables_rules(tables[name].ahead)
+            yield Firewall(family.version, name == "nat", chain, rules, cure)
         layer = "ip" if family.version == 4 else "ip6"
         bases = [base for base in visit.around.bases or () if base.family in ("inet", layer)]
         of_iptables = (layer, "filter", "FORWARD")
@@ -4956,8 +4936,8 @@ def other_backend(visit: Visit, family: Family, backend: str) -> Firewall:
         asker.blind.append(f"{tool}-save: {one_line(saved)}")
     mark = marked(visit.options.mark)
     cure = f"let it pass: {tool} -I FORWARD -m connmark {mark} -j ACCEPT"
-    steps = iptables_steps(saved_chains(saved, "filter"))
-    return Firewall(family.version, False, "FORWARD", steps, cure)
+    rules = iptables_rules(saved_chains(saved, "filter"))
+    return Firewall(family.version, False, "FORWARD", rules, cure)
 
 
 def native_chain(visit: Visit, family: Family, base: BaseChain) -> Firewall:
@@ -4968,7 +4948,7 @@ def native_chain(visit: Visit, family: Family, base: BaseChain) -> Firewall:
     if base.table == "firewalld":
         cure = "StrictForwardPorts=no in /etc/firewalld/firewalld.conf lets it pass, "
         cure += "after firewall-cmd --reload"
-    return Firewall(family.version, False, base.name, nft_steps(visit.asker, base), cure)
+    return Firewall(family.version, False, base.name, nft_rules(visit.asker, base), cure)
 
 
 class Check(NamedTuple):
@@ -4997,7 +4977,7 @@ def check_host(visit: Visit, forwards: Sequence[Forwarding]) -> Iterator[Check]:
     yield from check_forwarding(visit, forwards)
     for interface in visit.options.interfaces if visit.facts.interfaces else ():
         problem = ""
-        if not any(like(interface, name, "+") for name in visit.facts.interfaces):
+        if not any(like(interface, name) for name in visit.facts.interfaces):
             names = quoted(", ".join(visit.facts.interfaces))
             problem = f"{visit.host.name} has no interface {interface}: "
             problem += f"give -i those it has, of {names}"
@@ -5089,17 +5069,17 @@ def check_paths(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]
     entries, walls = visit.entries, list(firewalls(visit))
     for forward, name, wall in itertools.product(forwards, entries, walls):
         packets = packets_of(forward, name, wall, visit)
-        decisions = [decision(wall.steps, wall.chain, packet) for packet in packets]
+        decisions = [decision(wall.rules, wall.chain, packet) for packet in packets]
         lost = [
-            (step, sure)
-            for step, sure in decisions
-            if step and (step.verdict == "drop" or wall.before_nat)
+            (rule, sure)
+            for rule, sure in decisions
+            if rule and (rule.verdict == "drop" or wall.before_nat)
         ]
-        for step, _ in lost[:1]:
+        for rule, _ in lost[:1]:
             sure = len(lost) == len(decisions) and all(sure for _, sure in lost)
-            does = f"{'perhaps ' * (not sure)}{'takes' if step.verdict == 'accept' else 'drops'}"
+            does = f"{'perhaps ' * (not sure)}{'takes' if rule.verdict == 'accept' else 'drops'}"
             port = f"{forward.protocol}/{Range(forward.first, forward.last)}"
-            by = printable(step.text)  # which has somebody's comments
+            by = printable(rule.text)  # which has somebody's comments
             problem = f"{visit.host.name} {does} {port} from {name} by {by}; {wall.cure}"
             problems.setdefault(problem, sure)
     yield from (Check(what, problem, sure) for problem, sure in problems.items())

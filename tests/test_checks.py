@@ -516,19 +516,19 @@ def test_no_text_of_ip_ss_or_iptables_breaks_a_check(text: str) -> None:
     epok.rules_ahead(text, "filter")
     saved = "*filter\n:FORWARD ACCEPT [0:0]\n:W - [0:0]\n" + text
     for packet in PACKETS:
-        epok.decision(epok.iptables_steps(epok.saved_chains(saved, "filter")), "FORWARD", packet)
+        epok.decision(epok.iptables_rules(epok.saved_chains(saved, "filter")), "FORWARD", packet)
 
 
 @given(LISTED.map(lambda listed: json.dumps({"nftables": listed})) | st.text() | LINES, st.integers(0, 1))
 def test_nothing_that_nft_prints_breaks_a_check(text: str, status: int) -> None:
     visit = Visited(text, status)
     for packet in PACKETS:
-        steps = epok.nft_steps(visit.asker, epok.BaseChain("inet", "wall", "f", "drop"))
-        step, sure = epok.decision(steps, "f", packet)
+        rules = epok.nft_rules(visit.asker, epok.BaseChain("inet", "wall", "f", "drop"))
+        _, sure = epok.decision(rules, "f", packet)
         assert not (status and sure), "a chain that was not read may do anything"
     visit.look_around()
     for each in epok.firewalls(visit):
-        epok.decision(each.steps, each.chain, PACKETS[0])
+        epok.decision(each.rules, each.chain, PACKETS[0])
 
 
 @settings(max_examples=20)
@@ -540,5 +540,5 @@ def test_chains_without_end_come_to_one(count: int, circle: bool) -> None:
         for n in range(count)
     }
     ended = threading.Event()
-    epok.Background(lambda: epok.decision(epok.iptables_steps(chains), "W0", PACKETS[0]) and ended.set())
+    epok.Background(lambda: epok.decision(epok.iptables_rules(chains), "W0", PACKETS[0]) and ended.set())
     assert ended.wait(5)
