@@ -147,6 +147,7 @@ import base64
 import contextlib
 import dataclasses
 import datetime
+import enum
 import fnmatch
 import functools
 import gc
@@ -156,6 +157,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import operator
 import os
 import pwd
 import random
@@ -316,21 +318,26 @@ def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
     def cause(state: tenacity.RetryCallState) -> Any:
         return state.outcome.exception() if state.outcome else None
 
-    # Two that lost a race must not meet again, so chance may double the pause.
-    backoff = tenacity.wait_exponential(multiplier=0.2, max=5) + tenacity.wait_random_exponential(
-        multiplier=0.2, max=5
-    )
-    # a try that has less than half a second left would end as one that took too long, and hide the cause
+    # two that lost a race must not meet again, so chance may double the pause
+    longer, by_chance = tenacity.wait_exponential, tenacity.wait_random_exponential
+    backoff = longer(multiplier=0.2, max=5) + by_chance(multiplier=0.2, max=5)
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        return float(cause(state).after + backoff(state))
+
+    def enough(state: tenacity.RetryCallState) -> bool:
+        # a try that has less than half a second left would end as one that took too long, and hide the cause
+        late = state.upcoming_sleep + 0.5 >= deadline.remaining()
+        return late or state.attempt_number >= cause(state).attempts
+
+    def announce(state: tenacity.RetryCallState) -> None:
+        log.info("%s; trying again in %.1f s", cause(state), state.upcoming_sleep)
+
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Transient),
-        wait=lambda state: cause(state).after + backoff(state),
-        stop=lambda state: (
-            state.attempt_number >= cause(state).attempts
-            or state.upcoming_sleep + 0.5 >= deadline.remaining()
-        ),
-        before_sleep=lambda state: log.info(
-            "%s; trying again in %.1f s", cause(state), state.upcoming_sleep
-        ),
+        wait=pause,
+        stop=enough,
+        before_sleep=announce,
         reraise=True,
     )
     try:
@@ -372,11 +379,10 @@ class Background(threading.Thread):
         return self.value
 
 
-CODING = (
-    "utf-8",
-    "surrogateescape",
-)  # a foreign comment may have any bytes, and they must come back as they were
+# a foreign comment may have any bytes, and they must come back as they were
+CODING = ("utf-8", "surrogateescape")
 OUTPUT_LIMIT = 1 << 28  # bytes: a host that sends without end must not fill the memory
+PIECE = 1 << 16  # bytes, or characters, that are handed on at once
 
 
 class Result(NamedTuple):
@@ -391,52 +397,80 @@ class Result(NamedTuple):
         return one_line(self.err or self.out or f"exit status {self.status}")
 
 
-def within_limit(output: bytes, doing: str) -> str:
-    """What a command printed. Raises Fatal where it was cut off at the limit."""
-    if len(output) == OUTPUT_LIMIT:
-        raise Fatal(f"{doing}: it prints more than {OUTPUT_LIMIT >> 20} MiB")
-    return output.decode(*CODING)
+Take = Callable[[Iterable[bytes]], str]  # makes of the pieces of an output what Result.out shall be
 
 
-def drain(file: Any) -> bytes:
-    """All that a command prints, up to the limit; piece by piece, since one read would ask for that much memory."""
-    pieces: list[bytes] = []
-    with file:
-        while len(pieces) << 20 < OUTPUT_LIMIT and (piece := file.read(1 << 20)):
-            pieces.append(piece)
-    return b"".join(pieces)
+def decoded(pieces: Iterable[bytes]) -> str:
+    return b"".join(pieces).decode(*CODING)
 
 
-def feed(file: Any, data: bytes) -> None:
-    """Writes all of a command's input, or what it wants to read of it."""
-    with contextlib.suppress(OSError), file:
-        file.write(data)
+def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
+    """The lines of an output, without their ends, while it comes."""
+    begun: list[bytes] = []  # of the line whose end has not come yet
+    for piece in pieces:
+        *ended, rest = piece.split(b"\n")
+        for part in ended:
+            yield b"".join([*begun, part]).decode(*CODING)
+            begun = []
+        begun.append(rest)
+    yield b"".join(begun).decode(*CODING)
+
+
+def collect(read: Callable[[int], bytes], doing: str, take: Take = decoded) -> Background:
+    """Takes what a command prints, while it comes. Raises Fatal in result() when it has no end."""
+
+    def pieces() -> Iterator[bytes]:
+        size = 0
+        while piece := read(PIECE):
+            size += len(piece)
+            if size > OUTPUT_LIMIT:
+                raise Fatal(f"{doing}: it prints more than {OUTPUT_LIMIT >> 20} MiB")
+            yield piece
+
+    return Background(lambda: take(pieces()))
+
+
+def feed(write: Callable[[bytes], object], close: Callable[[], object], text: str) -> Background:
+    """Writes a command's input, or what it wants to read of it; encoded in pieces, as it may be large."""
+
+    def work() -> None:
+        with contextlib.suppress(OSError):
+            for start in range(0, len(text), PIECE):
+                write(text[start : start + PIECE].encode(*CODING))
+            close()  # only then: what is cut off must not look whole
+
+    return Background(work)
+
+
+def start(argv: Sequence[str], **how: Any) -> Any:
+    """The program, running; a Result that says why where it does not."""
+    try:
+        return subprocess.Popen(argv, stdout=subprocess.PIPE, **how)
+    except FileNotFoundError:
+        return Result(127, "", f"{argv[0]}: command not found")
+    except OSError as error:  # it may not be run
+        return Result(126, "", f"{argv[0]}: {error.strerror}")
 
 
 def execute(
     argv: Sequence[str],
-    data: bytes,
+    text: str,
     env: Mapping[str, str],
     deadline: Deadline,
     doing: str,
     group: bool = False,
     terminal: bool = False,
+    take: Take = decoded,
 ) -> Result:
     """Runs a program with an input, or at the terminal, until the deadline; then Fatal, and it is killed.
 
     With `group` all that it has started is killed too, also when epok itself is ended.
     """
-    pipe = subprocess.PIPE
-    stdin, stderr = (None, None) if terminal else (pipe, pipe)
+    pipe = None if terminal else subprocess.PIPE
     alone = group and not terminal  # another session could not read from the terminal
-    try:
-        child = subprocess.Popen(
-            argv, stdin=stdin, stdout=pipe, stderr=stderr, env=env, start_new_session=alone
-        )
-    except FileNotFoundError:
-        return Result(127, "", f"{argv[0]}: command not found")
-    except OSError as error:  # it may not be run
-        return Result(126, "", f"{argv[0]}: {error.strerror}")
+    child = start(argv, stdin=pipe, stderr=pipe, env=env, start_new_session=alone)
+    if isinstance(child, Result):
+        return child
 
     def stop() -> None:
         with contextlib.suppress(OSError):  # sudo may not be killed
@@ -446,10 +480,11 @@ def execute(
         atexit.register(stop)
     # not communicate(), which takes whatever comes
     if child.stdin:
-        Background(feed, child.stdin, data)
-    streams = [Background(drain, file) for file in (child.stdout, child.stderr) if file]
+        feed(child.stdin.write, child.stdin.close, text)
+    pairs = [(child.stdout, take), (child.stderr, decoded)]
+    taking = [collect(file.read1, doing, each) for file, each in pairs if file]
     try:
-        texts = [within_limit(stream.result(deadline, doing, 0), doing) for stream in streams]
+        texts = [each.result(deadline, doing, 0) for each in taking]
         return Result(child.wait(deadline.remaining()), texts[0], "".join(texts[1:]))
     except (Fatal, subprocess.TimeoutExpired) as error:
         stop()
@@ -1282,7 +1317,7 @@ def run_plugin(
         shutil.which(plugin.command) or plugin.command
     )  # in epok's PATH, whatever is in its own
     try:
-        done = execute([program, *plugin.args], b"", env, deadline, doing, True, terminal)
+        done = execute([program, *plugin.args], "", env, deadline, doing, True, terminal)
     except Fatal as error:
         raise Fatal(f"{error}; does it wait for a person? {instead}") from None
     if done.status:
@@ -2676,6 +2711,40 @@ FAMILIES = (
 )
 
 
+@functools.lru_cache(maxsize=10_000)
+def shared(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """The same texts, but once in memory."""
+    return tuple(map(sys.intern, texts))
+
+
+class Rules(Sequence[str]):
+    """The rules of a chain. What they have before their last ":", most leaves have alike: it is in memory once."""
+
+    __slots__ = ("ends", "starts")
+
+    def __init__(self, rules: Iterable[str]) -> None:
+        parts = [rule.rpartition(":") for rule in rules]
+        self.starts = shared(tuple(start + colon for start, colon, _ in parts))
+        self.ends = tuple(sys.intern(end) for *_, end in parts)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: Any) -> Any:
+        return list(self)[number]
+
+    def __iter__(self) -> Iterator[str]:
+        return map(operator.add, self.starts, self.ends)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Rules):
+            return self.ends == other.ends and self.starts == other.starts
+        return list(self) == other
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
 @dataclass
 class Table:
     """What is, or shall be, epok's in a table: its chains, and the rules of built-in chains that jump to them.
@@ -2686,7 +2755,7 @@ class Table:
     the host has tables of iptables-legacy too.
     """
 
-    chains: dict[str, list[str]] = field(default_factory=dict)
+    chains: dict[str, Sequence[str]] = field(default_factory=dict)
     hooks: dict[str, list[str]] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
     older: list[tuple[str, str]] = field(default_factory=list)
@@ -2695,10 +2764,11 @@ class Table:
     ahead: Mapping[str, Sequence[str]] = field(default_factory=dict, compare=False)
     beside: bool = field(default=False, compare=False)
 
-    def add(self, prefix: str, rules: list[str]) -> str:
+    def add(self, prefix: str, lines: list[str]) -> str:
         """Adds an immutable chain, named by prefix and digest; returns its name."""
+        rules = Rules(lines)
         for salt in itertools.count():
-            text = "\n".join(rules) + "\n" * salt
+            text = "\n".join(lines) + "\n" * salt
             name = f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
             if self.chains.setdefault(name, rules) == rules:
                 return name
@@ -3185,80 +3255,93 @@ def owned(chain: str) -> bool:
     return bool(re.fullmatch(rf"{ROOT}(-[^\x00-\x20\"'\\\x7f]*)?", chain))
 
 
-# one line at a time, for memory; "." stops at a line feed alone, whatever else a comment has
-SAVED_LINE = re.compile(r"(?:\[(\d+):\d+\] )?-A ([^ \n]+) ?(.*)|(.+)")
-
-
-def parse_table(text: str, name: str) -> Table | None:
-    """Reads what iptables-save -t prints of one table; None unless it is whole."""
-    table = Table()
-    seen = inside = False
-    for found in SAVED_LINE.finditer(text):
-        count, chain, rule, line = found.groups()
-        if line is None:
-            if inside:
-                read_rule(table, name, chain, rule)
-                if count and owned(chain):
-                    table.counts.setdefault(chain, []).append(int(count))
-        elif line.startswith("*"):
-            if inside or (line == f"*{name}" and seen):
-                return None
-            inside = line == f"*{name}"
-            seen = seen or inside
-        elif "incompatible" in line:
-            return None  # nft cannot print native rules: what it prints is not what is there
-        elif line.startswith("# Generated by ") and not seen:
-            table.origin = line
-        elif inside and line == "COMMIT":
-            inside = False
-        elif inside and line.startswith(":") and owned(chain := line[1:].split(" ", 1)[0]):
-            table.chains[chain] = []
-    return table if seen and not inside else None
-
-
 OLDER_COMMENT = re.compile(r"epok_rule_id\b|.*\bepok_rule_id\b\W{0,3}\w")
+SAVED_LINE = re.compile(r"(?:\[(\d+):\d+\] )?(-A ([^ ]+) ?(.*))|(.*)")
 
 
-def read_rule(table: Table, name: str, chain: str, rule: str) -> None:
-    if owned(chain):
-        table.chains.setdefault(chain, []).append(rule)
-        return
-    words = split(rule) if ROOT in rule or "epok_rule_id" in rule else []
-    pairs = list(itertools.pairwise(words))
-    target = next((value for option, value in pairs if option in ("-j", "-g") and owned(value)), "")
-    if target and chain in BUILT_IN[name]:
-        table.hooks.setdefault(chain, []).append(rule)
-    elif target:
-        table.held.add(target)
-    elif any(option == "--comment" and OLDER_COMMENT.match(value) for option, value in pairs):
-        table.older.append((chain, rule))
+class Saved:
+    """A table that iptables-save prints, read line by line while it comes, so that it is never all in memory as text.
 
+    `table` is what is epok's. `others` are the lines of all other rules, by chain, and then the chain's policy; none
+    where epok's hook comes first, since nobody needs them then. `said` is for messages: how it begins, and what nft
+    says of rules that it cannot print.
+    """
 
-def saved_chains(text: str, name: str) -> dict[str, list[str]]:
-    """All that iptables-save prints of one table: by chain the lines of its rules, and its policy as the last."""
-    chains: dict[str, list[str]] = {}
-    policies: list[tuple[str, str]] = []
-    inside = False
-    for line in text.split("\n"):
+    def __init__(self, name: str) -> None:
+        self.name, self.table, self.said = name, Table(), ""
+        self.others: dict[str, list[str]] = {}
+        self.policies: dict[str, str] = {}
+        self.seen = self.inside = self.broken = self.foremost = False
+        [(self.first, self.hook), *_] = HOOKS[name].items()
+
+    @property
+    def whole(self) -> Table | None:
+        """The table, None when there was none from its beginning to its end."""
+        return self.table if self.seen and not (self.inside or self.broken) else None
+
+    def take(self, pieces: Iterable[bytes]) -> str:
+        """Reads all that a command prints; returns what a message needs of it."""
+        return self.read(lines_of(pieces)).said
+
+    def read(self, lines: Iterable[str]) -> Saved:
+        parts = (found for line in lines if (found := SAVED_LINE.match(line)))
+        for chain, group in itertools.groupby(parts, lambda found: found[3]):
+            if chain is None:
+                for found in group:
+                    self.read_line(found[5])
+            elif self.inside and owned(chain):
+                self.read_own(chain, list(group))
+            elif self.inside:
+                for found in group:
+                    self.read_other(*found.groups()[1:4])
+        if not self.foremost:
+            for chain, policy in self.policies.items():
+                self.others.setdefault(chain, []).append(f"-P {chain} {policy}")
+        if self.hook in self.table.hooks.get(self.first, ()):
+            self.table.ahead = self.others
+        return self
+
+    def read_line(self, line: str) -> None:
+        """One that is no rule."""
+        odd = "incompatible" in line  # nft cannot print native rules: what it prints is not all
+        if len(self.said) < (3000 if odd else 300):
+            self.said += line + "\n"
         if line.startswith("*"):
-            inside = line == f"*{name}"
-        elif inside and line.startswith("-A "):
-            chains.setdefault(line.split(" ", 2)[1], []).append(line)
-        elif inside and line.startswith(":"):
-            policies.append((line[1:].split(" ")[0], line.partition(" ")[2].split(" ")[0]))
-    for chain, policy in policies:
-        chains.setdefault(chain, []).append(f"-P {chain} {policy}")
-    return chains
+            begins = line == f"*{self.name}"
+            odd = self.inside or (begins and self.seen)
+            self.inside, self.seen = begins, self.seen or begins
+        elif line.startswith("# Generated by ") and not self.seen:
+            self.table.origin = line
+        elif self.inside and line == "COMMIT":
+            self.inside = False
+        elif self.inside and line.startswith(":"):
+            chain, _, policy = line[1:].partition(" ")
+            if owned(chain):
+                self.table.chains[chain] = []
+            else:
+                self.policies[chain] = policy.split(" ")[0]
+        self.broken |= odd
 
+    def read_own(self, chain: str, found: Sequence[re.Match[str]]) -> None:
+        rules = [*self.table.chains.get(chain, ()), *(rule[4] for rule in found)]
+        self.table.chains[chain] = Rules(rules)
+        if counts := [int(rule[1]) for rule in found if rule[1]]:
+            self.table.counts.setdefault(chain, []).extend(counts)
 
-def rules_ahead(text: str, name: str) -> dict[str, list[str]]:
-    """All chains of a table when rules come before epok's hook in the first; none when it comes first or is missing."""
-    [(first, hook), *_] = HOOKS[name].items()
-    start = re.search(rf"^(?:\[.*?\] )?-A {first} (.*)", text, re.MULTILINE)
-    if not start or start[1] == hook:
-        return {}
-    chains = saved_chains(re.sub(r"(?m)^\[\d+:\d+\] ", "", text), name)
-    return chains if f"-A {first} {hook}" in chains.get(first, ()) else {}
+    def read_other(self, line: str, chain: str, rule: str) -> None:
+        if chain == self.first and chain not in self.others and rule == self.hook:
+            self.foremost, self.others = True, {}
+        if not self.foremost:
+            self.others.setdefault(chain, []).append(line)
+        words = split(rule) if ROOT in rule or "epok_rule_id" in rule else []
+        pairs = list(itertools.pairwise(words))
+        targets = [value for option, value in pairs if option in ("-j", "-g") and owned(value)]
+        if targets and chain in BUILT_IN[self.name]:
+            self.table.hooks.setdefault(chain, []).append(rule)
+        elif targets:
+            self.table.held.add(targets[0])
+        elif any(option == "--comment" and OLDER_COMMENT.match(value) for option, value in pairs):
+            self.table.older.append((chain, rule))
 
 
 def split(rule: str) -> list[str]:
@@ -3269,84 +3352,98 @@ def split(rule: str) -> list[str]:
         return rule.split()
 
 
-def restore_inputs(wanted: Tables, found: Tables, limit: int) -> list[str]:
+AROUND = len("*nat\nCOMMIT\n")
+
+
+class Block:
+    """Lines of an input that stay together: chains that are declared, which empties them, and filled; then the rest."""
+
+    __slots__ = ("chains", "lines", "size")
+
+    def __init__(self, chains: Mapping[str, Sequence[str]], lines: Sequence[str] = ()) -> None:
+        self.chains, self.lines = chains, lines
+        self.size = sum(map(len, (*self.declarations(), *self.changes())))
+
+    def declarations(self) -> Iterator[str]:
+        return (f":{chain} - [0:0]\n" for chain in self.chains)
+
+    def changes(self) -> Iterator[str]:
+        for chain, rules in self.chains.items():
+            yield from (f"-A {chain} {rule}\n" for rule in rules)
+        yield from (f"{line}\n" for line in self.lines)
+
+
+def restore_inputs(wanted: Tables, found: Tables, limit: int) -> Iterator[str]:
     """The smallest iptables-restore --noflush inputs that make `found` what is `wanted`, none when it is.
 
     One input does it at once. Where that is longer than `limit`, chains that nothing refers to yet go ahead, one
-    input turns the traffic over to them, and the old ones are deleted after it.
+    input turns the traffic over to them, and the old ones are deleted after it. Each is made when it is asked for.
     """
     if wanted["nat"].chains.get(ROOT) == [] and not any(table.chains for table in found.values()):
-        return []  # no forwards, and never any: leave the host as it is
-    whole = restore_input(wanted, found)
-    if len(whole) <= limit:
-        return [whole] if whole else []
-    new, old = wanted["nat"], found["nat"]
-    ahead = {
-        chain: new.chains[chain]
-        for chain in new.chains
-        if chain not in old.chains and chain not in (ROOT, POSTROUTING)
-    }
-    stale = {chain: rules for chain, rules in old.chains.items() if chain not in new.chains}
-    flip = restore_input(
-        {**wanted, "nat": dataclasses.replace(new, chains={**new.chains, **stale})},
-        {**found, "nat": dataclasses.replace(old, chains={**old.chains, **ahead})},
-    )
-    additions = [
-        [f":{chain} - [0:0]", *(f"-A {chain} {rule}" for rule in rules)]
-        for chain, rules in ahead.items()
-    ]
-    flushes = [
-        [f":{chain} - [0:0]"] for chain, rules in stale.items() if rules or chain not in old.held
-    ]
-    removals = [[f"-X {chain}"] for chain in stale if chain not in old.held]
-    return [
-        *pack(additions, limit),
-        *([flip] if flip else []),
-        *pack(
-            flushes, limit
-        ),  # all of them first: a chain that is still referred to cannot be deleted
-        *pack(removals, limit),
-    ]
+        return  # no forwards, and never any: leave the host as it is
+    # filter is a handful of lines, and an EPOK-FORWARD that comes before the forwards does no harm
+    start = joined("filter", sum(stages("filter", wanted["filter"], found["filter"]), []))
+    ahead, flip, emptied, deleted = stages("nat", wanted["nat"], found["nat"])
+    whole = [*ahead, *flip, *emptied, *deleted]
+    if len(start) + AROUND + sum(block.size for block in whole) <= limit:
+        ahead, flip, emptied, deleted = [], whole, [], []
+    yield from packed(ahead, limit)
+    if text := start + joined("nat", flip):
+        yield text
+    yield from packed(emptied, limit)  # all of them before the first is deleted
+    yield from packed(deleted, limit)
 
 
-def pack(blocks: Iterable[list[str]], limit: int) -> list[str]:
-    """Blocks of lines for table nat in as few inputs of at most `limit` bytes as their order allows."""
-    bodies: list[str] = []
-    for block in ("".join(f"{line}\n" for line in lines) for lines in blocks):
-        if bodies and len("*nat\nCOMMIT\n") + len(bodies[-1]) + len(block) <= limit:
-            bodies[-1] += block
-        else:
-            bodies.append(block)
-    return [f"*nat\n{body}COMMIT\n" for body in bodies]
+def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
+    """What differs in a table: chains to go ahead, the flip, old chains to be emptied, and to be deleted.
 
-
-def restore_input(wanted: Tables, found: Tables) -> str:
-    """One input for what differs in these tables, empty when nothing does."""
-    changes = [
-        (name, table_changes(name, wanted[name], found[name]))
-        for name in BUILT_IN
-        if name in wanted
-    ]
-    return "".join(
-        "\n".join([f"*{name}", *lines, "COMMIT", ""]) for name, lines in changes if lines
-    )
-
-
-def table_changes(name: str, wanted: Table, found: Table) -> list[str]:
-    new = {
+    A chain that is still referred to cannot be deleted.
+    """
+    differing = {
         chain: rules for chain, rules in wanted.chains.items() if found.chains.get(chain) != rules
     }
+    changed = {
+        chain: rules
+        for chain, rules in differing.items()
+        if chain in found.chains or chain in (ROOT, POSTROUTING)
+    }
+    hooks = [
+        line
+        for chain in dict.fromkeys((*BUILT_IN[name], *found.hooks))
+        for line in hook_changes(chain, wanted.hooks.get(chain, []), found.hooks.get(chain, []))
+    ]
+    older = [] if wanted.hooks else [f"-D {chain} {rule}" for chain, rule in found.older]
     stale = [chain for chain in found.chains if chain not in wanted.chains]
-    flushed = [chain for chain in stale if chain not in found.held or found.chains[chain]]
-    lines = [f":{chain} - [0:0]" for chain in (*new, *flushed)]  # declaring a chain flushes it
-    lines += [f"-A {chain} {rule}" for chain, rules in new.items() for rule in rules]
-    for chain in dict.fromkeys((*BUILT_IN[name], *found.hooks)):
-        lines += hook_changes(chain, wanted.hooks.get(chain, []), found.hooks.get(chain, []))
-    if not wanted.hooks:
-        lines += [f"-D {chain} {rule}" for chain, rule in found.older]
-    # -X last: a chain that is still referred to cannot be deleted
-    lines += [f"-X {chain}" for chain in stale if chain not in found.held]
-    return lines
+    return (
+        [Block({chain: differing[chain]}) for chain in differing if chain not in changed],
+        [Block(changed, [*hooks, *older])] if changed or hooks or older else [],
+        [Block({each: ()}) for each in stale if each not in found.held or found.chains[each]],
+        [Block({}, [f"-X {chain}"]) for chain in stale if chain not in found.held],
+    )
+
+
+def joined(name: str, blocks: Sequence[Block]) -> str:
+    """One input for a table, empty without blocks; all chains are declared before any rule can refer to them."""
+    lines = [f"*{name}\n"]
+    for block in blocks:
+        lines += block.declarations()
+    for block in blocks:
+        lines += block.changes()
+    return "".join([*lines, "COMMIT\n"]) if blocks else ""
+
+
+def packed(blocks: Iterable[Block], limit: int) -> Iterator[str]:
+    """Inputs for table nat of at most `limit` bytes, as few as the order allows; a larger block goes alone."""
+    some: list[Block] = []
+    size = AROUND
+    for block in blocks:
+        if some and size + block.size > limit:
+            yield joined("nat", some)
+            some, size = [], AROUND
+        some.append(block)
+        size += block.size
+    if some:
+        yield joined("nat", some)
 
 
 def hook_changes(chain: str, wanted: list[str], found: list[str]) -> list[str]:
@@ -3369,16 +3466,51 @@ def older_rules(found: Found) -> int:
 # ------------------------------------------------ hosts: the only part that runs anything there
 
 
-REACH_SECONDS = 2
-WITH_SUDO = (
-    *(
-        f"{tool}-save -t {table}"
-        for tool in ("iptables", "ip6tables")
-        for table in ("nat", "filter")
-    ),
-    *(f"{tool}-restore --noflush --wait 5" for tool in ("iptables", "ip6tables")),
-)
-SYSCTLS = ("/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding")
+class Command(enum.Enum):
+    """Every command that epok can run on a host: its words, whether it takes root, and what for.
+
+    There is no other. Each word goes as it is; over SSH, where a shell reads them, quoted. What takes root is run by
+    sudo -n, unless epok is root there. In capitals is what differs: TOOL is iptables or ip6tables, BACKEND legacy or
+    nft, TABLE nat or filter; of nft TABLE, as FAMILY and CHAIN, is what "list chains" has shown.
+    """
+
+    # what a run does
+    SAVE = "TOOL-save -t TABLE", True, "what is there"
+    RESTORE = "TOOL-restore --noflush --wait 5", True, "the swap, with the changes as its input"
+    END_FLOWS = (
+        "conntrack -D -p udp --orig-dst ADDRESS --orig-port-dst PORT --reply-src ADDRESS",
+        True,
+        "after a swap: UDP flows that would go on to a node that is no longer a target",
+    )
+    END_FLOWS_6 = f"{END_FLOWS[0]} -f ipv6", True, "the same of IPv6"
+    FORWARDING = (
+        "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding",
+        False,
+        "whether the host forwards packets",
+    )
+    ADDRESSES = "ip -br addr", False, "the interfaces, and whether the host is itself a node"
+    # what only looks
+    COUNTS = "TOOL-save -c -t nat", True, "how many connections came: to show, and as metrics"
+    NETCONF = "ip netconf", False, "whether rp_filter drops what comes"
+    ROUTES = "ip route", False, "the same: which way answers go"
+    LISTENERS = "ss -Hltun", False, "whether a forward hides a program of the host"
+    NFT_CHAINS = "nft -j list chains", True, "whether nft's own rules are in the way"
+    NFT_CHAIN = "nft -j list chain FAMILY TABLE CHAIN", True, "the same: the rules of one that is"
+    OTHER_SAVE = "TOOL-BACKEND-save", True, "whether rules of the other iptables are in the way"
+    REACH = "nc -nvz -w 2 ADDRESS PORT", False, "whether a node answers: --explain over SSH"
+
+    def __init__(self, text: str, as_root: bool, purpose: str) -> None:
+        self.text, self.as_root, self.purpose = text, as_root, purpose
+
+    def argv(self, sudo: Sequence[str], *values: object) -> tuple[str, ...]:
+        """The command with `sudo` before it where it takes root, and these values in place of the capitals."""
+        left = map(str, values)
+        words = (re.sub("[A-Z]{2,}", lambda _: next(left), word) for word in self.text.split())
+        return (*(sudo if self.as_root else ()), *words)
+
+
+REACH_SECONDS = 2  # as Command.REACH has it
+SYSCTLS = Command.FORWARDING.text.split()[1:]
 
 
 class LocalHost:
@@ -3405,13 +3537,15 @@ class LocalHost:
             return False
         return bool(ambient and int(ambient[1], 16) >> 12 & 1)
 
-    def run(self, argv: Sequence[str], text: str, deadline: Deadline) -> Result:
+    def run(
+        self, argv: Sequence[str], text: str, deadline: Deadline, take: Take = decoded
+    ) -> Result:
         path = os.pathsep.join(
             filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin", "/usr/bin", "/bin"))
         )
         doing = f"{self.name}: {shlex.join(argv)}"
         env = {**os.environ, "LC_ALL": "C", "PATH": path}
-        done = execute(argv, text.encode(*CODING), env, deadline, doing)
+        done = execute(argv, text, env, deadline, doing, take=take)
         log.debug("%s: exit status %d", doing, done.status)
         return done
 
@@ -3438,63 +3572,37 @@ class SshHost:
         self.sudo = () if login.user == "root" else ("sudo", "-n")
         self.client: Any = None
         self.opening = threading.Lock()
-        self.sessions = threading.Semaphore(2)  # as many as most hosts with a low MaxSessions allow
+        self.sessions = threading.Semaphore(2)  # at once: some have set sshd's MaxSessions so low
         self.closed = False
         self.gated = False  # whether the key has a command of its own, by sudo
         self.slow = ""  # why its sudo takes long
 
     def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
-        result = self.run(
-            ("nc", "-nvz", "-w", str(REACH_SECONDS), address, str(port)), "", deadline
-        )
+        result = self.run(Command.REACH.argv(self.sudo, address, port), "", deadline)
         if result.status in (126, 127):
             return None
         return "" if result.status == 0 else result.said.rpartition(": ")[2]
 
-    def run(self, argv: Sequence[str], text: str, deadline: Deadline) -> Result:
+    def run(
+        self, argv: Sequence[str], text: str, deadline: Deadline, take: Take = decoded
+    ) -> Result:
         """Runs a command over the one connection, which is made when there is none. Raises Transient when it breaks.
 
         Several may call this at the same time.
         """
-        with self.sessions:
-            return self.run_now(argv, text, deadline)
-
-    def run_now(self, argv: Sequence[str], text: str, deadline: Deadline) -> Result:
         import paramiko
 
-        doing = f"{self.name}: {shlex.join(argv)}"
-        client = None
+        doing, client = f"{self.name}: {shlex.join(argv)}", None
         try:
-            with self.opening:  # one at a time: paramiko mixes up why they failed
-                if deadline.remaining() <= 0.001:
-                    raise self.missed(deadline, doing)
-                if self.closed:
-                    raise Fatal(f"{doing}: not needed any more")
-                client = self.client = self.client or self.connect(deadline)
-                channel = client.get_transport().open_session(timeout=deadline.remaining())
-            began = time.monotonic()
-            channel.settimeout(deadline.remaining())
-            channel.exec_command(shlex.join(argv))
-            # all three at once: neither side may wait for the other with full buffers
-            if text:
-                Background(
-                    lambda: (channel.sendall(text.encode(*CODING)), channel.shutdown_write())
-                )
-            else:
-                end_input(channel)
-            streams = [
-                Background(file.read, OUTPUT_LIMIT)
-                for file in (channel.makefile(), channel.makefile_stderr())
-            ]
-            out, err = (within_limit(stream.result(deadline, doing), doing) for stream in streams)
-            if not channel.status_event.wait(deadline.remaining()):
-                raise self.missed(deadline, doing)
-            if channel.exit_status == -1:
-                raise EOFError("the connection was lost before the exit status came")
-            channel.close()
-            log.debug("%s: exit status %d", doing, channel.exit_status)
-            self.note(argv, err, time.monotonic() - began)
-            return Result(channel.exit_status, out, err)
+            with self.sessions:
+                with self.opening:  # one at a time: paramiko mixes up why they failed
+                    if deadline.remaining() <= 0.001:
+                        raise self.missed(deadline, doing)
+                    if self.closed:
+                        raise Fatal(f"{doing}: not needed any more")
+                    client = self.client = self.client or self.connect(deadline)
+                    channel = client.get_transport().open_session(timeout=deadline.remaining())
+                return self.talk(channel, argv, text, deadline, take)
         except paramiko.ChannelException as error:  # more sessions than it allows, most likely
             raise Transient(f"{doing}: {one_line(error)}") from None
         except (paramiko.SSHException, OSError, EOFError) as error:
@@ -3505,6 +3613,34 @@ class SshHost:
                 raise self.missed(deadline, doing) from None
             kind = Fatal if self.closed else Transient  # by close() nobody waits for it any more
             raise kind(f"{doing}: {one_line(error)}") from None
+
+    def talk(
+        self, channel: Any, argv: Sequence[str], text: str, deadline: Deadline, take: Take
+    ) -> Result:
+        """Runs a command in a session of its own."""
+        command = shlex.join(argv)
+        doing = f"{self.name}: {command}"
+        began = time.monotonic()
+        channel.settimeout(deadline.remaining())
+        channel.exec_command(command)
+        # all three at once: neither side may wait for the other with full buffers
+        if text:
+            feed(channel.sendall, channel.shutdown_write, text)
+        else:
+            end_input(channel)
+        taking = [
+            collect(channel.recv, doing, take),
+            collect(channel.recv_stderr, doing),
+        ]
+        out, err = (each.result(deadline, doing) for each in taking)
+        if not channel.status_event.wait(deadline.remaining()):
+            raise self.missed(deadline, doing)
+        if channel.exit_status == -1:
+            raise EOFError("the connection was lost before the exit status came")
+        channel.close()
+        log.debug("%s: exit status %d", doing, channel.exit_status)
+        self.note(argv, err, time.monotonic() - began)
+        return Result(channel.exit_status, out, err)
 
     def missed(self, deadline: Deadline, doing: str) -> Fatal:
         return Fatal(f"{deadline.missed(doing)}{self.slow}")
@@ -3904,37 +4040,37 @@ class Facts(NamedTuple):
 
 
 def read_facts(host: Host, deadline: Deadline) -> Facts:
-    links = host.run(("ip", "-br", "addr"), "", deadline)
+    links = host.run(Command.ADDRESSES.argv(host.sudo), "", deadline)
     if links.status != 0:
         told = links.said + ": apt-get install iproute2" * (links.status == 127)
         log.warning(
             "%s: ip -br addr: %s; so epok cannot tell whether the host is a node", host.name, told
         )
-    # of a point-to-point link, "ADDRESS peer ADDRESS", the second is somebody else's
-    words = [
-        re.sub(r" peer \S+", "", line).split() for line in links.out.splitlines() if line.strip()
-    ]
-    values = host.run(("cat", *SYSCTLS), "", deadline).out.split()
-    return Facts(
-        interfaces={
-            line[0].split("@")[0]: [
-                address for word in line[2:] if (address := usable(word.split("/")[0]))
-            ]
-            for line in words
-        },
-        forwarding={version: value != "0" for version, value in zip((4, 6), values, strict=False)},
-    )
+    interfaces = {}
+    for line in filter(str.strip, links.out.splitlines()):
+        # of a point-to-point link, "ADDRESS peer ADDRESS", the second is somebody else's
+        words = re.sub(r" peer \S+", "", line).split()
+        addresses = [usable(word.split("/")[0]) for word in words[2:]]
+        interfaces[words[0].split("@")[0]] = [address for address in addresses if address]
+    values = host.run(Command.FORWARDING.argv(host.sudo), "", deadline).out.split()
+    forwarding = {version: value != "0" for version, value in zip((4, 6), values, strict=False)}
+    return Facts(interfaces, forwarding)
 
 
 def read_all_tables(host: Host, deadline: Deadline, counted: bool = False) -> Found:
-    return {family.version: read_tables(host, family, deadline, counted) for family in FAMILIES}
+    return {
+        family.version: read_tables(host, family, list(BUILT_IN), deadline, counted)
+        for family in FAMILIES
+    }
 
 
-def read_tables(host: Host, family: Family, deadline: Deadline, counted: bool) -> Tables | None:
-    """epok's part of the tables, None when the host has no such IP version. Raises Fatal."""
+def read_tables(
+    host: Host, family: Family, names: Sequence[str], deadline: Deadline, counted: bool = False
+) -> Tables | None:
+    """epok's part of some tables, None when the host has no such IP version. Raises Fatal."""
     reading = [
         (name, Background(persist, deadline, read_table, host, family, name, deadline, counted))
-        for name in BUILT_IN
+        for name in names
     ]
     tables = {}
     for name, thread in reading:
@@ -3948,86 +4084,68 @@ def read_table(
     host: Host, family: Family, name: str, deadline: Deadline, counted: bool
 ) -> Table | None:
     """epok's part of a table, None when the host has no such IP version. Raises Transient or Fatal."""
-    argv = (*host.sudo, f"{family.tool}-save", "-t", name)
-    asked = (*argv[:-2], "-c", *argv[-2:]) if counted and name == "nat" else argv
-    result = host.run(asked, "", deadline)
+    argv = asked = Command.SAVE.argv(host.sudo, family.tool, name)
+    if counted and name == "nat":
+        asked = Command.COUNTS.argv(host.sudo, family.tool)
+    saved = Saved(name)
+    result = host.run(asked, "", deadline, saved.take)
     if asked != argv and result.status not in (0, 127):  # of an older gate, or sudoers
         log.debug("%s: %s: %s; so there are no counts", host.name, shlex.join(asked), result.said)
-        result = host.run(argv, "", deadline)
+        return read_table(host, family, name, deadline, counted=False)
     lacking = r"command not found|Address family not supported|Table does not exist"
-    if (
-        family.version == 6
-        and result.status != 0
-        and (result.status == 127 or re.search(lacking, result.err))
+    if family.version == 6 and (
+        result.status == 127 or (result.status != 0 and re.search(lacking, result.err))
     ):
         return None
-    table = parse_table(result.out, name) if result.status == 0 else None
+    table = saved.whole if result.status == 0 else None
     if table is None or "incompatible" in result.err:
         raise refusal(host, argv, result)
-    table.ahead = rules_ahead(result.out, name)
     table.beside = "legacy tables present" in result.err
     return table
 
 
-def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> Exception:
-    """What a failed command of the iptables family means: Fatal with what to do, or Transient."""
-    # which sudo only remarks, of a host that does not know its own name
-    result = result._replace(err=re.sub(r"(?m)^sudo: unable to resolve host .*\n?", "", result.err))
-    command = shlex.join(argv)
-    failed = f"{host.name}: {command}: {result.said}"
-    if "incompatible" in result.err + result.out:
-        # also seen while another process made the tables of a host that had none
-        return Transient(
-            f"{failed}; native nft rules share the table: move them to a table of their own",
-            attempts=3,
-        )
-    if result.status == 127 or "command not found" in result.err:
-        lacks_sudo = re.search(r"\bsudo: (command )?not found", result.err)
-        package = "sudo" if lacks_sudo else "iptables"
-        if lacks_sudo and isinstance(host, LocalHost):
-            package += f", or {how_to_be_root('su -c')}"
-        return Fatal(f"{failed}; install it on the host: apt-get install {package}")
-    if "epok-gate: " in result.err:
-        return Fatal(
-            f"{failed}; run cron/setup-host of this epok on the host, with --mark if epok has that option"
-        )
-    if "sudo" in argv and ("sudo:" in result.err or "not allowed" in result.err):
-        return Fatal(f"{failed}; {how_to_allow_sudo(host, argv, result)}")
-    if (
-        "must be root" in result.err
-        or "Permission denied" in result.err
-        or "not permitted" in result.err
-    ):
-        lacking = "root lacks CAP_NET_ADMIN there, which a container gets by --cap-add NET_ADMIN"
-        lacking += " --network host"
-        is_root = isinstance(host, SshHost) or host.sudo or os.geteuid() == 0
-        return Fatal(f"{failed}; {lacking if is_root else how_to_be_root('sudo -E')}")
-    if "temporarily unavailable" in result.err or "xtables lock" in result.err or result.status < 0:
-        return Transient(failed)
-    named = re.search(r"line:? (\d+)", result.err)
-    lines = text.splitlines()
-    if named and 0 < int(named[1]) <= len(lines):
-        failed += f": {quoted(lines[int(named[1]) - 1])}"
-    if result.status == 2:
-        return Fatal(f"{failed}; this is a defect of epok or an iptables that is too old")
-    # a race with another writer, which goes away, or something that the kernel refuses, which stays
-    return Transient(failed, attempts=RACES)
+class Failure(NamedTuple):
+    """A command that failed, on a host, and the input that it had."""
+
+    host: Host
+    argv: Sequence[str]
+    result: Result
+    text: str
 
 
-def how_to_allow_sudo(host: Host, argv: Sequence[str], result: Result) -> str:
+def how_to_install(failure: Failure) -> str:
+    if not re.search(r"\bsudo: (command )?not found", failure.result.err):
+        return "; install it on the host: apt-get install iptables"
+    or_root = f", or {how_to_be_root('su -c')}" if isinstance(failure.host, LocalHost) else ""
+    return f"; install it on the host: apt-get install sudo{or_root}"
+
+
+def how_to_allow_sudo(failure: Failure) -> str:
     """What lets a user run by sudo what epok needs, and no more where the gate stands."""
+    host, argv, result, _ = failure
     visudo = "as root on the host run visudo -f /etc/sudoers.d/epok and add: "
-    commands = dict.fromkeys([shlex.join(argv[2:]), *WITH_SUDO])
-    paths = ", ".join(f"/usr/sbin/{words}" for words in commands)
-    line = f"{visudo}{host.user} ALL=(root) NOPASSWD: {paths}"
+    tools = [family.tool for family in FAMILIES]
+    needed = [Command.SAVE.argv((), tool, table) for tool in tools for table in ("nat", "filter")]
+    needed += [Command.RESTORE.argv((), tool) for tool in tools]
+    paths = [f"/usr/sbin/{words}" for words in dict.fromkeys(map(shlex.join, [argv[2:], *needed]))]
+    line = f"{visudo}{host.user} ALL=(root) NOPASSWD: {', '.join(paths)}"
     if isinstance(host, LocalHost):
-        return f"{how_to_be_root('sudo -E')}; or {line}"
+        return f"; {how_to_be_root('sudo -E')}; or {line}"
     if host.gated or host.user == "epok":
-        return AGAIN
+        return f"; {AGAIN}"
     if "must have a tty" in result.err:
-        return f"{visudo}Defaults:{host.user} !requiretty"
+        return f"; {visudo}Defaults:{host.user} !requiretty"
     safe = "run cron/setup-host on the host, which makes a user epok with a gate, and log in as it"
-    return f"{safe}; or, if who has the key may change all of the firewall, {line}"
+    return f"; {safe}; or, if who has the key may change all of the firewall, {line}"
+
+
+def how_to_be_able(failure: Failure) -> str:
+    if isinstance(failure.host, LocalHost) and not failure.host.sudo and os.geteuid() != 0:
+        return f"; {how_to_be_root('sudo -E')}"
+    return (
+        "; root lacks CAP_NET_ADMIN there, which a container gets by --cap-add NET_ADMIN"
+        " --network host"
+    )
 
 
 def how_to_be_root(by: str) -> str:
@@ -4036,47 +4154,91 @@ def how_to_be_root(by: str) -> str:
     return f"run epok as root: {by} {shlex.quote(words) if by == 'su -c' else words}"
 
 
+def named_line(failure: Failure) -> str:
+    """The line of the input that iptables names."""
+    number = re.search(r"line:? (\d+)", failure.result.err)
+    lines = failure.text.splitlines()
+    if number and 0 < int(number[1]) <= len(lines):
+        return f": {quoted(lines[int(number[1]) - 1])}"
+    return ""
+
+
+def no_syntax(failure: Failure) -> str:
+    return f"{named_line(failure)}; this is a defect of epok or an iptables that is too old"
+
+
+ANOTHER_GATE = "; run cron/setup-host of this epok on the host, with --mark if epok has that option"
+# What a failure means, by its exit status, the command's first word and what it says: the first that fits counts.
+# Then how often that is tried at most, 0 where it will not change; and what to do, which ends the message.
+FAILURES: tuple[tuple[str, int, str | Callable[[Failure], str]], ...] = (
+    # also seen while another process made the tables of a host that had none
+    ("incompatible", 3, "; native nft rules share the table: move them to a table of their own"),
+    ("^127 |command not found", 0, how_to_install),
+    ("epok-gate: ", 0, ANOTHER_GATE),
+    ("^[0-9-]+ sudo (?s:.*)(sudo:|not allowed)", 0, how_to_allow_sudo),
+    ("must be root|Permission denied|not permitted", 0, how_to_be_able),
+    ("temporarily unavailable|xtables lock|^-", 1000, ""),
+    ("^2 ", 0, no_syntax),
+    # a race with another writer, which goes away, or something that the kernel refuses, which stays
+    ("", RACES, named_line),
+)
+
+
+def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> Exception:
+    """What a failed command of the iptables family means: Fatal with what to do, or Transient."""
+    # which sudo only remarks, of a host that does not know its own name
+    result = result._replace(err=re.sub(r"(?m)^sudo: unable to resolve host .*\n?", "", result.err))
+    said = f"{result.status} {argv[0]} {result.err}" + "incompatible" * (
+        "incompatible" in result.out
+    )
+    _, tries, advice = next(row for row in FAILURES if re.search(row[0], said))
+    if not isinstance(advice, str):
+        advice = advice(Failure(host, argv, result, text))
+    message = f"{host.name}: {shlex.join(argv)}: {result.said}{advice}"
+    return Transient(message, attempts=tries) if tries else Fatal(message)
+
+
 # ------------------------------------------------ swap: makes a host right, and proves it
 
 
-Input = tuple[
-    tuple[str, ...], str
-]  # a command of the iptables-restore family, and a text for its standard input
+Input = tuple[tuple[str, ...], str]  # a command of Command.RESTORE, without sudo, and its input
 
 
-def next_inputs(wanted: Wanted, found: Found, options: Options) -> list[Input]:
-    """What would make the tables that were found the wanted ones."""
+def next_inputs(wanted: Wanted, found: Found, options: Options) -> Iterator[Input]:
+    """What would make the tables that were found the wanted ones; each is made when it is asked for."""
     limit = options.batch_size if options.batch_commands == "true" else 0
-    inputs: list[Input] = []
     for family in FAMILIES:
-        tables = found[family.version]
-        texts = restore_inputs(wanted[family.version], tables, limit) if tables is not None else []
-        inputs += [((f"{family.tool}-restore", "--noflush", "--wait", "5"), text) for text in texts]
-    return inputs
+        if tables := found[family.version]:
+            for text in restore_inputs(wanted[family.version], tables, limit):
+                yield Command.RESTORE.argv((), family.tool), text
 
 
 def converge(
     host: Host, wanted: Wanted, found: Found, options: Options, deadline: Deadline
-) -> list[Input]:
-    """Makes the host's tables the wanted ones and proves it by reading them again; returns what it sent."""
-    sent: list[Input] = []  # all that may have worked, also when its answer was lost
-    done: list[Input] = []
+) -> list[int]:
+    """Makes the host's tables the wanted ones and proves it by reading again what it changed.
+
+    Returns how many lines each input had that it sent.
+    """
+    sent: list[int] = []  # all that may have worked, also when its answer was lost
+    done: list[str] = []  # the commands that did
     known: Found | None = found
 
     def attempt() -> None:
         nonlocal known
         # after a failure the host is read first: a command that was cut off may have worked
         current, known = known or read_all_tables(host, deadline), None
-        inputs = next_inputs(wanted, current, options)
-        for argv, text in inputs:
-            sent.append((argv, text))
+        changed = set()
+        for argv, text in next_inputs(wanted, current, options):
+            sent.append(text.count("\n"))
             result = host.run((*host.sudo, *argv), text, deadline)
             if result.status != 0:
                 raise refusal(host, (*host.sudo, *argv), result, text)
-            done.append((argv, text))
-        left = next_inputs(wanted, read_all_tables(host, deadline), options) if inputs else []
-        if left:
-            example = quoted(left[0][1].splitlines()[1])
+            done.append(argv[0])
+            changed |= {(argv[0], name) for name in BUILT_IN if f"*{name}\n" in text}
+        after = read_changed(host, current, changed, deadline)
+        for _, text in next_inputs(wanted, after, options):
+            example = quoted(text.splitlines()[1])
             raise Transient(
                 f"{host.name}: the rules differ again after the swap, at {example}", attempts=RACES
             )
@@ -4085,36 +4247,49 @@ def converge(
         persist(deadline, attempt)
     except Fatal as error:
         if done:
-            tools = ", ".join(dict.fromkeys(argv[0] for argv, _ in done))
-            raise Fatal(
-                f"{error}; before that {len(done)} {plural(len(done), 'input')} of {tools} took effect"
-            ) from None
+            took = f"{len(done)} {plural(len(done), 'input')} of {', '.join(dict.fromkeys(done))}"
+            raise Fatal(f"{error}; before that {took} took effect") from None
         raise
     return sent
 
 
-def udp_targets(tables: Tables, version: int) -> dict[int, set[tuple[str, int]]]:
-    """Where each external UDP port goes."""
-    return {
-        port: {(str(target.address), target.port + port - live.first) for target in live.targets}
-        for key, dispatch in dispatches_in(tables).items()
-        if "udp" in key
-        for live in [read_forward(key, dispatch, tables["nat"], version)]
-        for port in range(live.first, live.last + 1)
-    }
+def read_changed(
+    host: Host, before: Found, changed: Set[tuple[str, str]], deadline: Deadline
+) -> Found:
+    """The tables that were found, but for those to which something was sent: they are read again.
+
+    What somebody else has done to another one since then is for the next run to see.
+    """
+    after = dict(before)
+    for family in FAMILIES:
+        names = [name for name in BUILT_IN if (f"{family.tool}-restore", name) in changed]
+        tables, again = before[family.version], read_tables(host, family, names, deadline)
+        after[family.version] = None if tables is None or again is None else {**tables, **again}
+    return after
+
+
+def udp_targets(lives: Iterable[Live]) -> dict[tuple[int, int], set[tuple[str, int]]]:
+    """Where UDP goes, by IP version and external port."""
+    found: dict[tuple[int, int], set[tuple[str, int]]] = {}
+    for live in lives:
+        for port in range(live.first, live.last + 1) if live.protocol == "udp" else ():
+            targets = {(str(each.address), each.port + port - live.first) for each in live.targets}
+            found.setdefault((live.version, port), set()).update(targets)
+    return found
 
 
 def end_stale_flows(
-    host: Host, found: Found, wanted: Wanted, facts: Facts, deadline: Deadline
+    host: Host, changes: Sequence[Change], facts: Facts, deadline: Deadline
 ) -> None:
     """Lets UDP clients that keep their port, and so the way of their first packet, go the new way."""
-    for version, tables in found.items():
-        had, has = (udp_targets(each or NOTHING, version) for each in (tables, wanted[version]))
-        own = [str(address) for address in facts.addresses if address.version == version and tables]
-        for port, address in itertools.product(sorted(had.keys() | has.keys()), own):
-            gone = {target for target, _ in had.get(port, set()) - has.get(port, set())}
+    had = udp_targets(change.before or change.live for change in changes if change.sign != "+")
+    has = udp_targets(change.live for change in changes if change.sign != "-")
+    for version, port in sorted(had.keys() | has.keys()):
+        before, after = (each.get((version, port), set()) for each in (had, has))
+        gone = sorted({target for target, _ in before - after})
+        for address in (str(own) for own in facts.addresses if own.version == version):
             # to a port that is new, flows are answered by the host itself
-            for reply in sorted(gone) if port in had else [address]:
+            for reply in gone if before else [address]:
                 if not end_flows(host, version, address, port, reply, deadline):
                     return
 
@@ -4123,26 +4298,17 @@ def end_flows(
     host: Host, version: int, address: str, port: int, reply: str, deadline: Deadline
 ) -> bool:
     """Forgets the UDP flows to a port of the host that `reply` answers; False when that cannot be done."""
-    flow = ("--orig-dst", address, "--orig-port-dst", str(port), "--reply-src", reply)
-    argv = (
-        *host.sudo,
-        "conntrack",
-        "-D",
-        "-p",
-        "udp",
-        *flow,
-        *(("-f", "ipv6") if version == 6 else ()),
-    )
+    command = Command.END_FLOWS if version == 4 else Command.END_FLOWS_6
+    argv = command.argv(host.sudo, address, port, reply)
     result = host.run(argv, "", deadline)
-    if result.status == 0 or (
-        result.status == 1 and "0 flow entries have been deleted" in result.err
-    ):
+    none = result.status == 1 and "0 flow entries have been deleted" in result.err
+    if result.status == 0 or none:
         return True
-    log.warning(
-        "%s: %s: %s; old UDP flows may stay where they were: %s",
-        host.name, shlex.join(argv), result.said,
-        "apt-get install conntrack" if result.status == 127 else "let it run as cron/setup-host does",
-    )  # fmt: skip
+    cure = "let it run as cron/setup-host does"
+    if result.status == 127:
+        cure = "apt-get install conntrack"
+    told = f"{host.name}: {shlex.join(argv)}: {result.said}"
+    log.warning("%s; old UDP flows may stay where they were: %s", told, cure)
     return False
 
 
@@ -4251,7 +4417,7 @@ def events_of(changes: Iterable[Change], machine: str) -> list[Event]:
 
 
 def report_swap(
-    prefix: str, before: Found, wanted: Wanted, inputs: Sequence[Input], changes: Sequence[Change]
+    prefix: str, before: Found, wanted: Wanted, inputs: Sequence[int], changes: Sequence[Change]
 ) -> None:
     for change in changes:
         log.info("%s%s %s to %s", prefix, VERBS[change.sign], change.live, change.text)
@@ -4264,7 +4430,7 @@ def report_swap(
     if not inputs:
         log.info("%sin sync, %s, nothing changed", prefix, total)
     elif not changes and not older:
-        lines = sum(len(text.splitlines()) - 2 for _, text in inputs)
+        lines = sum(inputs) - 2 * len(inputs)
         done = f"put right with {lines} {plural(lines, 'line')}"
         log.info("%srules of epok's were %s, %s", prefix, done, total)
     for version, name in itertools.product(wanted, BUILT_IN):
@@ -4509,12 +4675,12 @@ class Rule(NamedTuple):
         return False if False in answers else None if None in answers else True
 
 
-Rules = Callable[[str], Sequence[Rule]]  # by chain
+RulesOf = Callable[[str], Sequence[Rule]]  # by chain
 Decision = tuple[Rule | None, bool]
 
 
 def decision(
-    rules: Rules, chain: str, packet: Packet, decided: dict[str, Decision] | None = None
+    rules: RulesOf, chain: str, packet: Packet, decided: dict[str, Decision] | None = None
 ) -> Decision:
     """The rule that decides about a packet, None when none does, and whether that is sure.
 
@@ -4529,7 +4695,7 @@ def decision(
     return decided[chain]
 
 
-def walk(rules: Rules, chain: str, packet: Packet, decided: dict[str, Decision]) -> Decision:
+def walk(rules: RulesOf, chain: str, packet: Packet, decided: dict[str, Decision]) -> Decision:
     sure = True
     for rule in rules(chain):
         matched = rule.matches(packet)
@@ -4558,8 +4724,8 @@ VERDICTS = {
 GOING_ON = "(LOG|NFLOG|MARK|CONNMARK|TCPMSS|TRACE|TTL|HL|DSCP|CHECKSUM|CLASSIFY)?"
 
 
-def iptables_rules(chains: Mapping[str, Sequence[str]]) -> Rules:
-    """The rules of chains as saved_chains() reads them."""
+def iptables_rules(chains: Mapping[str, Sequence[str]]) -> RulesOf:
+    """The rules of chains as Saved reads them."""
     return functools.cache(
         lambda chain: [iptables_rule(line, chains) for line in chains.get(chain, ())]
     )
@@ -4594,8 +4760,9 @@ class Asker:
         self.host, self.deadline = host, deadline
         self.blind: list[str] = []
 
-    def output(self, *argv: str) -> str | None:
+    def output(self, command: Command, *values: str) -> str | None:
         """What a command prints, None when it cannot be had. Raises Fatal."""
+        argv = command.argv(self.host.sudo, *values)
         if any("epok-gate: " in reason for reason in self.blind):
             return None  # an older gate logs whatever it refuses
         result = persist(self.deadline, self.host.run, argv, "", self.deadline)
@@ -4611,13 +4778,12 @@ class Asker:
         self.blind.append(f"{shlex.join(argv)}: {result.said}{cure}")
         return None
 
-    def nft(self, kind: str, *what: str) -> list[Mapping[str, Any]] | None:
+    def nft(self, kind: str, command: Command, *names: str) -> list[Mapping[str, Any]] | None:
         """What nft lists of one kind, as in libnftables-json(5); None when that cannot be had."""
-        argv = (*self.host.sudo, "nft", "-j", "list", *what)
-        if not all(re.fullmatch(NFT_NAME, word) for word in what):
-            self.blind.append(f"nft {' '.join(map(quoted, what))}: epok asks for no such name")
+        if not all(re.fullmatch(NFT_NAME, name) for name in names):
+            self.blind.append(f"nft {' '.join(map(quoted, names))}: epok asks for no such name")
             return None
-        text = self.output(*argv)
+        text = self.output(command, *names)
         if text is None:
             return None
         with contextlib.suppress(ValueError, RecursionError):
@@ -4625,7 +4791,8 @@ class Asker:
                 case {"nftables": list(parts)}:
                     objects = [part.get(kind) for part in parts if isinstance(part, dict)]
                     return [each for each in objects if isinstance(each, dict)]
-        self.blind.append(f"{shlex.join(argv)}: {quoted(text)} is not understood")
+        asked = shlex.join(command.argv(self.host.sudo, *names))
+        self.blind.append(f"{asked}: {quoted(text)} is not understood")
         return None
 
 
@@ -4647,7 +4814,7 @@ class BaseChain(NamedTuple):
     policy: str
 
 
-def nft_rules(asker: Asker, base: BaseChain) -> Rules:
+def nft_rules(asker: Asker, base: BaseChain) -> RulesOf:
     """The rules of a table that iptables did not make; a chain is read when a packet meets it."""
     read: dict[str, list[Rule]] = {}
 
@@ -4655,7 +4822,7 @@ def nft_rules(asker: Asker, base: BaseChain) -> Rules:
         where = f"nft table {base.family} {base.table}, chain {chain}"
         unknown = [Rule((), "?", "", where)]
         if chain not in read and len(read) < 50:
-            listed = asker.nft("rule", "chain", base.family, base.table, chain)
+            listed = asker.nft("rule", Command.NFT_CHAIN, base.family, base.table, chain)
             read[chain] = unknown if listed is None else [nft_rule(each, where) for each in listed]
             policy = base.policy.upper() if chain == base.name else ""
             end = VERDICTS.get(policy, "return")
@@ -4774,10 +4941,10 @@ class Surroundings(NamedTuple):
 
 
 def read_surroundings(asker: Asker) -> Surroundings:
-    netconf = asker.output("ip", "netconf")
-    routes = each_line(to_route, asker.output("ip", "route"))
-    listeners = each_line(to_listener, asker.output("ss", "-Hltun"))
-    chains = asker.nft("chain", "chains")
+    netconf = asker.output(Command.NETCONF)
+    routes = each_line(to_route, asker.output(Command.ROUTES))
+    listeners = each_line(to_listener, asker.output(Command.LISTENERS))
+    chains = asker.nft("chain", Command.NFT_CHAINS)
     strict = None if netconf is None else strict_interfaces(netconf)
     return Surroundings(strict, routes, listeners, None if chains is None else base_chains(chains))
 
@@ -4897,7 +5064,7 @@ class Firewall(NamedTuple):
     version: int
     before_nat: bool
     chain: str
-    rules: Rules
+    rules: RulesOf
     cure: str
 
 
@@ -4931,12 +5098,12 @@ def is_nft(tables: Tables) -> bool:
 def other_backend(visit: Visit, family: Family, backend: str) -> Firewall:
     """The rules of iptables that are in the backend which the host's iptables does not show."""
     tool, asker = f"{family.tool}-{backend}", visit.asker
-    saved = asker.output(*visit.host.sudo, f"{tool}-save") or ""
+    saved = asker.output(Command.OTHER_SAVE, family.tool, backend) or ""
     if "incompatible" in saved:
         asker.blind.append(f"{tool}-save: {one_line(saved)}")
     mark = marked(visit.options.mark)
     cure = f"let it pass: {tool} -I FORWARD -m connmark {mark} -j ACCEPT"
-    rules = iptables_rules(saved_chains(saved, "filter"))
+    rules = iptables_rules(Saved("filter").read(saved.split("\n")).others)
     return Firewall(family.version, False, "FORWARD", rules, cure)
 
 
@@ -5196,7 +5363,7 @@ class DryRun:
     def __init__(self, visit: Visit, wanted: Wanted) -> None:
         self.name, self.several = visit.host.name, len(visit.options.host) > 1
         self.changes = changes_between(visit.found, wanted)
-        self.inputs = next_inputs(wanted, visit.found, visit.options)
+        self.inputs = list(next_inputs(wanted, visit.found, visit.options))
 
     def text(self) -> str:
         """The forwards that would come and go, and the inputs under the commands that read them."""
@@ -5505,7 +5672,7 @@ class Story(Status):
 
     def rules(self) -> list[str]:
         """What the host does."""
-        lines = ["Rules", f"  {self.title()}"]
+        lines = ["RulesOf", f"  {self.title()}"]
         for live in self.lives:
             count = "not counted"
             if live.counts:
@@ -5610,7 +5777,7 @@ def serve(visit: Visit, planner: Planner | None) -> Outcome:
     if outcome.changes:
         flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
         try:
-            persist(flows, end_stale_flows, host, found, wanted, facts, flows)
+            persist(flows, end_stale_flows, host, outcome.changes, facts, flows)
         except Fatal as error:
             log.warning("%s; UDP clients from before may stay where they were", error)
     if planner:

@@ -154,7 +154,7 @@ def no_input_that_the_gate_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     make = epok.restore_inputs
 
     def made_and_checked(*args: Any) -> list[str]:
-        inputs = make(*args)
+        inputs = list(make(*args))
         for text in inputs:
             try:
                 must_pass(text, 4)

@@ -106,8 +106,14 @@ class Host:
         self.memory: dict[object, Any] = {}
         self.calls: list[tuple[list[str], str, int, str]] = []
         self.fakes: Mapping[str, Sequence[Any]] = {}
-        epok.LocalHost.run = lambda local, argv, text, deadline: self.run(local, tuple(argv), text, deadline)
+        epok.LocalHost.run = lambda local, argv, text, deadline, take=epok.decoded: self.taken(
+            self.run(local, tuple(argv), text, deadline), take
+        )
         epok.LocalHost.reach = lambda *args: ""
+
+    def taken(self, result: Any, take: Any) -> Any:
+        """The result of a command whose output is read while it comes."""
+        return result._replace(out=take([result.out.encode(*self.epok.CODING)]))
 
     def run(self, local: Any, argv: tuple[str, ...], text: str, deadline: Any) -> Any:
         command = " ".join(argv)

@@ -25,7 +25,7 @@ STEPS = {
     "Reader.read": "list",
     "read_facts": "host's facts",
     "read_all_tables": "host's rules",
-    "parse_table": "parse rules",
+    "Saved.take": "read rules",
     "make_plan": "plan",
     "render": "ruleset",
     "converge": "transaction, swap",

@@ -454,7 +454,9 @@ class Fake(epok.LocalHost):
     def __init__(self, out: str, status: int = 0) -> None:
         self.out, self.status = out, status
 
-    def run(self, argv: Sequence[str], text: str, deadline: epok.Deadline) -> epok.Result:
+    def run(
+        self, argv: Sequence[str], text: str, deadline: epok.Deadline, take: epok.Take = epok.decoded
+    ) -> epok.Result:
         return epok.Result(self.status, self.out, "")
 
 
@@ -513,10 +515,10 @@ LINES = st.lists(st.sampled_from([*PRINTED.split(), "\n", "\n-A"]) | st.text(max
 def test_no_text_of_ip_ss_or_iptables_breaks_a_check(text: str) -> None:
     for line in text.splitlines():
         epok.to_route(line), epok.to_listener(line)
-    epok.rules_ahead(text, "filter")
+    epok.Saved("filter").read(text.split("\n"))
     saved = "*filter\n:FORWARD ACCEPT [0:0]\n:W - [0:0]\n" + text
     for packet in PACKETS:
-        epok.decision(epok.iptables_rules(epok.saved_chains(saved, "filter")), "FORWARD", packet)
+        epok.decision(epok.iptables_rules(epok.Saved("filter").read(saved.split("\n")).others), "FORWARD", packet)
 
 
 @given(LISTED.map(lambda listed: json.dumps({"nftables": listed})) | st.text() | LINES, st.integers(0, 1))

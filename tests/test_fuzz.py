@@ -478,10 +478,8 @@ def texts(draw: st.DrawFn, name: str) -> str:
 @given(st.data(), st.sampled_from(TABLES))
 def test_any_text_is_a_whole_table_or_none(data: st.DataObject, name: str) -> None:
     text = data.draw(texts(name))
-    table = epok.parse_table(text, name)
+    table = epok.Saved(name).read(text.split("\n")).whole
     assert table is None or WHOLE[name].search(text)
-    epok.rules_ahead(text, name)
-    epok.saved_chains(text, name)
     if table:
         both = {**epok.NOTHING, name: table}
         [live.text for live in epok.forwards_in(both, 4).values()]

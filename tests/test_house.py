@@ -1,11 +1,15 @@
-"""epok.py as a book: chapters that stand on those before them, and a table of contents that is right."""
+"""epok.py as a book: chapters that stand on those before them, tables that are right, and who relies on them."""
 
 import ast
+import itertools
 import re
 import symtable
 from collections.abc import Iterator
 
+from gateway import gate
 from lab import EPOK
+
+import epok
 
 SOURCE = EPOK.read_text()
 SECTIONS = {
@@ -69,3 +73,75 @@ def test_the_contents_are_the_sections() -> None:
 def test_no_line_is_longer_than_100_columns() -> None:
     """But for what the formatter leaves alone, which would not say it."""
     assert not [number for number, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 100]
+
+
+# ---- the table of commands
+
+VALUES = {
+    "TOOL": ("iptables", "ip6tables"),
+    "BACKEND": ("legacy", "nft"),
+    "TABLE": ("nat", "filter"),
+    "FAMILY": ("ip", "ip6", "inet"),
+    "CHAIN": ("FORWARD", "wall-in_2.a"),
+    "ADDRESS": ("192.0.2.1", "2001:db8::1"),
+    "PORT": ("1", "65535"),
+}
+
+
+def forms(command: epok.Command) -> list[str]:
+    """What epok may send of a command, without sudo."""
+    names = re.findall("[A-Z]{2,}", command.text)
+    every = [command.argv((), *values) for values in itertools.product(*(VALUES[name] for name in names))]
+    flows = command in (epok.Command.END_FLOWS, epok.Command.END_FLOWS_6)
+    own = VALUES["ADDRESS"][command is not epok.Command.END_FLOWS]
+    return [" ".join(argv) for argv in every if not flows or {argv[5], argv[9]} == {own}]
+
+
+FORMS = {form: command for command in epok.Command for form in forms(command)}
+
+
+def sudoers() -> list[re.Pattern[str]]:
+    """What cron/sudoers lets through: words, or anchored regular expressions of the arguments."""
+    text = re.sub(r"(?m)^#.*\n|\\\n", "", (EPOK.parent / "cron/sudoers").read_text())
+    entries = [entry.strip() for line in re.findall("(?m)^Cmnd_Alias .*= (.*)$", text) for entry in line.split(", ")]
+    pairs = [entry.removeprefix("/usr/sbin/").removesuffix(' ""').partition(" ") for entry in entries]
+    return [re.compile(f"{tool}{blank}{args if args[:1] == '^' else re.escape(args)}".replace(" ^", " "))
+            for tool, blank, args in pairs]  # fmt: skip
+
+
+def test_the_gate_lets_each_command_through_and_has_no_other() -> None:
+    assert [form for form in FORMS if not gate.COMMAND.fullmatch(form)] == []
+    for pattern in (gate.SAVE, gate.RESTORE, *gate.OTHERS):
+        assert any(re.fullmatch(pattern, form) for form in FORMS), pattern
+
+
+def test_sudoers_has_what_takes_root_and_nothing_else() -> None:
+    entries = sudoers()
+    assert len(entries) > 10
+    for form, command in FORMS.items():
+        assert command.as_root == any(entry.fullmatch(form) for entry in entries), form
+    for entry in entries:
+        assert any(entry.fullmatch(form) for form in FORMS), entry.pattern
+
+
+def test_the_readme_says_each_command_and_no_other() -> None:
+    text = (EPOK.parent / "README.md").read_text().partition("| what runs on the host | |\n|---|---|\n")[2]
+    rows = [line.strip("| ").split(" | ") for line in text.partition("\n\n")[0].splitlines()]
+    told = {words: "no sudo" not in purpose for cell, purpose in rows for words in re.findall("`(.*?)`", cell)}
+    assert told.pop("ip6tables-") and told.pop("-f ipv6")
+    flows = epok.Command.END_FLOWS_6
+    short = {"TOOL": ("iptables",), "BACKEND": VALUES["BACKEND"], "TABLE": VALUES["TABLE"]}
+    expected = {}
+    for command in epok.Command:
+        names = re.findall("[A-Z]{2,}", command.text)
+        given = {"FAMILY": ("FAMILY",), **short, **({"TABLE": ("TABLE",)} if "FAMILY" in names else {})}
+        every = itertools.product(*(given.get(name, (name,)) for name in names))
+        expected |= {" ".join(command.argv((), *values)): command.as_root for values in every if command is not flows}
+    assert told == expected
+
+
+def test_no_command_stands_beside_the_table() -> None:
+    beginnings = {tuple(form.split()[:2]) for form in FORMS}
+    for node in ast.walk(ast.parse(SOURCE)):
+        words = node.elts[:2] if isinstance(node, ast.Tuple | ast.List) else []
+        assert tuple(getattr(word, "value", None) for word in words) not in beginnings, ast.dump(node)

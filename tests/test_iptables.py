@@ -125,7 +125,7 @@ def test_every_rule_form_is_printed_back_word_for_word(lab: Lab, version: int) -
     wanted = epok.render(plan.forwards, family, options)
     for table in ("nat", "filter"):
         text = lab.host.run([f"{family.tool}-save", "-t", table]).stdout
-        found = epok.parse_table(text, table)
+        found = epok.Saved(table).read(text.split("\n")).whole
         assert found is not None
         assert found.chains == wanted[table].chains
     assert sum(len(rules) for rules in wanted["nat"].chains.values()) > 70
