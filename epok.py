@@ -5204,10 +5204,8 @@ def check_replies(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Chec
     for name in visit.entries:
         problem = ""
         if name in strict and defaults and name not in defaults:
-            problem = (
-                f"{visit.host.name} drops what comes in by {name} from beyond its own networks, "
-            )
-            problem += "as rp_filter is strict and the default route is by "
+            problem = f"{visit.host.name} drops what comes in by {name} from beyond its own "
+            problem += "networks, as rp_filter is strict and the default route is by "
             problem += f"{enumerated(sorted(defaults))}: {loose(name)}"
         # one inner interface of several has clients of its own networks, most likely
         sure = name == visit.options.external_interface or len(visit.entries) == 1
@@ -5216,10 +5214,8 @@ def check_replies(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Chec
         ways = way_out(routes, address) if address.version == 4 else []
         strict_ways = [name for name in ways if name in strict]
         if len(ways) > 1 and strict_ways:
-            problem = (
-                f"{visit.host.name} has routes to {address} by {enumerated(ways)}, and drops an "
-            )
-            problem += "answer that comes back by another one, as rp_filter is strict: "
+            problem = f"{visit.host.name} has routes to {address} by {enumerated(ways)}, and drops "
+            problem += "an answer that comes back by another one, as rp_filter is strict: "
             problem += loose(strict_ways[0])
             yield Check("rp_filter lets the nodes' answers in", problem, False)
 
@@ -5270,10 +5266,11 @@ def packets_of(
             for address in entrances(interface, version, visit):
                 yield Packet(version, interface, "", protocol, port, address, local=True)
             continue
-        for address, port in targets:
+        for target in targets:
+            address, port = target.address, target.port + offset
             ways = way_out(visit.around.routes or (), address)
             out = ways[0] if len(ways) == 1 else ""
-            yield Packet(version, interface, out, protocol, port + offset, address, False, mark)
+            yield Packet(version, interface, out, protocol, port, address, False, mark)
 
 
 def entrances(interface: str, version: int, visit: Visit) -> list[Address]:
@@ -5342,15 +5339,12 @@ def check_nodes(host: Host, forwards: Iterable[Forwarding], deadline: Deadline) 
             reason = None
         if reason is None:
             sure = False
-            problem = f"{where} could not be tried from {host.name}: that takes nc there "
-            problem += (
-                "(apt-get install netcat-openbsd), and the gate of this epok (cron/setup-host)"
-            )
+            problem = f"{where} could not be tried from {host.name}: that takes nc there (apt-get "
+            problem += "install netcat-openbsd), and the gate of this epok (cron/setup-host)"
         elif reason:
-            problem = (
-                f"{where} does not answer {host.name}: {reason}; see whether the Service's pods "
-            )
-            problem += "are ready, kube-proxy runs there, and no firewall of the node is in between"
+            problem = f"{where} does not answer {host.name}: {reason}; see whether the Service's "
+            problem += "pods are ready, kube-proxy runs there, and no firewall of the node is in "
+            problem += "between"
         yield Check(what, problem, sure)
 
 
