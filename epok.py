@@ -4328,10 +4328,7 @@ def rendered(plan: Plan, options: Options) -> Wanted:
 
 
 class Planner:
-    """Makes the tables for each host from one snapshot.
-
-    They differ only where a host is itself a node.
-    """
+    """Makes the tables for each host from one snapshot; one that is itself a node has others."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
         self.options = options
@@ -5827,14 +5824,12 @@ def look(visit: Visit, planning: Background) -> Outcome:
     return Outcome(host.name, int(failed), status)
 
 
-def everywhere(
-    task: Callable[[Visit, Any], Outcome], visits: Sequence[Visit], planning: Any
-) -> list[Outcome]:
+def everywhere(task: Callable[[Visit], Outcome], visits: Sequence[Visit]) -> list[Outcome]:
     """Does a task on all hosts at the same time; one that fails holds none of the others back."""
 
     def work(visit: Visit) -> Outcome:
         try:
-            return task(visit, planning)
+            return task(visit)
         finally:
             visit.host.close()
 
@@ -5860,9 +5855,9 @@ def print_outcomes(outcomes: Iterable[Outcome], options: Options) -> None:
 def run(options: Options) -> int:
     started = time.monotonic()
     deadline = Deadline(options.timeout)
-    hosts: list[Host] = [SshHost(login, options) for login in options.host]
-    if options.executor == "local":
-        hosts = [LocalHost()]
+    hosts: list[Host] = [LocalHost()]
+    if options.executor == "ssh":
+        hosts = [SshHost(login, options) for login in options.host]
     # the hosts are read while the API answers, and what shall be is computed
     visits = [Visit(host, options, deadline) for host in hosts]
     planner: Planner | None = None
@@ -5871,10 +5866,11 @@ def run(options: Options) -> int:
         if options.looks:
             # what a host says must not wait for a cluster that does not answer
             patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
-            outcomes = everywhere(look, visits, Background(Planner, options, patience))
+            planning = Background(Planner, options, patience)
+            outcomes = everywhere(lambda visit: look(visit, planning), visits)
         else:
             planner = None if options.clean else Planner(options, deadline)
-            outcomes = everywhere(serve, visits, planner)
+            outcomes = everywhere(lambda visit: serve(visit, planner), visits)
     except Fatal as error:
         log.error("%s", error)
     print_outcomes(outcomes, options)
