@@ -4778,7 +4778,8 @@ class Asker:
     def nft(self, kind: str, command: Command, *names: str) -> list[Mapping[str, Any]] | None:
         """What nft lists of one kind, as in libnftables-json(5); None when that cannot be had."""
         if not all(re.fullmatch(NFT_NAME, name) for name in names):
-            self.blind.append(f"nft {' '.join(map(quoted, names))}: epok asks for no such name")
+            asked = " ".join(map(quoted, ("chain", *names)))
+            self.blind.append(f"nft {asked}: epok asks for no such name")
             return None
         text = self.output(command, *names)
         if text is None:
