@@ -117,11 +117,11 @@ what was done; 2 the command line is wrong; 3 --dry-run and the host differs.
 #   transaction   iptables-save -> iptables-restore
 #   hosts         the only part that runs anything there
 #   swap          makes a host right, and proves it
-#   news          what a run did: in the log, in Events, as metrics
+#   news          what a run did: log, Events, metrics
 #
 # So far what changes a host; the rest only looks.
 #
-#   looking       what else on a host decides about a connection
+#   looking       what else decides on a host
 #   showing       --dry-run, --status and --explain
 #   main          the pieces put together
 
@@ -174,7 +174,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -4260,7 +4260,7 @@ def end_flows(
     return False
 
 
-# ------------------------------------------------ news: what a run did: in the log, in Events, as metrics
+# ------------------------------------------------ news: what a run did: log, Events, metrics
 
 
 @contextlib.contextmanager
@@ -4276,7 +4276,7 @@ def rendered(plan: Plan, options: Options) -> Wanted:
 
 
 class Planner:
-    """Makes the tables for each host from one snapshot; they differ only where a host is itself a node."""
+    """Makes the tables for each host from one snapshot; one that is itself a node has others."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
         self.options = options
@@ -4291,19 +4291,17 @@ class Planner:
 
     def own(self, facts: Facts) -> Set[str]:
         """The names of the nodes that a host itself is."""
-        return frozenset(
-            node.name for node in self.snapshot.nodes if set(node.addresses) & set(facts.addresses)
-        )
+        addresses = set(facts.addresses)
+        nodes = self.snapshot.nodes
+        return frozenset(node.name for node in nodes if not addresses.isdisjoint(node.addresses))
 
     def plan(self, facts: Facts) -> Plan:
         """What shall be forwarded. Raises Fatal."""
-        own = self.own(facts)
+        own, explain = self.own(facts), self.options.explain
         with self.lock:
             if own not in self.plans:
                 with timed(self.seconds, "plan"):
-                    self.snapshot = self.reader.with_endpoints(
-                        self.snapshot, bool(own), self.options.explain
-                    )
+                    self.snapshot = self.reader.with_endpoints(self.snapshot, bool(own), explain)
                     self.plans[own] = make_plan(self.snapshot, self.options, own)
                 if not self.options.looks:
                     self.announce(self.plans[own])
@@ -4323,17 +4321,16 @@ class Planner:
             log.warning("%s", warning)
         for remark in plan.unknown:
             log.warning("%s", remark)
-            self.untold.append(
-                Event(remark.service, "Warning", "UnknownAnnotation", remark.message)
-            )
+            self.note("UnknownAnnotation", remark)
         for rejection in brief(plan.rejections):
             log.warning("rejected: %s", rejection)
-            self.untold.append(
-                Event(rejection.service, "Warning", "ExternalPortRejected", rejection.message)
-            )
+            self.note("ExternalPortRejected", rejection)
+
+    def note(self, reason: str, remark: Rejection) -> None:
+        self.untold.append(Event(remark.service, "Warning", reason, remark.message))
 
     def tell(self, news: Iterable[Event]) -> None:
-        """Writes Events about a host, then those about rejections, which the first host that is done takes along.
+        """Writes Events about a host, then those about rejections, which the first host takes.
 
         That they cannot be written is a warning, since the host is right without them.
         """
@@ -4343,9 +4340,8 @@ class Planner:
         source = self.reader.source
         if not events or not isinstance(source, Cluster):
             return
-        deadline = Deadline(
-            min(EVENT_SECONDS, self.reader.deadline.remaining()), "the time for Events,"
-        )
+        seconds = min(EVENT_SECONDS, self.reader.deadline.remaining())
+        deadline = Deadline(seconds, "the time for Events,")
         uids = {service.key: service.uid for service in self.snapshot.services}
         try:
             writing = Background(source.record_all, events, uids, deadline)
@@ -4360,9 +4356,8 @@ def events_of(changes: Iterable[Change], machine: str) -> list[Event]:
     for sign, live, _ in changes:
         if sign in REASONS:
             message = f"{machine}: {VERBS[sign]} {live} to {live.text}"
-            events.setdefault(
-                (sign, *live.key), Event(live.service, "Normal", REASONS[sign], message)
-            )
+            event = Event(live.service, "Normal", REASONS[sign], message)
+            events.setdefault((sign, *live.key), event)
     return list(events.values())
 
 
@@ -4371,20 +4366,8 @@ def report_swap(
 ) -> None:
     for change in changes:
         log.info("%s%s %s to %s", prefix, VERBS[change.sign], change.live, change.text)
-    rules = (
-        rule
-        for tables in wanted.values()
-        for chain in tables["nat"].chains.values()
-        for rule in chain
-    )
-    # each once, in both IP versions; those of the external interface have a tree of their own
-    count = len(
-        {
-            rule.rpartition(" -g ")[0]
-            for rule in rules
-            if " --dport " in rule and " --comment " in rule
-        }
-    )
+    # each once, in both IP versions
+    count = len({key for tables in wanted.values() for key in dispatches_in(tables)})
     total = f"{count} {plural(count, 'forward')}"
     older = 0 if wanted[4]["nat"].hooks else older_rules(before)
     if older:
@@ -4393,29 +4376,17 @@ def report_swap(
         log.info("%sin sync, %s, nothing changed", prefix, total)
     elif not changes and not older:
         lines = sum(inputs) - 2 * len(inputs)
-        log.info(
-            "%srules of epok's were put right with %d %s, %s",
-            prefix,
-            lines,
-            plural(lines, "line"),
-            total,
-        )
+        done = f"put right with {lines} {plural(lines, 'line')}"
+        log.info("%srules of epok's were %s, %s", prefix, done, total)
     for version, name in itertools.product(wanted, BUILT_IN):
         held = (before[version] or NOTHING)[name].held - wanted[version][name].chains.keys()
         if held:
-            rule = "a rule that is not epok's refers to them; delete it"
-            log.warning(
-                "%skept these chains, empty, in table %s: %s: %s",
-                prefix,
-                name,
-                enumerated(sorted(held)),
-                rule,
-            )
-    marks = [tables["filter"].chains.get(FORWARD) for tables in (before[4] or NOTHING, wanted[4])]
-    if marks[0] and marks[1] and marks[0] != marks[1]:
-        log.warning(
-            "%s--mark is another one now: connections that were open have lost their way", prefix
-        )
+            what = f"{prefix}kept these chains, empty, in table {name}: {enumerated(sorted(held))}"
+            log.warning("%s: a rule that is not epok's refers to them; delete it", what)
+    old, new = (each["filter"].chains.get(FORWARD) for each in (before[4] or NOTHING, wanted[4]))
+    if old and new and old != new:
+        what = "--mark is another one now: connections that were open have lost their way"
+        log.warning("%s%s", prefix, what)
 
 
 def all_lives(tables: Found, counted: Found) -> list[Live]:
@@ -4437,7 +4408,7 @@ class Shown(Protocol):
 
 @dataclass
 class Outcome:
-    """What came of one host: the exit status for it, what is to be printed, and what the metrics tell."""
+    """What came of one host: its exit status, what is to be printed, and what the metrics tell."""
 
     host: str
     status: int = 1
@@ -4448,70 +4419,6 @@ class Outcome:
 
 
 Sample = tuple[str, float, Mapping[str, object]]  # a metric, its value and its labels
-
-
-def metrics_text(
-    outcomes: Sequence[Outcome], planner: Planner | None, seconds: float, before: str
-) -> str:
-    """What the runs on all hosts did, in Prometheus' text format; `before` is the file of the last run."""
-    samples = [sample for outcome in outcomes for sample in host_samples(outcome, before)]
-    if planner:
-        samples += [
-            ("step_duration_seconds", took, {"host": "", "step": step})
-            for step, took in planner.seconds.items()
-        ]
-        rejections = {rejection for plan in planner.plans.values() for rejection in plan.rejections}
-        samples.append(("rejections", len(rejections), {}))
-    samples.append(("duration_seconds", seconds, {}))
-    metrics: dict[str, list[str]] = {}
-    for name, value, labels in samples:
-        within = ",".join(f"{key}={json.dumps(str(text))}" for key, text in labels.items())
-        metrics.setdefault(name, []).append(
-            f"epok_{name}{within and f'{{{within}}}'} {value:.15g}\n"
-        )
-    return "".join(
-        f"# HELP epok_{name} {HELP[name]}\n"
-        f"# TYPE epok_{name} {'counter' if name.endswith('_total') else 'gauge'}\n" + "".join(lines)
-        for name, lines in metrics.items()
-    )
-
-
-def host_samples(outcome: Outcome, before: str) -> Iterator[Sample]:
-    """What a run did on one host; of one that failed the time of its last success, from the file of `before`."""
-    host = {"host": outcome.host}
-    success, lives = "last_success_timestamp_seconds", outcome.lives
-    yield "success", int(outcome.status == 0), host
-    if outcome.status:
-        last = re.search(
-            rf"^epok_{success}{{host={re.escape(json.dumps(outcome.host))}}} (\S+)$", before, re.M
-        )
-        yield from [(success, float(last[1]), host)] if last else []
-        return
-    yield success, time.time(), host
-    yield "forwards", len({live.key for live in lives}), host
-    for version in sorted({live.version for live in lives}):
-        targets = {
-            target.address for live in lives if live.version == version for target in live.targets
-        }
-        yield "nodes", len(targets), {**host, "ip_version": version}
-    for sign, name in (("+", "added"), ("-", "removed"), ("~", "changed")):
-        yield (
-            "changes",
-            sum(change.sign == sign for change in outcome.changes),
-            {**host, "change": name},
-        )
-    for live in lives:
-        if live.counts:
-            port = {
-                "protocol": live.protocol,
-                "port": Range(live.first, live.last),
-                "service": live.service,
-            }
-            yield "connections_total", live.counts[0], {**host, "ip_version": live.version, **port}
-    for step, took in outcome.seconds.items():
-        yield "step_duration_seconds", took, {**host, "step": step}
-
-
 HELP = {
     "success": "Whether the last run made the host right.",
     "last_success_timestamp_seconds": "When a run last made the host right, in seconds since 1970.",
@@ -4519,14 +4426,70 @@ HELP = {
     "nodes": "Nodes, or pods, that the host forwards to.",
     "changes": "Forwards that the last run added, removed or changed.",
     "connections_total": "New connections through a forward since its rules were made.",
-    "step_duration_seconds": "How long a step of the last run took; steps of hosts, and of the cluster, overlap.",
+    "step_duration_seconds": "How long a step of the last run took; steps of hosts, and of the "
+    "cluster, overlap.",
     "rejections": "Mappings and Services that the last run rejected.",
     "duration_seconds": "How long the last run took.",
 }
 
 
+def metrics_text(
+    outcomes: Sequence[Outcome], planner: Planner | None, seconds: float, before: str
+) -> str:
+    """What the runs on all hosts did, for Prometheus; `before` is the file of the last run."""
+    samples = [sample for outcome in outcomes for sample in host_samples(outcome, before)]
+    if planner:
+        samples += step_samples("", planner.seconds)
+        rejections = {rejection for plan in planner.plans.values() for rejection in plan.rejections}
+        samples.append(("rejections", len(rejections), {}))
+    samples.append(("duration_seconds", seconds, {}))
+    metrics: dict[str, str] = {}
+    for name, value, labels in samples:
+        kind = "counter" if name.endswith("_total") else "gauge"
+        head = f"# HELP epok_{name} {HELP[name]}\n# TYPE epok_{name} {kind}\n"
+        within = ",".join(f"{key}={json.dumps(str(text))}" for key, text in labels.items())
+        line = f"epok_{name}{within and f'{{{within}}}'} {value:.15g}\n"
+        metrics[name] = metrics.get(name, head) + line
+    return "".join(metrics.values())
+
+
+def step_samples(host: str, seconds: Mapping[str, float]) -> list[Sample]:
+    name = "step_duration_seconds"
+    return [(name, took, {"host": host, "step": step}) for step, took in seconds.items()]
+
+
+def host_samples(outcome: Outcome, before: str) -> Iterator[Sample]:
+    """What a run did on one host; of one that failed when it last did not, from `before`."""
+    host = {"host": outcome.host}
+    success, lives = "last_success_timestamp_seconds", outcome.lives
+    yield "success", int(outcome.status == 0), host
+    if outcome.status:
+        label = re.escape(json.dumps(outcome.host))
+        if last := re.search(rf"(?m)^epok_{success}{{host={label}}} (\S+)$", before):
+            yield success, float(last[1]), host
+        return
+    yield success, time.time(), host
+    yield "forwards", len({live.key for live in lives}), host
+    for version in sorted({live.version for live in lives}):
+        its = [live for live in lives if live.version == version]
+        nodes = {target.address for live in its for target in live.targets}
+        yield "nodes", len(nodes), {**host, "ip_version": version}
+    for sign, name in (("+", "added"), ("-", "removed"), ("~", "changed")):
+        count = sum(change.sign == sign for change in outcome.changes)
+        yield "changes", count, {**host, "change": name}
+    for live in lives:
+        if live.counts:
+            port = {"protocol": live.protocol, "port": Range(live.first, live.last)}
+            labels = {**host, "ip_version": live.version, **port, "service": live.service}
+            yield "connections_total", live.counts[0], labels
+    yield from step_samples(outcome.host, outcome.seconds)
+
+
 def write_metrics(name: str, make: Callable[[str], str]) -> None:
-    """Puts what `make` makes of the file's old text in its place, whole or not at all; failing is a warning."""
+    """Puts what `make` makes of the file's old text in its place, whole or not at all.
+
+    Failing is a warning.
+    """
     try:
         before = ""
         with (
@@ -4548,13 +4511,15 @@ def write_metrics(name: str, make: Callable[[str], str]) -> None:
         log.warning("--metrics-file %s: %s; nothing else depends on it", name, one_line(error))
 
 
-# ------------------------------------------------ looking: what else on a host decides about a connection
+# ------------------------------------------------ looking: what else decides on a host
+
+Forwarding = Forward | Live
 
 
 class Packet(NamedTuple):
-    """The first packet of a connection, before epok forwards it (`local`) or after; an empty `out` is not known.
+    """The first packet of a connection, before epok forwards it (`local`) or after.
 
-    `mark` is the bit of the connection mark that epok has set.
+    An empty `out` is not known; `mark` is the bit of the connection mark that epok has set.
     """
 
     version: int
@@ -4567,356 +4532,341 @@ class Packet(NamedTuple):
     mark: int = 0
 
 
-class Step(NamedTuple):
-    """A rule on the way of a packet: whether it matches, None when that cannot be told, and what it does then.
+class Option(NamedTuple):
+    """What a rule asks of a packet, in the words of iptables: one of these values, or none of them.
 
-    `verdict` is accept, drop, return, jump or goto (to `chain`), own where epok's rules decide from there on, empty for
-    a rule that lets packets go on, or "?". A chain's last step is its policy, which is return where it has none.
+    An empty value is one that is not understood.
     """
 
-    matched: bool | None
-    verdict: str
-    chain: str
-    text: str
+    name: str
+    values: list[str]
+    negated: bool = False
+
+    def fits(self, packet: Packet) -> bool | None:
+        """None where that cannot be told."""
+        answers = [has(packet, self.name, value) if value else None for value in self.values]
+        if True not in answers and (None in answers or not answers):
+            return None
+        return (True in answers) != self.negated
 
 
-Steps = Callable[[str, Packet], Iterable[Step]]  # the rules of a chain, for a packet
+def has(packet: Packet, name: str, value: str) -> bool | None:
+    """Whether a packet has a value, None where that cannot be told."""
+    match name:
+        case "-m":
+            return True
+        case "-i":
+            return like(value, packet.interface)
+        case "-o":
+            return like(value, packet.out)
+        case "-p":
+            return value in (packet.protocol, "all")
+        case "-d":
+            return in_network(value, packet.address)
+        case "--dport" | "--dports":
+            return within(value, packet.port)
+        case "--state" | "--ctstate":
+            return value == "NEW" or (value == "DNAT" and not packet.local)
+        case "--dst-type":
+            return value == ("LOCAL" if packet.local else "UNICAST")
+        case "connmark --mark":
+            bits, _, mask = value.partition("/")
+            return bits == mask if mask == f"{packet.mark:#x}" else None
+        case "nfproto":
+            return value == f"ipv{packet.version}"
+    return None
 
 
-Decision = tuple[Step | None, bool]
-
-
-def decision(
-    steps: Steps, chain: str, packet: Packet, told: dict[str, Decision] | None = None
-) -> Decision:
-    """The step that decides about a packet, None when none does, and whether that is sure.
-
-    Not sure is what comes after a rule that may have sent the packet another way; one that may drop it is taken not to.
-    """
-    told = {} if told is None else told
-    if chain not in told:
-        told[chain] = (
-            None,
-            False,
-        )  # so that chains in a circle, which the kernel refuses, come to an end
-        if len(told) < 200:
-            told[chain] = walk(steps, chain, packet, told)
-    return told[chain]
-
-
-def walk(steps: Steps, chain: str, packet: Packet, told: dict[str, Decision]) -> Decision:
-    sure = True
-    ways = iter(steps(chain, packet))
-    for step in ways:
-        if step.matched is False or not step.verdict:
-            continue
-        found = step if step.verdict in ("accept", "drop") else None
-        known = bool(found) or step.verdict in ("return", "own")
-        if step.chain:
-            found, known = decision(steps, step.chain, packet, told)
-        leaves = found or step.verdict in ("return", "goto", "own")
-        if step.matched and leaves:
-            if step.verdict in ("return", "goto"):
-                policy = [step, *ways][-1]
-                found = found or (policy if policy.verdict in ("accept", "drop") else None)
-            return found, sure and known
-        sure = sure and known and (not leaves or bool(found and found.verdict == "drop"))
-    return None, sure
-
-
-def answer(known: bool | None, negated: bool) -> bool | None:
-    return known if known is None else known != negated
-
-
-def within(ports: str, port: int) -> bool:
-    """Whether "25" or "8000:8010" has a port."""
-    found = re.fullmatch(r"([0-9]{1,5})(?::([0-9]{1,5}))?", ports)
-    return bool(found and int(found[1]) <= port <= int(found[2] or found[1]))
+def like(pattern: str, interface: str) -> bool | None:
+    """Whether an interface is the one meant, or begins as a pattern that ends in "+"."""
+    if not interface:
+        return None
+    return interface.startswith(pattern[:-1]) if pattern.endswith("+") else interface == pattern
 
 
 def in_network(text: str, address: Address) -> bool | None:
+    first, _, last = text.partition("-")
     try:
+        if last:
+            low, high = ipaddress.ip_address(first), ipaddress.ip_address(last)
+            return int(low) <= int(address) <= int(high)
         return address in ipaddress.ip_network(text, strict=False)
     except ValueError:
         return None
 
 
-def like(pattern: str, interface: str, wildcard: str) -> bool | None:
-    """Whether an interface is the one meant, or begins as a pattern that ends in a wildcard."""
-    if not interface:
-        return None
-    return (
-        interface.startswith(pattern[:-1]) if pattern.endswith(wildcard) else interface == pattern
+def within(ports: str, port: int) -> bool | None:
+    """Whether "25", "8000:8010" or "8000-8010" has a port."""
+    match = re.fullmatch("([0-9]{1,5})(?:[:-]([0-9]{1,5}))?", ports)
+    return int(match[1]) <= port <= int(match[2] or match[1]) if match else None
+
+
+class Rule(NamedTuple):
+    """A rule on the way of packets, and what becomes of one that it matches.
+
+    `verdict` is accept, drop, return, jump or goto (to `chain`), own where epok's rules decide from
+    there on, empty for a rule that lets packets go on, or "?". A chain's last rule is its policy,
+    which is return where it has none.
+    """
+
+    options: Sequence[Option]
+    verdict: str
+    chain: str
+    text: str
+
+    def matches(self, packet: Packet) -> bool | None:
+        """None where that cannot be told."""
+        answers = [option.fits(packet) for option in self.options]
+        return False if False in answers else None if None in answers else True
+
+
+RulesOf = Callable[[str], Sequence[Rule]]  # by chain
+Decision = tuple[Rule | None, bool]
+
+
+def decision(
+    rules: RulesOf, chain: str, packet: Packet, decided: dict[str, Decision] | None = None
+) -> Decision:
+    """The rule that decides about a packet, None when none does, and whether that is sure.
+
+    Not sure is what comes after a rule that may have sent the packet another way; one that may drop
+    it is taken not to. `decided` are the chains that the packet has met.
+    """
+    decided = {} if decided is None else decided
+    if chain not in decided:
+        decided[chain] = None, False  # or chains in a circle, which the kernel refuses, had no end
+        if len(decided) < 200:
+            decided[chain] = walk(rules, chain, packet, decided)
+    return decided[chain]
+
+
+def walk(rules: RulesOf, chain: str, packet: Packet, decided: dict[str, Decision]) -> Decision:
+    sure = True
+    for rule in rules(chain):
+        matched = rule.matches(packet)
+        if matched is False or not rule.verdict:
+            continue
+        end = rule if rule.verdict in ("accept", "drop") else None
+        clear = bool(end) or rule.verdict in ("return", "own")
+        if rule.chain:
+            end, clear = decision(rules, rule.chain, packet, decided)
+        leaves = end or rule.verdict in ("return", "goto", "own")
+        if matched and leaves:
+            policy = rules(chain)[-1]
+            if rule.verdict in ("return", "goto") and policy.verdict in ("accept", "drop"):
+                end = end or policy
+            return end, sure and clear
+        sure = sure and clear and (not leaves or bool(end and end.verdict == "drop"))
+    return None, sure
+
+
+COMMENT = re.compile(r' -m comment --comment (?:"(?:\\.|[^"\\])*"|\S+)')
+VERDICTS = {
+    "RETURN": "return",
+    **dict.fromkeys(("DROP", "REJECT"), "drop"),
+    **dict.fromkeys(("ACCEPT", "DNAT", "REDIRECT", "NETMAP"), "accept"),
+}
+GOING_ON = "(LOG|NFLOG|MARK|CONNMARK|TCPMSS|TRACE|TTL|HL|DSCP|CHECKSUM|CLASSIFY)?"
+
+
+def iptables_rules(chains: Mapping[str, Sequence[str]]) -> RulesOf:
+    """The rules of chains as Saved reads them."""
+    return functools.cache(
+        lambda chain: [iptables_rule(line, chains) for line in chains.get(chain, ())]
     )
 
 
-MATCHES: Mapping[
-    str, Callable[[str, Packet], bool | None]
-] = {  # of iptables; any other cannot be told
-    "-m": lambda _, packet: True,
-    "-i": lambda value, packet: like(value, packet.interface, "+"),
-    "-o": lambda value, packet: like(value, packet.out, "+"),
-    "-p": lambda value, packet: value in (packet.protocol, "all"),
-    "-d": lambda value, packet: in_network(value, packet.address),
-    "--dport": lambda value, packet: within(value, packet.port),
-    "--dports": lambda value, packet: any(within(ports, packet.port) for ports in value.split(",")),
-    "--ctstate": lambda value, packet: bool(
-        {"NEW", "NEW" if packet.local else "DNAT"} & set(value.split(","))
-    ),
-    "--state": lambda value, packet: "NEW" in value.split(","),
-    "--dst-type": lambda value, packet: (
-        ("LOCAL" if packet.local else "UNICAST") in value.split(",")
-    ),
-    "connmark --mark": lambda value, packet: value == f"{packet.mark:#x}/{packet.mark:#x}" or None,
-}
-COMMENT = re.compile(r' -m comment --comment (?:"(?:\\.|[^"\\])*"|\S+)')
-VERDICTS = {"RETURN": "return", **dict.fromkeys(("DROP", "REJECT"), "drop"),
-            **dict.fromkeys(("ACCEPT", "DNAT", "REDIRECT", "NETMAP"), "accept")}  # fmt: skip
-GOING_ON = {
-    "",
-    "LOG",
-    "NFLOG",
-    "MARK",
-    "CONNMARK",
-    "TCPMSS",
-    "TRACE",
-    "TTL",
-    "HL",
-    "DSCP",
-    "CHECKSUM",
-    "CLASSIFY",
-}
+def iptables_rule(line: str, chains: Container[str]) -> Rule:
+    if line.startswith("-P "):
+        return Rule((), VERDICTS.get(line.split()[-1], "return"), "", line)
+    options: list[Option] = []
+    for before, word in itertools.pairwise(split(COMMENT.sub("", line))[1:]):
+        if re.match("--?[a-z]", word):
+            name = f"{before} {word}" if word == "--mark" else word  # packets have one too
+            options.append(Option(name, [], before == "!"))
+        elif options and word != "!":
+            options[-1].values.extend(word.split(","))
+    asked = list(itertools.takewhile(lambda option: option.name not in ("-j", "-g"), options))
+    jumps = options[len(asked) : len(asked) + 1]
+    target = "".join(value for jump in jumps for value in jump.values[:1])
+    if owned(target):
+        return Rule(asked, "own", "", line)
+    if target in chains:
+        verdict = VERDICTS.get(target, "goto" if jumps[0].name == "-g" else "jump")
+        return Rule(asked, verdict, target, line)
+    other = "" if re.fullmatch(GOING_ON, target) else "?"
+    return Rule(asked, VERDICTS.get(target, other), "", line)
 
 
-def iptables_steps(chains: Mapping[str, Sequence[str]]) -> Steps:
-    """The steps of chains as Saved reads them."""
-    words_of = functools.lru_cache(maxsize=None)(lambda line: split(COMMENT.sub("", line)))
+class Asker:
+    """Asks a host until the deadline; `blind` is what it did not tell, and why."""
 
-    def step(line: str, packet: Packet) -> Step:
-        words = words_of(line)
-        if words[0] == "-P":
-            return Step(True, VERDICTS.get(words[-1], "return"), "", line)
-        matched: bool | None = True
-        target, jump = "", "jump"
-        options = [
-            number for number, word in enumerate(words) if number > 1 and re.match("--?[a-z]", word)
-        ]
-        for number, end in itertools.zip_longest(options, options[1:]):
-            option, values = (
-                words[number],
-                [word for word in words[number + 1 : end] if word != "!"],
-            )
-            if option in ("-j", "-g"):
-                target, jump = values[0] if values else "", "goto" if option == "-g" else "jump"
-                break
-            test = MATCHES.get(option) or MATCHES.get(f"{words[number - 1]} {option}")
-            told = (
-                answer(test(values[0], packet), words[number - 1] == "!")
-                if test and len(values) == 1
-                else None
-            )
-            if told is False:
-                return Step(False, "", "", line)
-            matched = matched and told
-        if owned(target):
-            return Step(matched, "own", "", line)
-        if target in chains or target in VERDICTS:
-            return Step(
-                matched, VERDICTS.get(target, jump), target if target in chains else "", line
-            )
-        return Step(matched, "" if target in GOING_ON else "?", "", line)
+    def __init__(self, host: Host, deadline: Deadline) -> None:
+        self.host, self.deadline = host, deadline
+        self.blind: list[str] = []
 
-    return lambda chain, packet: (step(line, packet) for line in chains.get(chain, ()))
+    def output(self, command: Command, *values: str) -> str | None:
+        """What a command prints, None when it cannot be had. Raises Fatal."""
+        argv = command.argv(self.host.sudo, *values)
+        if any("epok-gate: " in reason for reason in self.blind):
+            return None  # an older gate logs whatever it refuses
+        result = persist(self.deadline, self.host.run, argv, "", self.deadline)
+        if result.status == 0:
+            return result.out
+        cure = ""
+        if "epok-gate: " in result.err:
+            cure = "; run cron/setup-host of this epok on the host"
+        elif "sudo" in argv and re.search("password|not allowed", result.err):
+            # sudo says so too when there is no such command
+            tool = argv[len(self.host.sudo)]
+            cure = f"; run cron/setup-host of this epok on the host, if that has {tool}"
+        self.blind.append(f"{shlex.join(argv)}: {result.said}{cure}")
+        return None
 
-
-def nft_steps(
-    host: Host,
-    family: str,
-    table: str,
-    policies: Mapping[str, str],
-    blind: list[str],
-    deadline: Deadline,
-) -> Steps:
-    """The steps of a table that iptables did not make; a chain is read from the host when a packet meets it."""
-    known: dict[str, list[Mapping[str, Any]] | None] = {}
-
-    def rules(chain: str) -> list[Mapping[str, Any]] | None:
-        if chain not in known and len(known) < 50:
-            known[chain] = nft_objects(
-                host, ("chain", family, table, chain), "rule", blind, deadline
-            )
-        return known.get(chain)
-
-    def steps(chain: str, packet: Packet) -> Iterator[Step]:
-        where = f"nft table {family} {table}, chain {chain}"
-        end = {"accept": "accept", "drop": "drop"}.get(policies.get(chain, ""), "return")
-        found = rules(chain)
-        if found is None:
-            yield Step(True, "?", "", where)
-        for rule in found or ():
-            expressions = rule.get("expr")
-            each = expressions if isinstance(expressions, list) else [{"": None}]
-            parts = [next(iter(part.items())) for part in each if isinstance(part, dict) and part]
-            told = [
-                nft_match(value, packet) if name == "match" else None
-                for name, value in parts
-                if name in NFT_MATCHES
-            ]
-            matched = False if False in told else None if None in told else True
-            [(name, value), *_] = [part for part in parts if part[0] not in NFT_GOING_ON] or [
-                ("", None)
-            ]
-            verdict = {"reject": "drop"}.get(
-                name, name if name in NFT_VERDICTS or not name else "?"
-            )
-            target = (
-                value.get("target")
-                if isinstance(value, dict) and verdict in ("jump", "goto")
-                else ""
-            )
-            yield Step(matched, verdict, str(target), f"{where}, handle {rule.get('handle')}")
-        yield Step(True, end, "", f"{where}, its policy")
-
-    return steps
+    def nft(self, kind: str, command: Command, *names: str) -> list[Mapping[str, Any]] | None:
+        """What nft lists of one kind, as in libnftables-json(5); None when that cannot be had."""
+        if not all(re.fullmatch(NFT_NAME, name) for name in names):
+            asked = " ".join(map(quoted, ("chain", *names)))
+            self.blind.append(f"nft {asked}: epok asks for no such name")
+            return None
+        text = self.output(command, *names)
+        if text is None:
+            return None
+        with contextlib.suppress(ValueError, RecursionError):
+            match json.loads(text, object_hook=without_inner_chains):
+                case {"nftables": list(parts)}:
+                    objects = [part.get(kind) for part in parts if isinstance(part, dict)]
+                    return [each for each in objects if isinstance(each, dict)]
+        asked = shlex.join(command.argv(self.host.sudo, *names))
+        self.blind.append(f"{asked}: {quoted(text)} is not understood")
+        return None
 
 
 NFT_NAME = r"[A-Za-z_][A-Za-z0-9_.-]{0,127}"  # that the gate and sudoers let through
-NFT_MATCHES = ("match", "limit", "quota")
-NFT_GOING_ON = (*NFT_MATCHES, "counter", "log", "mangle")
-NFT_VERDICTS = ("accept", "drop", "return", "jump", "goto")
-NFT_OTHER_PROTOCOLS = ("icmp", "icmpv6", "igmp", "esp", "ah", "comp", "udplite", "dccp")
-
-
-def nft_match(match: Any, packet: Packet) -> bool | None:
-    """Whether a packet matches, by an expression of libnftables-json(5)."""
-    left, op, right = (
-        (match.get(key) for key in ("left", "op", "right"))
-        if isinstance(match, dict)
-        else [None] * 3
-    )
-    if left == {"&": [{"ct": {"key": "mark"}}, packet.mark]}:
-        return answer(right == packet.mark, op == "!=") if op in ("==", "!=") else None
-    [(kind, what), *_] = left.items() if isinstance(left, dict) and left else [("", None)]
-    values = right.get("set") if isinstance(right, dict) and "set" in right else right
-    values = [nft_element(value) for value in (values if isinstance(values, list) else [values])]
-    key, layer = (
-        (what.get("key") or what.get("field"), what.get("protocol"))
-        if isinstance(what, dict)
-        else (None, None)
-    )
-    if (
-        kind == "payload"
-        and layer in ("ip", "ip6")
-        and layer != ("ip" if packet.version == 4 else "ip6")
-    ):
-        return False
-    if (
-        kind == "payload"
-        and layer in (*PROTOCOLS, *NFT_OTHER_PROTOCOLS)
-        and layer != packet.protocol
-    ):
-        return False
-    # a list is bits of which one is enough, but with any other operator than "in" all of them count
-    exact = isinstance(right, list) or (kind, key) == ("ct", "status")
-    if op not in (("in",) if exact else ("in", "==", "!=")):
-        return None
-    told = [nft_equal(kind, key, value, packet) for value in values]
-    known = True if True in told else None if None in told else False
-    return answer(known, op == "!=")
-
-
-def nft_element(value: Any) -> Any:
-    """An element of a set, without its comment, counter or time."""
-    element = value.get("elem") if isinstance(value, dict) else None
-    return element.get("val") if isinstance(element, dict) else value
-
-
-def nft_equal(kind: str, key: Any, value: Any, packet: Packet) -> bool | None:
-    """Whether a packet has this value, if that can be told."""
-    if kind == "payload" and key in ("daddr", "dport"):
-        return nft_has(value, packet.address if key == "daddr" else packet.port)
-    if not isinstance(value, str) or value.startswith("@"):  # a named set
-        return None
-    if kind == "ct" and key in ("state", "status"):
-        return value == ("new" if key == "state" else "dnat")
-    if kind == "meta" and key in ("iif", "iifname", "oif", "oifname"):
-        return like(value, packet.interface if key.startswith("iif") else packet.out, "*")
-    if (kind, key) == ("meta", "nfproto"):
-        return value == f"ipv{packet.version}"
-    if (kind, key) in (("meta", "l4proto"), ("payload", "protocol"), ("payload", "nexthdr")):
-        return value == packet.protocol
-    return None
-
-
-def nft_has(value: Any, wanted: Address | int) -> bool | None:
-    """Whether a value of an expression, a prefix or a range is or has an address or a port."""
-    prefix, ends = (
-        (value.get("prefix"), value.get("range"))
-        if isinstance(value, dict)
-        else (None, [value, value])
-    )
-    if isinstance(prefix, dict) and not isinstance(wanted, int):
-        return in_network(f"{prefix.get('addr')}/{prefix.get('len')}", wanted)
-    numbers = [
-        end if isinstance(end, int) else int(address) if (address := to_address(str(end))) else -1
-        for end in (ends if isinstance(ends, list) else ())
-    ]
-    return (
-        numbers[0] <= int(wanted) <= numbers[1] if len(numbers) == 2 and -1 not in numbers else None
-    )
-
-
-def nft_objects(
-    host: Host, what: Sequence[str], kind: str, blind: list[str], deadline: Deadline
-) -> list[Mapping[str, Any]] | None:
-    """What nft lists of one kind, as libnftables-json(5) has it; None when that cannot be had: `blind` learns why."""
-    command = Command.NFT_CHAIN if what[1:] else Command.NFT_CHAINS
-    argv = command.argv(host.sudo, *what[1:])
-    if not all(re.fullmatch(NFT_NAME, word) for word in what):
-        blind.append(f"nft {' '.join(map(quoted, what))}: epok asks for no such name")
-        return None
-    text = heard(host, argv, blind, deadline)
-    try:
-        if text is not None:
-            listed = json.loads(text, object_hook=without_inner_chains)["nftables"]
-            return [
-                part[kind]
-                for part in listed
-                if part is not None and isinstance(part.get(kind), dict)
-            ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        blind.append(f"{shlex.join(argv)}: {quoted(text)} is not understood")
-    return None
 
 
 def without_inner_chains(part: dict[str, Any]) -> dict[str, Any] | None:
-    """Forgets a chain that is not at a hook as soon as it is read: epok makes thousands of them, and memory counts."""
+    """Forgets a chain that is at no hook as soon as it is read: epok makes thousands of them."""
     chain = part.get("chain")
     return None if len(part) == 1 and isinstance(chain, dict) and "hook" not in chain else part
 
 
-def heard(host: Host, argv: Sequence[str], blind: list[str], deadline: Deadline) -> str | None:
-    """What a command prints, None when it cannot be had; `blind` learns why. Raises Transient."""
-    if any(
-        "epok-gate: " in reason for reason in blind
-    ):  # an older one, which logs whatever it refuses
-        return None
-    result = host.run(argv, "", deadline)
-    if result.status == 0:
-        return result.out
-    cure = ""
-    if "epok-gate: " in result.err:
-        cure = "; run cron/setup-host of this epok on the host"
-    elif "sudo" in argv and re.search(
-        "password|not allowed", result.err
-    ):  # also when there is no such command
-        cure = f"; run cron/setup-host of this epok on the host, if that has {argv[len(host.sudo)]}"
-    blind.append(f"{shlex.join(argv)}: {result.said}{cure}")
-    return None
+class BaseChain(NamedTuple):
+    """A chain of nft at the hook forward."""
+
+    family: str
+    table: str
+    name: str
+    policy: str
+
+
+def nft_rules(asker: Asker, base: BaseChain) -> RulesOf:
+    """The rules of a table that iptables did not make; a chain is read when a packet meets it."""
+    read: dict[str, list[Rule]] = {}
+
+    def rules(chain: str) -> list[Rule]:
+        where = f"nft table {base.family} {base.table}, chain {chain}"
+        unknown = [Rule((), "?", "", where)]
+        if chain not in read and len(read) < 50:
+            listed = asker.nft("rule", Command.NFT_CHAIN, base.family, base.table, chain)
+            read[chain] = unknown if listed is None else [nft_rule(each, where) for each in listed]
+            policy = base.policy.upper() if chain == base.name else ""
+            end = VERDICTS.get(policy, "return")
+            read[chain].append(Rule((), end, "", f"{where}, its policy"))
+        return read.get(chain, unknown)
+
+    return rules
+
+
+def nft_rule(rule: Mapping[str, Any], where: str) -> Rule:
+    """Reads a rule of libnftables-json(5): what it asks of packets, and at last a verdict."""
+    text = f"{where}, handle {rule.get('handle')}"
+    options: list[Option] = []
+    statements = rule.get("expr")
+    for statement in statements if isinstance(statements, list) else ():
+        match statement:
+            case {"match": expression}:
+                options += nft_options(expression)
+            case {"limit": _} | {"quota": _}:
+                options.append(UNKNOWN)
+            case {"counter": _} | {"log": _} | {"mangle": _}:
+                pass
+            case {"accept": _} | {"drop": _} | {"return": _}:
+                return Rule(options, next(iter(statement)), "", text)
+            case {"reject": _}:
+                return Rule(options, "drop", "", text)
+            case {"jump": {"target": str(chain)}} | {"goto": {"target": str(chain)}}:
+                return Rule(options, next(iter(statement)), chain, text)
+            case _:
+                return Rule(options, "?", "", text)
+    return Rule(options, "", "", text)
+
+
+UNKNOWN = Option("?", [])
+NFT_OPTIONS = {
+    **{("meta", key): "-i" for key in ("iif", "iifname")},
+    **{("meta", key): "-o" for key in ("oif", "oifname")},
+    **{("ct", key): "--ctstate" for key in ("state", "status")},
+    **dict.fromkeys([("meta", "l4proto"), ("payload", "protocol"), ("payload", "nexthdr")], "-p"),
+    ("meta", "nfproto"): "nfproto",
+    ("payload", "daddr"): "-d",
+    ("payload", "dport"): "--dport",
+}
+NFT_PROTOCOLS = (*PROTOCOLS, "icmp", "icmpv6", "igmp", "esp", "ah", "comp", "udplite", "dccp")
+
+
+def nft_options(expression: Any) -> list[Option]:
+    """What an expression of libnftables-json(5) asks of a packet, as options of iptables."""
+    options = []
+    match expression:
+        case {"left": {"&": [{"ct": {"key": "mark"}}, int(mask)]}, "right": int(bits), "op": op}:
+            value = [f"{bits:#x}/{mask:#x}"]
+            return [Option("connmark --mark", value, op == "!=") if op in ("==", "!=") else UNKNOWN]
+        case {"left": {"payload": {"protocol": layer, "field": str(key)}}}:
+            kind = "payload"
+            # a packet has such a field only when it is of that protocol
+            if layer in ("ip", "ip6"):
+                options = [Option("nfproto", ["ipv4" if layer == "ip" else "ipv6"])]
+            elif layer in NFT_PROTOCOLS:
+                options = [Option("-p", [layer])]
+        case {"left": {"meta": {"key": str(key)}}}:
+            kind = "meta"
+        case {"left": {"ct": {"key": str(key)}}}:
+            kind = "ct"
+        case _:
+            return [UNKNOWN]
+    name = NFT_OPTIONS.get((kind, key), "?")
+    right, op = expression.get("right"), expression.get("op")
+    # a list is bits of which one is enough, but with any other operator than "in" all of them count
+    exact = isinstance(right, list) or key == "status"
+    if op not in (("in",) if exact else ("in", "==", "!=")):
+        return [*options, UNKNOWN]
+    values = right["set"] if isinstance(right, dict) and "set" in right else right
+    texts = [nft_text(value, name) for value in (values if isinstance(values, list) else [values])]
+    return [*options, Option(name, texts, op == "!=")]
+
+
+def nft_text(value: Any, name: str) -> str:
+    """A value of an expression as iptables has it; empty for what it has not, like a named set."""
+    match value:
+        case {"elem": {"val": inner}}:
+            return nft_text(inner, name)
+        case {"prefix": {"addr": address, "len": length}} if name == "-d":
+            return f"{address}/{length}"
+        case {"range": [first, last]} if name in ("-d", "--dport"):
+            return f"{first}-{last}"
+        case int() if name == "--dport":
+            return str(value)
+        case str() if not value.startswith("@"):
+            return re.sub(r"\*$", "+", value.upper() if name == "--ctstate" else value)
+    return ""
 
 
 class Listener(NamedTuple):
-    """A port that a program of the host listens on; no address is all of them, 0.0.0.0 and :: all of an IP version."""
+    """A port that a program of the host listens on.
+
+    No address is all of them; 0.0.0.0 and :: are all of an IP version.
+    """
 
     protocol: str
     address: Address | None
@@ -4924,80 +4874,71 @@ class Listener(NamedTuple):
 
 
 class Surroundings(NamedTuple):
-    """What else on a host decides about a connection; None is what the host does not tell, and `blind` says why."""
+    """What else on a host decides about a connection; None is what the host does not tell.
 
-    strict: Set[str] | None  # interfaces with strict rp_filter
-    routes: Sequence[tuple[Network, str]] | None  # of IPv4, and their interfaces
-    listeners: Sequence[Listener] | None
-    bases: (
-        Sequence[Mapping[str, Any]] | None
-    )  # chains of nft at the hook forward, as libnftables-json(5) has them
-    blind: list[str]
+    That is: interfaces with strict rp_filter, routes of IPv4 with their interfaces, programs that
+    listen, and chains of nft at the hook forward.
+    """
+
+    strict: Set[str] | None = None
+    routes: Sequence[tuple[Network, str]] | None = None
+    listeners: Sequence[Listener] | None = None
+    bases: Sequence[BaseChain] | None = None
 
 
-def read_surroundings(host: Host, deadline: Deadline) -> Surroundings:
-    """Raises Transient."""
-    blind: list[str] = []
+def read_surroundings(asker: Asker) -> Surroundings:
+    netconf = asker.output(Command.NETCONF)
+    routes = each_line(to_route, asker.output(Command.ROUTES))
+    listeners = each_line(to_listener, asker.output(Command.LISTENERS))
+    chains = asker.nft("chain", Command.NFT_CHAINS)
+    strict = None if netconf is None else strict_interfaces(netconf)
+    return Surroundings(strict, routes, listeners, None if chains is None else base_chains(chains))
 
-    def ask(command: Command) -> list[str] | None:
-        text = heard(host, command.argv(host.sudo), blind, deadline)
-        return None if text is None else text.splitlines()
 
-    netconf, routes = ask(Command.NETCONF), ask(Command.ROUTES)
-    listeners = ask(Command.LISTENERS)
-    modes = dict(
-        re.findall(r"^inet (\S+) .*\brp_filter (\w+)", "\n".join(netconf or ()), re.MULTILINE)
-    )
+def each_line(read: Callable[[str], T | None], output: str | None) -> list[T] | None:
+    """What can be read of the lines of an output, each once; None when there is no output."""
+    if output is None:
+        return None
+    values = (read(line) for line in output.splitlines())
+    return list(dict.fromkeys(value for value in values if value is not None))
+
+
+def strict_interfaces(netconf: str) -> set[str]:
+    """The interfaces with strict rp_filter, by what ip netconf prints."""
+    modes = dict(re.findall(r"(?m)^inet (\S+) .*\brp_filter (\w+)", netconf))
     # the higher of the interface's and that of all counts, and loose is higher: ip-sysctl.rst
-    both = {
-        name: {mode, modes.get("all")}
-        for name, mode in modes.items()
-        if name not in ("all", "default", "lo")
-    }
-    chains = nft_objects(host, ("chains",), "chain", blind, deadline)
-    return Surroundings(
-        strict=None
-        if netconf is None
-        else {name for name, two in both.items() if "strict" in two and "loose" not in two},
-        routes=None if routes is None else [route for line in routes if (route := to_route(line))],
-        listeners=None
-        if listeners is None
-        else list(dict.fromkeys(found for line in listeners if (found := to_listener(line)))),
-        bases=None
-        if chains is None
-        else [chain for chain in chains if chain.get("hook") == "forward"],
-        blind=blind,
-    )
+    both = {name: (mode, modes.get("all")) for name, mode in modes.items()}
+    own = both.keys() - {"all", "default", "lo"}
+    return {name for name in own if "strict" in both[name] and "loose" not in both[name]}
 
 
 def to_route(line: str) -> tuple[Network, str] | None:
     """Reads a line of ip route."""
-    found = re.match(r"(default|[0-9./]+) (?:.* )?dev (\S+)", line)
-    try:
-        return (
-            (ipaddress.ip_network(found[1].replace("default", "0.0.0.0/0")), found[2])
-            if found
-            else None
-        )
-    except ValueError:
-        return None
+    match = re.match(r"(default|[0-9./]+) (?:.* )?dev (\S+)", line)
+    with contextlib.suppress(ValueError):
+        if match:
+            return ipaddress.ip_network(match[1].replace("default", "0.0.0.0/0")), match[2]
+    return None
 
 
 def to_listener(line: str) -> Listener | None:
     """Reads a line of ss -Hltun; None for what listens to the host itself alone."""
-    words = line.split()
-    found = (
-        re.fullmatch(r"\[?([^\]%]*)\]?(?:%(\S+?)\]?)?:([0-9]{1,5})", words[4])
-        if len(words) > 4
-        else None
-    )
-    if not found:
+    local = r"\[?([^\]%\s]*)\]?(?:%(\S+?)\]?)?:([0-9]{1,5})"  # [::1]:25, 127.0.0.53%lo:53
+    match = re.match(rf"\s*(\S+)(?:\s+\S+){{3}}\s+{local}(?!\S)", line)
+    address = to_address(match[2]) if match else None
+    direct = getattr(address, "ipv4_mapped", None) or address
+    if not match or match[3] == "lo" or (direct and direct.is_loopback):
         return None
-    address = to_address(found[1])
-    itself = found[2] == "lo" or (
-        address and (getattr(address, "ipv4_mapped", None) or address).is_loopback
-    )
-    return None if itself else Listener(words[0], address, int(found[3]))
+    return Listener(match[1], address, int(match[4]))
+
+
+def base_chains(chains: Iterable[Mapping[str, Any]]) -> list[BaseChain]:
+    """Those at the hook forward, of chains as libnftables-json(5) has them."""
+    return [
+        BaseChain(*(str(chain.get(key, "")) for key in BaseChain._fields))
+        for chain in chains
+        if chain.get("hook") == "forward"
+    ]
 
 
 def way_out(routes: Iterable[tuple[Network, str]], address: Address) -> list[str]:
@@ -5006,75 +4947,93 @@ def way_out(routes: Iterable[tuple[Network, str]], address: Address) -> list[str
     return list(dict.fromkeys(name for length, name in fitting if length == max(fitting)[0]))
 
 
-class View(NamedTuple):
-    """One host, as the checks see it."""
+class Visit:
+    """One host, and what it tells: what it has, its rules, and what else is there, each asked once.
 
-    host: Host
-    options: Options
-    found: Found
-    facts: Facts
-    around: Surroundings
-    deadline: Deadline
+    `options` are those of the run, or what the live rules tell of them.
+    """
+
+    def __init__(self, host: Host, options: Options, deadline: Deadline) -> None:
+        self.host, self.options, self.deadline = host, options, deadline
+        self.asker = Asker(host, deadline)
+        self.around = Surroundings()
+        self.looking: Background | None = None
+        self.arriving = Background(self.arrive)
+
+    def arrive(self) -> tuple[Facts, Background]:
+        """What the host has; and its rules, which take longer, as a result to come."""
+        facts = persist(self.deadline, read_facts, self.host, self.deadline)
+        counted = self.options.looks or bool(self.options.metrics_file)
+        reading = Background(read_all_tables, self.host, self.deadline, counted)
+        # over SSH it must wait: what is sent must not share its sessions, or its connection
+        if isinstance(self.host, LocalHost):
+            self.looking = Background(read_surroundings, self.asker)
+        return facts, reading
+
+    def arrived(self) -> tuple[Facts, Background]:
+        doing = f"{self.host.name}: reading its addresses"
+        return self.arriving.result(self.deadline, doing)  # type: ignore[no-any-return]
+
+    @property
+    def facts(self) -> Facts:
+        return self.arrived()[0]
+
+    @property
+    def found(self) -> Found:
+        """Its rules. Raises Fatal."""
+        doing = f"{self.host.name}: reading its rules"
+        return self.arrived()[1].result(self.deadline, doing)  # type: ignore[no-any-return]
+
+    def look_around(self) -> None:
+        """Learns what else is there. Raises Fatal."""
+        looking = self.looking or Background(read_surroundings, self.asker)
+        doing = f"{self.host.name}: reading what else is there"
+        self.around = looking.result(self.asker.deadline, doing)
 
     @property
     def entries(self) -> list[str]:
         """The host's interfaces that packets come in by to be forwarded."""
-        return [
-            name for name in self.facts.interfaces if name != "lo" and comes_in(name, self.options)
-        ]
+        names = self.facts.interfaces
+        return [name for name in names if name != "lo" and comes_in(name, self.options)]
+
+
+def comes_in(interface: str, options: Options) -> bool:
+    return any(like(pattern, interface) for pattern in options.interfaces)
 
 
 class Firewall(NamedTuple):
-    """Chains that packets pass which are not epok's, from `chain` on, and how to let epok's connections through."""
+    """Chains that packets pass which are not epok's, from `chain` on.
+
+    `cure` is how to let epok's connections through.
+    """
 
     version: int
     before_nat: bool
     chain: str
-    steps: Steps
+    rules: RulesOf
     cure: str
 
 
-def firewalls(view: View) -> Iterator[Firewall]:
+def firewalls(visit: Visit) -> Iterator[Firewall]:
     """What connections meet before epok's own rules, and beside them in FORWARD."""
-    host, options, found, _, around, deadline = view
     for family in FAMILIES:
-        version, tables = family.version, found[family.version]
+        tables = visit.found[family.version]
         if tables is None:
             continue
         for name, chain in (("nat", "PREROUTING"), ("filter", "FORWARD")):
             undo = f"{family.tool} -t {name} -D {chain} {HOOKS[name][chain]}"
             cure = f"delete that rule, or {undo}, and epok's next run puts its own first"
-            yield Firewall(version, name == "nat", chain, iptables_steps(tables[name].ahead), cure)
-        backend, other = ("nft", "legacy") if is_nft(tables) else ("legacy", "nft")
-        bases = [
-            base
-            for base in around.bases or ()
-            if base.get("family") in ("inet", "ip" if version == 4 else "ip6")
-        ]
-        of_iptables = ("filter", "FORWARD")
-        foreign = [
-            base
-            for base in bases
-            if (base.get("table"), base.get("name")) != of_iptables or base["family"] == "inet"
-        ]
-        if tables["filter"].beside if backend == "nft" else len(foreign) < len(bases):
-            command = Command.OTHER_SAVE.argv(host.sudo, family.tool, other)
-            text = heard(host, command, around.blind, deadline) or ""
-            if "incompatible" in text:
-                around.blind.append(f"{family.tool}-{other}-save: {one_line(text)}")
-            cure = f"let it pass: {family.tool}-{other} -I FORWARD -m connmark {marked(options.mark)} -j ACCEPT"
-            chains = Saved("filter").read(text.split("\n")).others
-            yield Firewall(version, False, "FORWARD", iptables_steps(chains), cure)
+            rules = iptables_rules(tables[name].ahead)
+            yield Firewall(family.version, name == "nat", chain, rules, cure)
+        layer = "ip" if family.version == 4 else "ip6"
+        bases = [base for base in visit.around.bases or () if base.family in ("inet", layer)]
+        of_iptables = (layer, "filter", "FORWARD")
+        foreign = [base for base in bases if base[:3] != of_iptables]
+        nft = is_nft(tables)
+        if tables["filter"].beside if nft else len(foreign) < len(bases):
+            yield other_backend(visit, family, "legacy" if nft else "nft")
         for base in foreign:
-            where, table, chain = (str(base.get(key, "")) for key in ("family", "table", "name"))
-            bits = f"{options.mark.forwarded:#x}"
-            cure = f"let it pass: nft insert rule {where} {table} {chain} ct mark and {bits} == {bits} accept"
-            if table == "firewalld":
-                cure = "StrictForwardPorts=no in /etc/firewalld/firewalld.conf lets it pass, after firewall-cmd --reload"
-            steps = nft_steps(
-                host, where, table, {chain: str(base.get("policy"))}, around.blind, deadline
-            )
-            yield Firewall(version, False, chain, steps, cure)
+            yield native_chain(visit, family, base)
 
 
 def is_nft(tables: Tables) -> bool:
@@ -5082,10 +5041,34 @@ def is_nft(tables: Tables) -> bool:
     return "nf_tables" in tables["filter"].origin or "xtables-save" in tables["filter"].origin
 
 
-class Check(NamedTuple):
-    """Something on a host that forwards need; `problem` is what is wrong and what to do, empty when it is well.
+def other_backend(visit: Visit, family: Family, backend: str) -> Firewall:
+    """The rules of iptables that are in the backend which the host's iptables does not show."""
+    tool, asker = f"{family.tool}-{backend}", visit.asker
+    saved = asker.output(Command.OTHER_SAVE, family.tool, backend) or ""
+    if "incompatible" in saved:
+        asker.blind.append(f"{tool}-save: {one_line(saved)}")
+    mark = marked(visit.options.mark)
+    cure = f"let it pass: {tool} -I FORWARD -m connmark {mark} -j ACCEPT"
+    rules = iptables_rules(Saved("filter").read(saved.split("\n")).others)
+    return Firewall(family.version, False, "FORWARD", rules, cure)
 
-    One that is not `sure` may be meant so, or cannot be told for sure from here.
+
+def native_chain(visit: Visit, family: Family, base: BaseChain) -> Firewall:
+    """A chain of nft at the hook forward that iptables did not make."""
+    bits = f"{visit.options.mark.forwarded:#x}"
+    rule = f"{base.family} {base.table} {base.name} ct mark and {bits} == {bits} accept"
+    cure = f"let it pass: nft insert rule {rule}"
+    if base.table == "firewalld":
+        cure = "StrictForwardPorts=no in /etc/firewalld/firewalld.conf lets it pass, "
+        cure += "after firewall-cmd --reload"
+    return Firewall(family.version, False, base.name, nft_rules(visit.asker, base), cure)
+
+
+class Check(NamedTuple):
+    """Something on a host that forwards need.
+
+    `problem` is what is wrong and what to do, empty when it is well. One that is not `sure` may be
+    meant so, or cannot be told for sure from here.
     """
 
     what: str
@@ -5098,12 +5081,48 @@ class Check(NamedTuple):
         return f"{painted(word, word)}{' ' * (8 - len(word))}{self.problem or self.what}"
 
     def document(self) -> dict[str, Any]:
-        return {
-            "check": self.what,
-            "ok": not self.problem,
-            "sure": self.sure,
-            "problem": self.problem,
-        }
+        ok = not self.problem
+        return {"check": self.what, "ok": ok, "sure": self.sure, "problem": self.problem}
+
+
+def check_host(visit: Visit, forwards: Sequence[Forwarding]) -> Iterator[Check]:
+    """Looks for what makes forwards fail without a word. Raises Fatal."""
+    yield from check_forwarding(visit, forwards)
+    for interface in visit.options.interfaces if visit.facts.interfaces else ():
+        problem = ""
+        if not any(like(interface, name) for name in visit.facts.interfaces):
+            names = quoted(", ".join(visit.facts.interfaces))
+            problem = f"{visit.host.name} has no interface {interface}: "
+            problem += f"give -i those it has, of {names}"
+        yield Check(f"there is an interface {interface}", problem)
+    some = forwards[:200]
+    if not visit.options.looks:
+        # one for each protocol is enough: what drops them all is what a run can be sure of
+        some = list({forward.protocol: forward for forward in forwards}.values())
+    yield from check_replies(visit, some)
+    yield from check_paths(visit, some)
+    yield from check_listeners(visit, forwards)
+    yield from check_older(visit)
+    for reason in dict.fromkeys(visit.asker.blind):
+        problem = f"{visit.host.name} does not tell all that matters: {reason}"
+        yield Check("the host tells all that matters", problem, False)
+
+
+def check_forwarding(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
+    versions = {target.address.version for forward in forwards for target in forward.targets}
+    on = visit.facts.forwarding
+    for (version, tool, _), sysctl in zip(FAMILIES, SYSCTLS, strict=True):
+        if version not in versions:
+            continue
+        problem = ""
+        if visit.found[version] is None:
+            problem = f"{visit.host.name} has no working {tool}: no forwards over IPv{version}"
+        elif version not in on:
+            continue
+        elif not on[version]:
+            name = sysctl.removeprefix("/proc/sys/").replace("/", ".")
+            problem = f"{visit.host.name} does not forward IPv{version}: sysctl -w {name}=1"
+        yield Check(f"forwarding of IPv{version} is on", problem)
 
 
 NO_OLDER = "the older epok has left no rules"
@@ -5112,86 +5131,38 @@ IS_OLDER = r'--comment "[^"]*\bepok_rule_id[:=] ?\w'
 DELETE_OLDER = rf"sed -nE '/^(\*|COMMIT)/p; s/^-A (.*{IS_OLDER}.*)/-D \1/p'"
 
 
-def check_older(view: View) -> Iterator[Check]:
+def check_older(visit: Visit) -> Iterator[Check]:
     """What the older epok has left forwards whatever the annotations say by now."""
-    count = older_rules(view.found)
-    if count and not view.options.clean:
-        problem = f"{view.host.name} has {count} {plural(count, 'rule')} of the older epok, "
+    count = older_rules(visit.found)
+    if count and not visit.options.clean:
+        problem = f"{visit.host.name} has {count} {plural(count, 'rule')} of the older epok, "
         problem += "which forward whatever the annotations say; once it is stopped, as root on the "
         problem += f"host: iptables-save -t nat | {DELETE_OLDER} | iptables-restore -n -w 5"
         yield Check(NO_OLDER, problem)
 
 
-def check_host(view: View, forwards: Sequence[Forward | Live]) -> Iterator[Check]:
-    """Looks for what makes forwards fail without a word. Raises Transient or Fatal."""
-    host, options, found, facts, around, _ = view
-    versions = {target.address.version for forward in forwards for target in forward.targets}
-    for family, sysctl in zip(FAMILIES, SYSCTLS, strict=True):
-        problem = ""
-        if family.version not in versions or (
-            found[family.version] and family.version not in facts.forwarding
-        ):
-            continue
-        if found[family.version] is None:
-            problem = (
-                f"{host.name} has no working {family.tool}: no forwards over IPv{family.version}"
-            )
-        elif not facts.forwarding[family.version]:
-            name = sysctl.removeprefix("/proc/sys/").replace("/", ".")
-            problem = f"{host.name} does not forward IPv{family.version}: sysctl -w {name}=1"
-        yield Check(f"forwarding of IPv{family.version} is on", problem)
-    for interface in options.interfaces if facts.interfaces else ():
-        problem = ""
-        if not any(like(interface, name, "+") for name in facts.interfaces):
-            known = quoted(", ".join(facts.interfaces))
-            problem = f"{host.name} has no interface {interface}: give -i those it has, of {known}"
-        yield Check(f"there is an interface {interface}", problem)
-    # of a run one for each protocol is enough: what drops them all is what a run can be sure of
-    some = (
-        forwards[:200]
-        if options.looks
-        else list({forward.protocol: forward for forward in forwards}.values())
-    )
-    yield from check_replies(view, some)
-    yield from check_paths(view, some)
-    yield from check_listeners(view, forwards)
-    yield from check_older(view)
-    for reason in dict.fromkeys(around.blind):
-        yield Check(
-            "the host tells all that matters",
-            f"{host.name} does not tell all that matters: {reason}",
-            False,
-        )
-
-
-def comes_in(interface: str, options: Options) -> bool:
-    return any(like(pattern, interface, "+") for pattern in options.interfaces)
-
-
-def check_replies(view: View, forwards: Iterable[Forward | Live]) -> Iterator[Check]:
+def check_replies(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
     """Strict rp_filter drops a packet that comes in where an answer to it would not go out."""
-    host, around = view.host, view.around
-    if around.strict is None or not around.routes:
+    strict, routes = visit.around.strict, visit.around.routes
+    if strict is None or not routes:
         return
-    defaults = {name for network, name in around.routes if not network.prefixlen}
-    for name in view.entries:
+    defaults = {name for network, name in routes if not network.prefixlen}
+    for name in visit.entries:
         problem = ""
-        if name in around.strict and defaults and name not in defaults:
-            problem = (
-                f"{host.name} drops what comes in by {name} from beyond its own networks, as rp_filter is strict and "
-                f"the default route is by {enumerated(sorted(defaults))}: {loose(name)}"
-            )
+        if name in strict and defaults and name not in defaults:
+            problem = f"{visit.host.name} drops what comes in by {name} from beyond its own "
+            problem += "networks, as rp_filter is strict and the default route is by "
+            problem += f"{enumerated(sorted(defaults))}: {loose(name)}"
         # one inner interface of several has clients of its own networks, most likely
-        sure = name == view.options.external_interface or len(view.entries) == 1
+        sure = name == visit.options.external_interface or len(visit.entries) == 1
         yield Check(f"rp_filter lets clients in by {name}", problem, sure)
-    for address in {target.address: 0 for forward in forwards for target in forward.targets}:
-        ways = way_out(around.routes, address) if address.version == 4 else []
-        strict = [name for name in ways if name in around.strict]
-        if len(ways) > 1 and strict:
-            problem = (
-                f"{host.name} has routes to {address} by {enumerated(ways)}, and drops an answer that comes back by "
-                f"another one, as rp_filter is strict: {loose(strict[0])}"
-            )
+    for address in dict.fromkeys(t.address for forward in forwards for t in forward.targets):
+        ways = way_out(routes, address) if address.version == 4 else []
+        strict_ways = [name for name in ways if name in strict]
+        if len(ways) > 1 and strict_ways:
+            problem = f"{visit.host.name} has routes to {address} by {enumerated(ways)}, and drops "
+            problem += "an answer that comes back by another one, as rp_filter is strict: "
+            problem += loose(strict_ways[0])
             yield Check("rp_filter lets the nodes' answers in", problem, False)
 
 
@@ -5200,147 +5171,127 @@ def loose(interface: str) -> str:
     return f"sysctl -w net.ipv4.conf.{interface.replace('.', '/')}.rp_filter=2"
 
 
-def check_paths(view: View, forwards: Iterable[Forward | Live]) -> Iterator[Check]:
-    """Whether anything takes or drops the first packet of a connection, for each forward and interface."""
+def check_paths(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
+    """Whether anything takes or drops the first packet of a connection."""
     what = "nothing takes or drops connections that epok forwards"
     problems: dict[str, bool] = {}
-    for forward, name, wall in itertools.product(forwards, view.entries, list(firewalls(view))):
-        port = f"{forward.protocol}/{Range(forward.first, forward.last)}"
-        packets = list(packets_of(forward, name, wall, view))
-        told = [decision(wall.steps, wall.chain, packet) for packet in packets]
+    entries, walls = visit.entries, list(firewalls(visit))
+    for forward, name, wall in itertools.product(forwards, entries, walls):
+        packets = packets_of(forward, name, wall, visit)
+        decisions = [decision(wall.rules, wall.chain, packet) for packet in packets]
         lost = [
-            (step, sure)
-            for step, sure in told
-            if step and (step.verdict == "drop" or wall.before_nat)
+            (rule, sure)
+            for rule, sure in decisions
+            if rule and (rule.verdict == "drop" or wall.before_nat)
         ]
-        for step, _ in lost[:1]:
-            sure = len(lost) == len(told) and all(sure for _, sure in lost)
-            does = f"{'perhaps ' * (not sure)}{'takes' if step.verdict == 'accept' else 'drops'}"
-            by = printable(step.text)  # which has somebody's comments
-            problems.setdefault(
-                f"{view.host.name} {does} {port} from {name} by {by}; {wall.cure}", sure
-            )
+        for rule, _ in lost[:1]:
+            sure = len(lost) == len(decisions) and all(sure for _, sure in lost)
+            does = f"{'perhaps ' * (not sure)}{'takes' if rule.verdict == 'accept' else 'drops'}"
+            port = f"{forward.protocol}/{Range(forward.first, forward.last)}"
+            by = printable(rule.text)  # which has somebody's comments
+            problem = f"{visit.host.name} {does} {port} from {name} by {by}; {wall.cure}"
+            problems.setdefault(problem, sure)
     yield from (Check(what, problem, sure) for problem, sure in problems.items())
-    if (
-        not problems
-        and view.entries
-        and all(reason.startswith(("ip ", "ss ")) for reason in view.around.blind)
-    ):
+    unseen = [reason for reason in visit.asker.blind if not reason.startswith(("ip ", "ss "))]
+    if entries and not problems and not unseen:
         yield Check(what)
 
 
 def packets_of(
-    forward: Forward | Live, interface: str, wall: Firewall, view: View
+    forward: Forwarding, interface: str, wall: Firewall, visit: Visit
 ) -> Iterator[Packet]:
-    """The first packets of connections as a firewall sees them; what becomes of all of them becomes of the forward."""
-    targets = [target for target in forward.targets if target.address.version == wall.version]
+    """The first packets of connections as a firewall sees them.
+
+    What becomes of all of them becomes of the forward.
+    """
+    version, protocol, mark = wall.version, forward.protocol, visit.options.mark.forwarded
+    targets = [target for target in forward.targets if target.address.version == version]
     for offset in sorted({0, forward.last - forward.first}) if targets else ():
-        arriving = Packet(
-            wall.version,
-            interface,
-            "",
-            forward.protocol,
-            forward.first + offset,
-            targets[0].address,
-            local=True,
-        )
         if wall.before_nat:
-            for address in entrances(interface, wall.version, view):
-                yield arriving._replace(address=address)
+            port = forward.first + offset
+            for address in entrances(interface, version, visit):
+                yield Packet(version, interface, "", protocol, port, address, local=True)
             continue
         for target in targets:
-            ways = way_out(view.around.routes or (), target.address)
-            yield arriving._replace(
-                out=ways[0] if len(ways) == 1 else "",
-                port=target.port + offset,
-                address=target.address,
-                local=False,
-                mark=view.options.mark.forwarded,
-            )
+            address, port = target.address, target.port + offset
+            ways = way_out(visit.around.routes or (), address)
+            out = ways[0] if len(ways) == 1 else ""
+            yield Packet(version, interface, out, protocol, port, address, False, mark)
 
 
-def entrances(interface: str, version: int, view: View) -> list[Address]:
-    """The host's addresses that clients connect to who come in by an interface: its own, or else any."""
-    given, facts = view.options.addresses, view.facts
-    every = [address for address in facts.addresses if address.version == version]
+def entrances(interface: str, version: int, visit: Visit) -> list[Address]:
+    """The host's addresses that clients connect to who come in by an interface.
+
+    These are its own, or else any.
+    """
+    given, facts = visit.options.addresses, visit.facts
     every = [
-        address for address in every if not given or any(address in network for network in given)
+        address
+        for address in facts.addresses
+        if address.version == version
+        if not given or any(address in network for network in given)
     ]
     return [address for address in every if address in facts.interfaces[interface]] or every
 
 
-def check_nodes(
-    host: Host, forwards: Iterable[Forward | Live], deadline: Deadline
-) -> Iterator[Check]:
-    """Whether each target of TCP forwards answers, from the host."""
-    targets = dict.fromkeys(
-        t for forward in forwards if forward.protocol == "tcp" for t in forward.targets
-    )
-    limit = Deadline(min(LOOK_SECONDS, deadline.remaining()), "the time for looking,")
-    some = list(targets)[:64]
-    trying = [Background(persist, limit, host.reach, str(t.address), t.port, limit) for t in some]
-    for target, thread in zip(some, trying, strict=True):
-        try:
-            reason = thread.result(limit, f"{target.address}")
-        except Fatal:
-            reason = None
-        where = f"{target.address} port {target.port}"
-        if reason is not None:
-            yield Check(
-                f"{where} answers",
-                reason
-                and f"{where} does not answer {host.name}: {reason}; see whether the Service's pods are ready, "
-                "kube-proxy runs there, and no firewall of the node is in between",
-            )
-        else:
-            yield Check(
-                f"{where} answers",
-                f"{where} could not be tried from {host.name}: that takes nc there (apt-get install netcat-openbsd), "
-                "and the gate of this epok (cron/setup-host)",
-                False,
-            )
-
-
-def check_listeners(view: View, forwards: Iterable[Forward | Live]) -> Iterator[Check]:
+def check_listeners(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
     """Whether a forward hides a program of the host."""
-    host, options, _, facts, around, _ = view
-    if around.listeners is None:
+    options, interfaces = visit.options, visit.facts.interfaces
+    if visit.around.listeners is None:
         return
     what = "no program of the host listens on an external port"
-    inner = (
-        []
-        if "lo" in options.interfaces
-        else [name for name in facts.interfaces if not comes_in(name, options)]
-    )
-    elsewhere = {address for name in inner for address in facts.interfaces[name]}
+    elsewhere: set[Address] = set()
+    if "lo" not in options.interfaces:
+        inner = [name for name in interfaces if not comes_in(name, options)]
+        elsewhere = {address for name in inner for address in interfaces[name]}
     hidden = [
         (listener, forward)
-        for forward in forwards
-        for listener in around.listeners
+        for forward, listener in itertools.product(forwards, visit.around.listeners)
         if forward.first <= listener.port <= forward.last and forward.protocol == listener.protocol
         if hides(forward, listener.address, options) and listener.address not in elsewhere
     ]
     for (protocol, address, port), forward in hidden:
         where = "" if address is None or address.is_unspecified else f" at {address}"
-        yield Check(
-            what,
-            f"{host.name} has a program that listens on {protocol}/{port}{where}, and clients get {forward.service} "
-            f"instead: stop it (ss -{protocol[0]}lnp sport = :{port} names it), or forward another port",
-        )
+        problem = f"{visit.host.name} has a program that listens on {protocol}/{port}{where}, and "
+        problem += f"clients get {forward.service} instead: stop it "
+        problem += f"(ss -{protocol[0]}lnp sport = :{port} names it), or forward another port"
+        yield Check(what, problem)
     if not hidden:
         yield Check(what)
 
 
-def hides(forward: Forward | Live, address: Address | None, options: Options) -> bool:
+def hides(forward: Forwarding, address: Address | None, options: Options) -> bool:
     """Whether a forward takes what comes to an address that a program listens on."""
     if address is None:
         return True
-    given = [
-        network for network in options.addresses if address.is_unspecified or address in network
-    ]
-    return address.version in {t.address.version for t in forward.targets} and bool(
-        given or not options.addresses
-    )
+    given = not options.addresses or address.is_unspecified
+    taken = given or any(address in network for network in options.addresses)
+    return taken and address.version in {target.address.version for target in forward.targets}
+
+
+def check_nodes(host: Host, forwards: Iterable[Forwarding], deadline: Deadline) -> Iterator[Check]:
+    """Whether each target of TCP forwards answers, from the host."""
+    tcp = [forward for forward in forwards if forward.protocol == "tcp"]
+    targets = dict.fromkeys(target for forward in tcp for target in forward.targets)
+    limit = Deadline(min(LOOK_SECONDS, deadline.remaining()), "the time for looking,")
+    some = list(targets)[:64]
+    trying = [Background(persist, limit, host.reach, str(t.address), t.port, limit) for t in some]
+    for target, thread in zip(some, trying, strict=True):
+        where = f"{target.address} port {target.port}"
+        what, problem, sure = f"{where} answers", "", True
+        try:
+            reason = thread.result(limit, str(target.address))
+        except Fatal:
+            reason = None
+        if reason is None:
+            sure = False
+            problem = f"{where} could not be tried from {host.name}: that takes nc there (apt-get "
+            problem += "install netcat-openbsd), and the gate of this epok (cron/setup-host)"
+        elif reason:
+            problem = f"{where} does not answer {host.name}: {reason}; see whether the Service's "
+            problem += "pods are ready, kube-proxy runs there, and no firewall of the node is in "
+            problem += "between"
+        yield Check(what, problem, sure)
 
 
 # ------------------------------------------------ showing: --dry-run, --status and --explain
@@ -5349,13 +5300,13 @@ def hides(forward: Forward | Live, address: Address | None, options: Options) ->
 class DryRun:
     """What a run would do to a host."""
 
-    def __init__(self, host: Host, options: Options, before: Found, wanted: Wanted) -> None:
-        self.name, self.several = host.name, len(options.host) > 1
-        self.changes = changes_between(before, wanted)
-        self.inputs = list(next_inputs(wanted, before, options))
+    def __init__(self, visit: Visit, wanted: Wanted) -> None:
+        self.name, self.several = visit.host.name, len(visit.options.host) > 1
+        self.changes = changes_between(visit.found, wanted)
+        self.inputs = list(next_inputs(wanted, visit.found, visit.options))
 
     def text(self) -> str:
-        """The forwards that would come and go, then each input under the command that would read it."""
+        """The forwards that would come and go, and the inputs under the commands that read them."""
         lines = [f"# on {self.name}"] if self.several else []
         lines += [change.line for change in self.changes]
         for argv, text in self.inputs:
@@ -5363,41 +5314,55 @@ class DryRun:
         return "\n".join(lines)
 
     def document(self) -> dict[str, Any]:
-        inputs = [{"command": list(argv), "input": text} for argv, text in self.inputs]
-        return {
-            "host": self.name,
-            "changes": [change.document() for change in self.changes],
-            "inputs": inputs,
-        }
+        changes = [change.document() for change in self.changes]
+        inputs = [{"command": argv, "input": text} for argv, text in self.inputs]
+        return {"host": self.name, "changes": changes, "inputs": inputs}
 
 
 @dataclass
 class Status:
     """What a host does now, beside what the cluster wants, if that is known, and what was checked.
 
-    `pending` is what the next run would change.
+    `pending` is what the next run would change; `key` the Service that all is about, if it is one.
     """
 
     host: str
     tables: Found
     lives: list[Live]
+    key: str = ""
+    plan: Plan = field(default_factory=Plan)
     cluster: str = ""
     pending: list[Change] = field(default_factory=list)
-    rejections: list[Rejection] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+
+    @property
+    def rejections(self) -> list[Rejection]:
+        return self.plan.rejections
+
+    @property
+    def warnings(self) -> list[str]:
+        return [*self.plan.warnings, *map(str, self.plan.unknown)]
+
+    @property
+    def forwards(self) -> Sequence[Forwarding]:
+        """What is checked."""
+        return self.lives or self.plan.forwards
+
+    def compare(self, planner: Planner, visit: Visit) -> None:
+        """Learns what the cluster wants. Raises Fatal."""
+        self.plan = planner.plan(visit.facts)
+        self.pending = changes_between(self.tables, rendered(self.plan, visit.options))
+        self.cluster = f"compared with {planner.reader.source.name}"
 
     def hooks(self, version: int) -> str:
         """Whether epok's hooks are there: "in place", "not used", or "missing in" some chain."""
         tables = self.tables[version]
         if tables is None or not any(table.chains for table in tables.values()):
             return "not used"
-        pairs = [
-            (name, chain, rule) for name, hooks in HOOKS.items() for chain, rule in hooks.items()
-        ]
         lacking = [
             f"{name} {chain}"
-            for name, chain, rule in pairs
+            for name, hooks in HOOKS.items()
+            for chain, rule in hooks.items()
             if rule not in tables[name].hooks.get(chain, [])
         ]
         return f"missing in {', '.join(lacking)}" if lacking else "in place"
@@ -5406,26 +5371,20 @@ class Status:
     def backend(self) -> str:
         tables = next((tables for tables in self.tables.values() if tables), NOTHING)
         version = re.search(r"v([0-9.]+)", tables["filter"].origin)
-        return (
-            f"iptables {version[1] if version else '?'} ({'nft' if is_nft(tables) else 'legacy'})"
-        )
+        kind = "nft" if is_nft(tables) else "legacy"
+        return f"iptables {version[1] if version else '?'} ({kind})"
 
     def title(self) -> str:
         hooks = "; ".join(f"IPv{version} hooks {self.hooks(version)}" for version in self.tables)
         return painted(f"{self.host}: {self.backend}; {hooks}", "title")
 
     def to_come(self) -> list[str]:
-        return ["the next run would change:"] * bool(self.pending) + [
-            change.line for change in self.pending
-        ]
+        lines = [change.line for change in self.pending]
+        return ["the next run would change:", *lines] if lines else []
 
     def text(self) -> str:
-        lines = (
-            [self.title(), *aligned(forward_rows(self.lives))]
-            if self.lives
-            else [self.title(), "no forwards"]
-        )
-        lines += self.to_come()
+        forwards = aligned(forward_rows(self.lives)) if self.lives else ["no forwards"]
+        lines = [self.title(), *forwards, *self.to_come()]
         lines += [f"rejected: {rejection}" for rejection in self.rejections]
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines += [self.cluster, *(check.line for check in self.checks if check.problem)]
@@ -5447,14 +5406,11 @@ class Status:
 
 
 def forward_rows(lives: Sequence[Live]) -> list[list[str]]:
-    """The table of --status: whom a forward is for stands there only when one is not for everybody."""
-    everywhere = {way for live in lives for way in live.ways}
-    limits = [
-        [*live.sources, *(f"by {way}" for way in live.ways if everywhere - {*live.ways})]
-        for live in lives
-    ]
+    """The table of --status; whom a forward is for is in it when one is not for everybody."""
+    ways = {way for live in lives for way in live.ways}
     rows = [["PORT", "SERVICE", "NODEPORT", "NODES", "CLIENT", "CONNECTIONS", "ONLY"]]
-    for live, only in zip(lives, limits, strict=True):
+    for live in lives:
+        only = [*live.sources, *(f"by {way}" for way in live.ways if ways - {*live.ways})]
         rows.append([
             f"{live}{' IPv6' * (live.version == 6)}",
             f"{live.service}:{live.port}",
@@ -5464,76 +5420,73 @@ def forward_rows(lives: Sequence[Live]) -> list[list[str]]:
             f"{live.counts[0]}" if live.counts else "?",
             enumerated(only) or "-",
         ])  # fmt: skip
-    return rows if any(limits) else [row[:-1] for row in rows]
+    limited = any(row[-1] != "-" for row in rows[1:])
+    return rows if limited else [row[:-1] for row in rows]
 
 
 @dataclass
-class Story:
-    """All about one Service on one host, from its annotation to its live rules, which are in `status`."""
+class Story(Status):
+    """All about one Service on one host, from its annotation to its live rules."""
 
-    key: str
-    max_nodes: int
-    status: Status
+    max_nodes: int = 0
     snapshot: Snapshot | None = None
-    plan: Plan = field(default_factory=Plan)
     on_node: bool = False
+
+    def compare(self, planner: Planner, visit: Visit) -> None:
+        super().compare(planner, visit)
+        self.pending = [change for change in self.pending if change.live.service == self.key]
+        self.snapshot, self.on_node = planner.snapshot, bool(planner.own(visit.facts))
 
     @property
     def service(self) -> Service | None:
         services = self.snapshot.services if self.snapshot else ()
         return next((service for service in services if service.key == self.key), None)
 
-    def narrow(self) -> None:
-        """Leaves of the status what is about this Service, or about all."""
-        status, others = (
-            self.status,
-            {service.key for service in self.snapshot.services} if self.snapshot else set(),
-        )
-        status.lives = [live for live in status.lives if live.service == self.key]
-        status.pending = [change for change in status.pending if change.live.service == self.key]
-        status.rejections = [
-            rejection for rejection in status.rejections if rejection.service == self.key
-        ]
-        status.warnings = [
-            text for text in status.warnings if text.partition(": ")[0] not in others - {self.key}
-        ]
-        status.warnings += self.open_relay()
+    @property
+    def rejections(self) -> list[Rejection]:
+        return [each for each in self.plan.rejections if each.service == self.key]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Those about this Service, or about all."""
+        services = self.snapshot.services if self.snapshot else ()
+        others = {service.key for service in services} - {self.key}
+        about = [text for text in super().warnings if text.partition(": ")[0] not in others]
+        return [*about, *self.open_relay()]
+
+    @property
+    def forwards(self) -> Sequence[Forwarding]:
+        return [each for each in self.plan.forwards if each.service == self.key] or self.lives
 
     def open_relay(self) -> Iterator[str]:
-        """A mail server that cannot tell its clients from the cluster's nodes may relay for everybody."""
-        asked = {
-            claim.external for claim in self.plan.claims if claim.port.protocol == "tcp"
-        } & set(MAIL_PORTS)
+        """A mail server that cannot tell its clients from the cluster's nodes may relay for all."""
+        tcp = {claim.external for claim in self.plan.claims if claim.port.protocol == "tcp"}
+        asked = tcp.intersection(MAIL_PORTS)
         namespace, _, name = self.key.partition("/")
         if asked and self.service and not self.service.local:
+            patch = """'{"spec": {"externalTrafficPolicy": "Local"}}'"""
             yield (
-                f"port {spans(asked)} looks like a mail server's, and externalTrafficPolicy Cluster hides its clients' "
-                "addresses: if it trusts those of the cluster, it relays mail for everybody: kubectl patch service "
-                f"""-n {namespace} {name} -p '{{"spec": {{"externalTrafficPolicy": "Local"}}}}'"""
+                f"port {spans(asked)} looks like a mail server's, and externalTrafficPolicy "
+                "Cluster hides its clients' addresses: if it trusts those of the cluster, it "
+                f"relays mail for everybody: kubectl patch service -n {namespace} {name} -p {patch}"
             )
 
     def mappings(self) -> list[tuple[str, str, bool]]:
         """Each mapping, its fate, and whether it stands."""
         groups: dict[str, list[str]] = {}
-        for claim in self.plan.claims:
-            to = f"NodePort {claim.port.node_port} ({claim.port.name or claim.port.port})"
-            groups.setdefault(claim.mapping, []).append(
-                f"{claim.port.protocol}/{claim.external} -> {to}"
-            )
+        for mapping, external, port in self.plan.claims:
+            to = f"NodePort {port.node_port} ({port.name or port.port})"
+            groups.setdefault(mapping, []).append(f"{port.protocol}/{external} -> {to}")
         granted = [(mapping, enumerated(ports), True) for mapping, ports in groups.items()]
         refused = [
-            (mapping or "all", f"rejected: {why}", False)
-            for _, mapping, why in self.status.rejections
+            (each.mapping or "all", f"rejected: {each.reason}", False) for each in self.rejections
         ]
         return granted + refused
 
     def nodes(self) -> list[tuple[Node, str]]:
         """Each node, and why it is left out, if it is."""
-        return (
-            [(node, self.why_left_out(node)) for node in self.snapshot.nodes]
-            if self.snapshot
-            else []
-        )
+        nodes = self.snapshot.nodes if self.snapshot else ()
+        return [(node, self.why_left_out(node)) for node in nodes]
 
     def why_left_out(self, node: Node) -> str:
         service, used = self.service, {place.name for place in self.plan.places if place.live}
@@ -5554,116 +5507,101 @@ class Story:
     def pods(self) -> str:
         """How many pods are ready, empty when that is not known."""
         endpoints = self.snapshot.endpoints.get(self.key) if self.snapshot else None
-        ready = [str(e.address) for e in endpoints or () if e.ready]
-        return (
-            ""
-            if endpoints is None
-            else f"{len(ready)} of {len(endpoints)} ready: {enumerated(ready)}".rstrip(": ")
-        )
+        if endpoints is None:
+            return ""
+        ready = [str(endpoint.address) for endpoint in endpoints if endpoint.ready]
+        return f"{len(ready)} of {len(endpoints)} ready: {enumerated(ready)}".rstrip(": ")
 
     def cause(self) -> str:
         """The most likely cause when the Service cannot be reached, and what to do about it."""
-        stories = (
-            self.not_asked,
-            self.nowhere_to_go,
-            self.not_done,
-            self.in_the_way,
-            self.nobody_came,
+        causes = itertools.chain(
+            self.not_asked(),
+            self.nowhere_to_go(),
+            self.not_done(),
+            self.in_the_way(),
+            self.nobody_came(),
         )
-        found = next(itertools.chain.from_iterable(tell() for tell in stories), "")
-        return (
-            found or "nothing that can be seen from here: connections come in, and the nodes answer"
-        )
+        nothing = "nothing that can be seen from here: connections come in, and the nodes answer"
+        return next(causes, "") or nothing
 
     def not_asked(self) -> Iterator[str]:
         namespace, _, name = self.key.partition("/")
         service = self.service
         if self.snapshot and not service:
-            known = enumerated(sorted(service.key for service in self.snapshot.services)) or "none"
-            yield f"there is no Service {self.key}; those with an annotation of epok's: {known}"
+            keys = enumerated(sorted(service.key for service in self.snapshot.services)) or "none"
+            yield f"there is no Service {self.key}; those with an annotation of epok's: {keys}"
         if service and not service.annotations.keys() & set(PORT_ANNOTATIONS):
-            similar = enumerated(
-                quoted(found)
-                for found in sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
-            )
-            lacking = f"it has no annotation {PORT_ANNOTATIONS[0]}{similar and f', only {similar}'}"
-            yield f"{lacking}: kubectl annotate service -n {namespace} {name} {PORT_ANNOTATIONS[0]}=EXTERNAL:NODEPORT"
+            strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
+            only = f", only {enumerated(map(quoted, strange))}" if strange else ""
+            annotate = f"kubectl annotate service -n {namespace} {name} {PORT_ANNOTATIONS[0]}"
+            yield f"it has no annotation {PORT_ANNOTATIONS[0]}{only}: {annotate}=EXTERNAL:NODEPORT"
         elif service and not self.plan.claims:
-            yield next(
-                (rejection.message for rejection in self.status.rejections),
-                "its annotation names no port",
-            )
+            messages = [rejection.message for rejection in self.rejections]
+            yield messages[0] if messages else "its annotation names no port"
 
     def nowhere_to_go(self) -> Iterator[str]:
         namespace, _, name = self.key.partition("/")
-        answered = any(
-            check.what.endswith(" answers") and not check.problem for check in self.status.checks
-        )
-        if self.pods().startswith("0 of") and not answered:
+        passed = [check.what for check in self.checks if not check.problem]
+        if self.pods().startswith("0 of") and not any(w.endswith(" answers") for w in passed):
             slices = f"endpointslices -n {namespace} -l kubernetes.io/service-name={name}"
             yield f"no pod of it is ready: kubectl get {slices}"
         if self.service and not any(place.live for place in self.plan.places):
-            yield from self.status.warnings
+            yield from self.warnings
 
     def not_done(self) -> Iterator[str]:
-        status = self.status
-        for version in status.tables:
-            if status.hooks(version).startswith("missing"):
-                yield f"IPv{version} hooks {status.hooks(version)}: run epok, and find out what deletes its rules"
-        for sign, live, _ in status.pending:
-            yield f"the next run would change it ({sign} {live}): run epok, and see whether its timer runs"
-        if not status.lives:
-            yield f"{status.host} has no rule for it; {status.cluster}"
+        for version in self.tables:
+            if (hooks := self.hooks(version)).startswith("missing"):
+                yield f"IPv{version} hooks {hooks}: run epok, and find out what deletes its rules"
+        for sign, live, _ in self.pending:
+            what = f"the next run would change it ({sign} {live})"
+            yield f"{what}: run epok, and see whether its timer runs"
+        if not self.lives:
+            yield f"{self.host} has no rule for it; {self.cluster}"
 
     def in_the_way(self) -> Iterator[str]:
-        # rules of the older epok keep nobody out
-        checks = [check for check in self.status.checks if check.what != NO_OLDER]
-        yield from (check.problem for check in checks if check.problem and check.sure)
-        yield from (rejection.message for rejection in self.status.rejections)
+        for check in self.checks:
+            # rules of the older epok keep nobody out
+            if check.problem and check.sure and check.what != NO_OLDER:
+                yield check.problem
+        yield from (rejection.message for rejection in self.rejections)
 
     def nobody_came(self) -> Iterator[str]:
-        lives, doubts = (
-            self.status.lives,
-            [check.problem for check in self.status.checks if check.problem],
-        )
-        if all(live.counts[:1] == (0,) for live in lives):
-            ways = enumerated(dict.fromkeys(way for live in lives for way in live.ways))
+        doubts = [check.problem for check in self.checks if check.problem]
+        if all(live.counts[:1] == (0,) for live in self.lives):
+            ways = enumerated(dict.fromkeys(way for live in self.lives for way in live.ways))
             yield (
-                f"no connection has come in by {ways} yet: try it from another machine, beyond that interface, and "
-                f"look for a firewall or router before {self.status.host}{doubts and '; or '}{enumerated(doubts[:1])}"
+                f"no connection has come in by {ways} yet: try it from another machine, beyond "
+                f"that interface, and look for a firewall or router before "
+                f"{'; or '.join([self.host, *doubts[:1]])}"
             )
 
     def text(self) -> str:
-        title, last = f"{self.key} on {self.status.host}", f"Most likely: {self.cause()}"
-        parts = [[painted(title, "title")], self.about(), self.rules(), ["Checks"]]
-        checks = [f"  {check.line}" for check in self.status.checks]
-        return "\n".join([*itertools.chain.from_iterable(parts), *checks, painted(last, "title")])
+        title = painted(f"{self.key} on {self.host}", "title")
+        checks = ["Checks", *(f"  {check.line}" for check in self.checks)]
+        last = painted(f"Most likely: {self.cause()}", "title")
+        return "\n".join([title, *self.about(), *self.rules(), *checks, last])
 
     def about(self) -> list[str]:
         """What the cluster says."""
         service = self.service
         if not service:
-            return [f"  {self.status.cluster}"]
-        policy, affinity = (
-            "Local" if service.local else "Cluster",
-            "ClientIP" if service.sticky else "None",
-        )
+            return [f"  {self.cluster}"]
+        policy = "Local" if service.local else "Cluster"
+        affinity = "ClientIP" if service.sticky else "None"
         lines = [f"type {service.type}, externalTrafficPolicy {policy}, sessionAffinity {affinity}"]
         lines += [f"NodePorts: {listed(service.ports)}"]
         for name, text in service.annotations.items():
-            lines.append(
-                f"{name}: {quoted(text)}{' (not one that epok knows)' * (name not in SERVICE_ANNOTATIONS)}"
-            )
+            strange = " (not one that epok knows)" * (name not in SERVICE_ANNOTATIONS)
+            lines.append(f"{name}: {quoted(text)}{strange}")
         if service.source_ranges:
             lines.append(f"loadBalancerSourceRanges: {enumerated(service.source_ranges)}")
-        lines += [f"pods: {self.pods()}"] * bool(self.pods())
-        lines += [f"warning: {warning}" for warning in self.status.warnings]
+        if self.pods():
+            lines.append(f"pods: {self.pods()}")
+        lines += [f"warning: {warning}" for warning in self.warnings]
         lines = [f"  {line}" for line in lines]
         if mappings := self.mappings():
-            lines += [
-                "Mappings",
-                *aligned([[printable(mapping), fate] for mapping, fate, _ in mappings], "  "),
-            ]
+            rows = [[printable(mapping), fate] for mapping, fate, _ in mappings]
+            lines += ["Mappings", *aligned(rows, "  ")]
         if self.plan.claims:
             rows = []
             for node, why in self.nodes():
@@ -5674,45 +5612,37 @@ class Story:
 
     def rules(self) -> list[str]:
         """What the host does."""
-        lines = ["Rules", f"  {self.status.title()}"]
-        for live in self.status.lives:
-            count = (
-                f"{live.counts[0]} new {plural(live.counts[0], 'connection')}"
-                if live.counts
-                else "not counted"
-            )
-            lines += [
-                f"  {live} -> {live.text}, by {enumerated(live.ways)}: {count}",
-                f"    chain {live.chain}",
-            ]
-            for target, number in zip(
-                live.targets, live.counts[1:] or itertools.repeat("?"), strict=False
-            ):
+        lines = ["RulesOf", f"  {self.title()}"]
+        for live in self.lives:
+            count = "not counted"
+            if live.counts:
+                count = f"{live.counts[0]} new {plural(live.counts[0], 'connection')}"
+            lines.append(f"  {live} -> {live.text}, by {enumerated(live.ways)}: {count}")
+            lines.append(f"    chain {live.chain}")
+            counts = live.counts[1:] or itertools.repeat("?")
+            for target, number in zip(live.targets, counts, strict=False):
                 lines.append(f"    to {target.address} port {target.port}: {number}")
-        lines += [] if self.status.lives else ["  none for this Service"]
-        return lines + [f"  {line}" for line in self.status.to_come()]
+        lines += [] if self.lives else ["  none for this Service"]
+        return lines + [f"  {line}" for line in self.to_come()]
 
     def document(self) -> dict[str, Any]:
-        told = [
+        story: dict[str, Any] = {"service": self.key}
+        if self.service:
+            story |= {"annotations": dict(self.service.annotations), "pods": self.pods()}
+        story["mappings"] = [
             {"mapping": mapping, "stands": stands, "fate": fate}
             for mapping, fate, stands in self.mappings()
         ]
-        nodes = [
+        story["clusterNodes"] = [
             {
                 "name": node.name,
-                "addresses": list(map(str, node.addresses)),
+                "addresses": [*map(str, node.addresses)],
                 "used": not why,
                 "why": why,
             }
             for node, why in self.nodes()
         ]
-        about = (
-            {"annotations": dict(self.service.annotations), "pods": self.pods()}
-            if self.service
-            else {}
-        )
-        story = {"service": self.key, **about, "mappings": told, "clusterNodes": nodes}
-        return {**self.status.document(), **story, "cause": self.cause()}
+        return {**super().document(), **story, "cause": self.cause()}
 
 
 def show(text: str) -> None:
@@ -5744,178 +5674,121 @@ def start_log(level: str) -> None:
     log.handlers, log.propagate = [handler], False
     log.setLevel(level.upper())
     logging.captureWarnings(True)
-    if (
-        not logging.getLogger().handlers
-    ):  # or Python prints what libraries log, which comes as an exception too
+    # or Python prints what libraries log, which comes as an exception too
+    if not logging.getLogger().handlers:
         logging.getLogger().addHandler(logging.NullHandler())
 
 
-def read_host(
-    host: Host, deadline: Deadline, counted: bool = False
-) -> tuple[Facts, Background, Background | None]:
-    """The facts, and the tables and surroundings, which take longer, as results to come.
-
-    Over SSH the surroundings must wait: what is sent must not share its sessions, or its connection, with anything.
-    """
-    facts = persist(deadline, read_facts, host, deadline)
-    tables = Background(read_all_tables, host, deadline, counted)
-    local = isinstance(host, LocalHost)
-    return (
-        facts,
-        tables,
-        Background(persist, deadline, read_surroundings, host, deadline) if local else None,
-    )
-
-
-def surroundings(host: Host, looking: Background | None, deadline: Deadline) -> Surroundings:
-    """What read_surroundings() finds, or has found already. Raises Fatal."""
-    looking = looking or Background(persist, deadline, read_surroundings, host, deadline)
-    found: Surroundings = looking.result(deadline, f"{host.name}: reading what else is there")
-    return found
-
-
-def warn(
-    host: Host,
-    options: Options,
-    forwards: Sequence[Forward],
-    found: Found,
-    facts: Facts,
-    looking: Background | None,
-    deadline: Deadline,
-) -> None:
-    """Warns about what makes forwards fail without a word; that it cannot be looked at is no failure."""
-    limit = Deadline(min(LOOK_SECONDS, deadline.remaining() / 2), "the time for looking,")
+def warn(visit: Visit, forwards: Sequence[Forward]) -> None:
+    """Warns about what makes forwards fail without a word; not to be able to look is no failure."""
+    seconds = min(LOOK_SECONDS, visit.deadline.remaining() / 2)
+    visit.asker.deadline = Deadline(seconds, "the time for looking,")
     try:
-        view = View(host, options, found, facts, surroundings(host, looking, limit), limit)
-        for check in check_host(view, forwards):
+        visit.look_around()
+        for check in check_host(visit, forwards):
             if check.problem and check.sure:
                 log.warning("%s", check.problem)
-    except (Fatal, Transient) as error:
+    except Fatal as error:
         log.warning("%s; so what else may be in the way was not checked", error)
 
 
-def serve(
-    host: Host, reader: Background, planner: Planner | None, options: Options, deadline: Deadline
-) -> Outcome:
+def serve(visit: Visit, planner: Planner | None) -> Outcome:
     """Makes one host right, or says what would change. Raises Fatal."""
-    prefix = f"{host.name}: " if options.executor == "ssh" else ""
+    host, options, deadline = visit.host, visit.options, visit.deadline
     outcome = Outcome(host.name)
-    try:
-        with timed(outcome.seconds, "read"):
-            facts, reading, looking = reader.result(deadline, f"{host.name}: reading its addresses")
-            wanted: Wanted = (
-                planner.wanted(facts)
-                if planner
-                else {family.version: NOTHING for family in FAMILIES}
-            )
-            forwards = planner.plan(facts).forwards if planner else []
-            found: Found = reading.result(deadline, f"{host.name}: reading its rules")
-        if options.dry_run:
-            warn(host, options, forwards, found, facts, looking, deadline)
-            outcome.shown = dry = DryRun(host, options, found, wanted)
-            outcome.status = 3 if dry.inputs else 0
-            return outcome
-        with timed(outcome.seconds, "swap"):
-            inputs = converge(host, wanted, found, options, deadline)
-        outcome.changes = changes_between(found, wanted) if inputs else []
-        report_swap(prefix, found, wanted, inputs, outcome.changes)
-        warn(host, options, forwards, found, facts, looking, deadline)
-        if outcome.changes:
-            flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
-            try:
-                persist(flows, end_stale_flows, host, outcome.changes, facts, flows)
-            except Fatal as error:
-                log.warning("%s; UDP clients from before may stay where they were", error)
+    wanted: Wanted = {family.version: NOTHING for family in FAMILIES}
+    forwards: list[Forward] = []
+    with timed(outcome.seconds, "read"):
+        facts = visit.facts
         if planner:
-            planner.tell(events_of(outcome.changes, host.machine))
-        if options.metrics_file:
-            outcome.lives = all_lives(wanted, found)
-        outcome.status = 0
+            wanted, forwards = planner.wanted(facts), planner.plan(facts).forwards
+        found = visit.found
+    if options.dry_run:
+        warn(visit, forwards)
+        outcome.shown = dry = DryRun(visit, wanted)
+        outcome.status = 3 if dry.inputs else 0
         return outcome
-    finally:
-        host.close()
+    with timed(outcome.seconds, "swap"):
+        inputs = converge(host, wanted, found, options, deadline)
+    outcome.changes = changes_between(found, wanted) if inputs else []
+    prefix = f"{host.name}: " if options.executor == "ssh" else ""
+    report_swap(prefix, found, wanted, inputs, outcome.changes)
+    warn(visit, forwards)
+    if outcome.changes:
+        flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
+        try:
+            persist(flows, end_stale_flows, host, outcome.changes, facts, flows)
+        except Fatal as error:
+            log.warning("%s; UDP clients from before may stay where they were", error)
+    if planner:
+        planner.tell(events_of(outcome.changes, host.machine))
+    if options.metrics_file:
+        outcome.lives = all_lives(wanted, found)
+    outcome.status = 0
+    return outcome
 
 
 def as_found(options: Options, found: Found) -> Options:
-    """The options, and where they say nothing the interfaces and addresses that the live rules have."""
-    known = [tables for tables in found.values() if tables]
-    ways = [match for tables in known for match in entries_in(tables)]
+    """The options, and where they name no interfaces those, and addresses, of the live rules."""
+    present = [tables for tables in found.values() if tables]
+    ways = [match.groups() for tables in present for match in entries_in(tables)]
     if options.interfaces or not ways:
         return options
-    rules = itertools.chain.from_iterable(
-        tables["nat"].chains[ROOT] for tables in known if ROOT in tables["nat"].chains
-    )
-    barred = next(
-        (match[1] for rule in rules if (match := re.fullmatch(r"-[io] (\S+) -j RETURN", rule))), ""
-    )
-    names = dict.fromkeys([match[3] for match in ways] + [barred] * bool(barred))
-    addresses = to_networks(",".join(match[2] for match in ways if match[2] and not match[1]))
+    rules = [rule for tables in present for rule in tables["nat"].chains.get(ROOT, ())]
+    returns = [
+        match[1] for rule in rules if (match := re.fullmatch(r"-[io] (\S+) -j RETURN", rule))
+    ]
+    names = dict.fromkeys([*(name for _, _, name, _ in ways), *returns[:1]])
+    addresses = ",".join(address for negated, address, _, _ in ways if address and not negated)
     return dataclasses.replace(
-        options, interfaces=tuple(names), external_interface=barred, addresses=addresses
+        options,
+        interfaces=tuple(names),
+        external_interface="".join(returns[:1]),
+        addresses=to_networks(addresses),
     )
 
 
-def look(
-    host: Host, reader: Background, planner: Background, options: Options, deadline: Deadline
-) -> Outcome:
+def look(visit: Visit, planning: Background) -> Outcome:
     """Says what a host does, or all about one Service. Raises Fatal."""
+    host, deadline, found = visit.host, visit.deadline, visit.found
+    visit.options = options = as_found(visit.options, found)
+    lives, key = all_lives(found, found), options.explain
+    status = Status(host.name, found, lives)
+    if key:
+        its = [live for live in lives if live.service == key]
+        status = Story(host.name, found, its, key, max_nodes=options.max_nodes)
+    failed = bool(key)
     try:
-        facts, reading, looking = reader.result(deadline, f"{host.name}: reading its addresses")
-        found: Found = reading.result(deadline, f"{host.name}: reading its rules")
-        options = as_found(options, found)
-        status = Status(host.name, found, all_lives(found, found))
-        story = Story(options.explain, options.max_nodes, status)
-        try:
-            known: Planner = planner.result(deadline, "reading the cluster")
-            story.plan = known.plan(facts)
-            story.snapshot, story.on_node = known.snapshot, bool(known.own(facts))
-            status.pending = changes_between(found, rendered(story.plan, options))
-            status.rejections = story.plan.rejections
-            status.warnings = [*story.plan.warnings, *map(str, story.plan.unknown)]
-            status.cluster = f"compared with {known.reader.source.name}"
-        except Fatal as error:
-            status.cluster = f"not compared with the cluster: {error}"
-        forwards: Sequence[Forward | Live] = status.lives or story.plan.forwards
-        if options.explain:
-            story.narrow()
-            forwards = [
-                f for f in story.plan.forwards if f.service == options.explain
-            ] or status.lives
-        try:
-            around = surroundings(host, looking, deadline)
-        except Fatal as error:
-            around = Surroundings(None, None, None, None, [str(error)])
-        view = View(host, options, found, facts, around, deadline)
-        status.checks = list(check_host(view, forwards))
-        if options.explain:
-            status.checks += check_nodes(host, forwards, deadline)
-        return Outcome(
-            host.name,
-            0 if story.snapshot or options.status else 1,
-            story if options.explain else status,
-        )
-    finally:
-        host.close()
+        status.compare(planning.result(deadline, "reading the cluster"), visit)
+        failed = False
+    except Fatal as error:
+        status.cluster = f"not compared with the cluster: {error}"
+    try:
+        visit.look_around()
+    except Fatal as error:
+        visit.asker.blind.append(str(error))
+    status.checks += check_host(visit, status.forwards)
+    if key:
+        status.checks += check_nodes(host, status.forwards, deadline)
+    return Outcome(host.name, int(failed), status)
 
 
-def everywhere(
-    task: Callable[..., Outcome],
-    hosts: Sequence[Host],
-    readers: Sequence[Background],
-    planning: Planner | Background | None,
-    options: Options,
-    deadline: Deadline,
-) -> list[Outcome]:
+def everywhere(task: Callable[[Visit], Outcome], visits: Sequence[Visit]) -> list[Outcome]:
     """Does a task on all hosts at the same time; one that fails holds none of the others back."""
-    pairs = zip(hosts, readers, strict=True)
-    work = [Background(task, host, reader, planning, options, deadline) for host, reader in pairs]
-    outcomes = []
-    for host, thread in zip(hosts, work, strict=True):
+
+    def work(visit: Visit) -> Outcome:
         try:
-            outcomes.append(thread.result(deadline, host.name, grace=1))
+            return task(visit)
+        finally:
+            visit.host.close()
+
+    outcomes = []
+    for visit, thread in [(visit, Background(work, visit)) for visit in visits]:
+        try:
+            outcomes.append(thread.result(visit.deadline, visit.host.name, grace=1))
         except Fatal as error:
             log.error("%s", error)
-            outcomes.append(Outcome(host.name, error.status))
+            outcomes.append(Outcome(visit.host.name, error.status))
     return outcomes
 
 
@@ -5924,43 +5797,36 @@ def print_outcomes(outcomes: Iterable[Outcome], options: Options) -> None:
     if options.output == "json":
         show(json.dumps({"hosts": [each.document() for each in shown]}, indent=2))
     elif shown:
-        show(
-            ("\n\n" if options.looks else "\n").join(
-                text for each in shown if (text := each.text())
-            )
-        )
+        texts = filter(None, (each.text() for each in shown))
+        show(("\n\n" if options.looks else "\n").join(texts))
 
 
 def run(options: Options) -> int:
     started = time.monotonic()
     deadline = Deadline(options.timeout)
-    local = options.executor == "local"
-    hosts: list[Host] = (
-        [LocalHost()] if local else [SshHost(login, options) for login in options.host]
-    )
+    hosts: list[Host] = [LocalHost()]
+    if options.executor == "ssh":
+        hosts = [SshHost(login, options) for login in options.host]
     # the hosts are read while the API answers, and what shall be is computed
-    counted = options.looks or bool(options.metrics_file)
-    readers = [Background(read_host, host, deadline, counted) for host in hosts]
+    visits = [Visit(host, options, deadline) for host in hosts]
     planner: Planner | None = None
     outcomes = [Outcome(host.name) for host in hosts]
     try:
         if options.looks:
             # what a host says must not wait for a cluster that does not answer
             patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
-            outcomes = everywhere(
-                look, hosts, readers, Background(Planner, options, patience), options, deadline
-            )
+            planning = Background(Planner, options, patience)
+            outcomes = everywhere(lambda visit: look(visit, planning), visits)
         else:
             planner = None if options.clean else Planner(options, deadline)
-            outcomes = everywhere(serve, hosts, readers, planner, options, deadline)
+            outcomes = everywhere(lambda visit: serve(visit, planner), visits)
     except Fatal as error:
         log.error("%s", error)
     print_outcomes(outcomes, options)
     if options.metrics_file and not (options.looks or options.dry_run):
         took = time.monotonic() - started
-        write_metrics(
-            options.metrics_file, lambda before: metrics_text(outcomes, planner, took, before)
-        )
+        make = functools.partial(metrics_text, outcomes, planner, took)
+        write_metrics(options.metrics_file, make)
     statuses = [outcome.status for outcome in outcomes]
     return 1 if 1 in statuses else max(statuses)
 
@@ -5980,20 +5846,16 @@ def main(argv: Sequence[str]) -> int:
         start_log(options.log_level)
         for text in strange_variables(os.environ):
             log.warning("%s", text)
-        # a thread of its own, so that a signal breaks off nothing but the wait for it: no import, no look-up of a name
+        # a thread of its own, so that a signal breaks off nothing but the wait for it
         running = Background(run, options)
         while running.is_alive():
-            running.join(
-                0.1
-            )  # by steps: a signal that the system gave to another thread ends no wait
+            running.join(0.1)  # by steps: a signal given to another thread ends no wait
         status: int = running.result(Deadline(0), "epok")
         return status
     except Fatal as error:
         log.error("%s", error)
         return error.status
-    except (
-        ModuleNotFoundError
-    ) as error:  # kubernetes and paramiko are imported where they are needed
+    except ModuleNotFoundError as error:  # kubernetes and paramiko, imported where they are needed
         log.error("the Python package %s is missing: %s", error.name, HOW_TO_INSTALL)
         return 1
     except KeyboardInterrupt:
@@ -6012,5 +5874,5 @@ if __name__ == "__main__":
     for number in ends:
         signal.signal(number, signal.SIG_IGN)  # all is done, and the exit status says how
     atexit._run_exitfuncs()  # ends a login plugin that still runs
-    # not SystemExit: Python may crash while it takes down what a thread, which waits for a server, still uses
+    # not SystemExit: Python may crash while it takes down what a waiting thread still uses
     os._exit(status)

@@ -460,6 +460,20 @@ class Fake(epok.LocalHost):
         return epok.Result(self.status, self.out, "")
 
 
+class Visited(epok.Visit):
+    """Such a host, with tables of iptables-legacy and nothing else of its own."""
+
+    facts: Any = epok.Facts({}, {})
+    found: Any = {4: {name: epok.Table(beside=True) for name in ("nat", "filter")}, 6: None}
+
+    def __init__(self, out: str, status: int) -> None:
+        options = epok.parse_options(["-i", "eth0", "local"], {})
+        super().__init__(Fake(out, status), options, epok.Deadline(9))
+
+    def arrive(self) -> Any:
+        pass
+
+
 PACKETS = [
     epok.Packet(4, "eth0", "eth1", "tcp", 25, epok.ipaddress.ip_address("10.0.0.11"), False, 0x10000000),
     epok.Packet(6, "eth0", "", "udp", 53, epok.ipaddress.ip_address("2001:db8::1"), True),
@@ -497,10 +511,6 @@ tcp [::1]:1 *:25 0.0.0.0%lo:9 :::7 via nexthop inet rp_filter strict all"""
 LINES = st.lists(st.sampled_from([*PRINTED.split(), "\n", "\n-A"]) | st.text(max_size=4), max_size=60).map(" ".join)
 
 
-def deadline() -> epok.Deadline:
-    return epok.Deadline(9)
-
-
 @given(LINES)
 def test_no_text_of_ip_ss_or_iptables_breaks_a_check(text: str) -> None:
     for line in text.splitlines():
@@ -508,22 +518,19 @@ def test_no_text_of_ip_ss_or_iptables_breaks_a_check(text: str) -> None:
     epok.Saved("filter").read(text.split("\n"))
     saved = "*filter\n:FORWARD ACCEPT [0:0]\n:W - [0:0]\n" + text
     for packet in PACKETS:
-        epok.decision(epok.iptables_steps(epok.Saved("filter").read(saved.split("\n")).others), "FORWARD", packet)
+        epok.decision(epok.iptables_rules(epok.Saved("filter").read(saved.split("\n")).others), "FORWARD", packet)
 
 
 @given(LISTED.map(lambda listed: json.dumps({"nftables": listed})) | st.text() | LINES, st.integers(0, 1))
 def test_nothing_that_nft_prints_breaks_a_check(text: str, status: int) -> None:
-    host, blind = Fake(text, status), list[str]()
+    visit = Visited(text, status)
     for packet in PACKETS:
-        steps = epok.nft_steps(host, "inet", "wall", {"f": "drop"}, blind, deadline())
-        step, sure = epok.decision(steps, "f", packet)
+        rules = epok.nft_rules(visit.asker, epok.BaseChain("inet", "wall", "f", "drop"))
+        _, sure = epok.decision(rules, "f", packet)
         assert not (status and sure), "a chain that was not read may do anything"
-    around = epok.read_surroundings(host, deadline())
-    found: epok.Found = {4: {name: epok.Table(beside=True) for name in ("nat", "filter")}, 6: None}
-    options = epok.parse_options(["-i", "eth0", "local"], {})
-    view = epok.View(host, options, found, epok.Facts({}, {}), around, deadline())
-    for each in epok.firewalls(view):
-        epok.decision(each.steps, each.chain, PACKETS[0])
+    visit.look_around()
+    for each in epok.firewalls(visit):
+        epok.decision(each.rules, each.chain, PACKETS[0])
 
 
 @settings(max_examples=20)
@@ -535,5 +542,5 @@ def test_chains_without_end_come_to_one(count: int, circle: bool) -> None:
         for n in range(count)
     }
     ended = threading.Event()
-    epok.Background(lambda: epok.decision(epok.iptables_steps(chains), "W0", PACKETS[0]) and ended.set())
+    epok.Background(lambda: epok.decision(epok.iptables_rules(chains), "W0", PACKETS[0]) and ended.set())
     assert ended.wait(5)
