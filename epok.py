@@ -112,8 +112,8 @@ what was done; 2 the command line is wrong; 3 --dry-run and the host differs.
 #   access        kubeconfigs, or a pod's account -> Access
 #   cluster       Kubernetes API or file -> Snapshot
 #   plan          Snapshot -> Forwards and Rejections
-#   ruleset       Forwards -> chains, in iptables-save's words
-#   live          chains -> the forwards in them, and what changed
+#   ruleset       Forwards -> chains of iptables rules
+#   live          chains -> forwards, and what changed
 #   transaction   iptables-save -> iptables-restore
 #   hosts         the only part that runs anything there
 #   swap          makes a host right, and proves it
@@ -2125,7 +2125,7 @@ class Reader:
 
 
 class Target(msgspec.Struct, frozen=True, gc=False):
-    """Where a forward sends connections; a struct, since there are many and it takes half as much."""
+    """Where a forward sends connections; a struct, which takes half as much memory."""
 
     address: Address
     port: int
@@ -2638,7 +2638,7 @@ def merge(forwards: Iterable[Forward]) -> list[Forward]:
     return merged
 
 
-# ------------------------------------------------ ruleset: Forwards -> chains, in iptables-save's words
+# ------------------------------------------------ ruleset: Forwards -> chains of iptables rules
 
 # iptables-save printed back each rule below as it stands here, by nft and legacy, IPv4 and IPv6.
 
@@ -2678,7 +2678,10 @@ def shared(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Rules(Sequence[str]):
-    """The rules of a chain. What they have before their last ":", most leaves have alike: it is in memory once."""
+    """The rules of a chain.
+
+    What they have before their last ":", most leaves have alike: it is in memory once.
+    """
 
     __slots__ = ("ends", "starts")
 
@@ -2953,7 +2956,7 @@ def target_ports(forward: Forward, target: Target) -> str:
     return f"{target.port}-{target.port + forward.last - forward.first}/{forward.first}"
 
 
-# ------------------------------------------------ live: chains -> the forwards in them, and what changed
+# ------------------------------------------------ live: chains -> forwards, and what changed
 
 
 Key = tuple[int, int, str, str]  # ports, protocol and Service

@@ -70,24 +70,6 @@ def test_the_contents_are_the_sections() -> None:
     assert re.findall(r"(?m)^#   (\w+) +(.+)$", contents) == list(SECTIONS.values())
 
 
-def test_no_line_is_longer_than_100_columns() -> None:
-    """But for what the formatter leaves alone, which would not say it."""
-    assert not [number for number, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 100]
-
-
-# ---- the table of commands
-
-VALUES = {
-    "TOOL": ("iptables", "ip6tables"),
-    "BACKEND": ("legacy", "nft"),
-    "TABLE": ("nat", "filter"),
-    "FAMILY": ("ip", "ip6", "inet"),
-    "CHAIN": ("FORWARD", "wall-in_2.a"),
-    "ADDRESS": ("192.0.2.1", "2001:db8::1"),
-    "PORT": ("1", "65535"),
-}
-
-
 def forms(command: epok.Command) -> list[str]:
     """What epok may send of a command, without sudo."""
     names = re.findall("[A-Z]{2,}", command.text)
