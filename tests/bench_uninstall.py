@@ -2,7 +2,7 @@
 
 In a real cluster, with the README's blocks: installed, forwarding, and uninstalled at tenths of a second before and
 after the minute in which a run starts. What stays would be a rule on the gateway or an object in the cluster. Needs
-root, what EPOK_TEST_REAL=1 tests/setup all installs, and two minutes for each.
+root, what tests/setup all installs, and two minutes for each.
 """
 
 import re

@@ -23,8 +23,6 @@ import epok  # noqa: E402
 settings.register_profile("epok", deadline=None)  # a busy machine is no failure
 settings.load_profile("epok")
 
-# The real cluster takes minutes of waiting, and is not part of every run yet: EPOK_TEST_REAL=1 tests/run.
-collect_ignore = [] if os.environ.get("EPOK_TEST_REAL") == "1" else ["test_real_cluster.py"]
 BACKENDS = ("nft", "legacy")
 Tally = Callable[[str, int, int], None]
 
