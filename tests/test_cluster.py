@@ -25,10 +25,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from authority import Authority
-from clock import set_clock
-from conftest import busy, faults, often
-from fake_api import (
+
+import epok
+from conftest import faults, often
+from lab.authority import Authority
+from lab.clock import set_clock
+from lab.fake_api import (
     ALWAYS,
     MISSING,
     TOKEN,
@@ -49,10 +51,9 @@ from fake_api import (
     truncated,
     write_kubeconfig,
 )
-from lab import EPOK, Lab
-from objects import Object, endpoint, endpoint_slice, node, port, service, snapshot
-
-import epok
+from lab.machine import busy
+from lab.network import EPOK, Lab
+from lab.objects import Object, endpoint, endpoint_slice, node, port, service, snapshot
 
 pytestmark = pytest.mark.parametrize("lab", ["nft"], indirect=True)
 fault = faults("API faults")

@@ -16,14 +16,14 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from apiserver import ApiServer
-from conftest import need, until
-from fake_api import FakeApi, write_kubeconfig
-from lab import EPOK, HOST, Lab, Namespace
-from objects import port, service
-from sshd import PLACE, USER, Sshd, make_key
 
 import epok
+from lab.apiserver import ApiServer
+from lab.fake_api import FakeApi, write_kubeconfig
+from lab.machine import need, until
+from lab.network import EPOK, HOST, Lab, Namespace
+from lab.objects import port, service
+from lab.sshd import PLACE, USER, Sshd, make_key
 
 once = pytest.mark.parametrize("lab", ["nft"], indirect=True)
 MAIL = service("mail", "25:2025", [port(25, 2025)])

@@ -12,20 +12,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
-from anything import Command, argvs, files
-from conftest import Tally, often
-from driver import METRICS, SNAPSHOT, Done, Driver
-from gateway import gate, must_pass
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import UnsatisfiedAssumption
-from lab import TABLES, Lab
-from objects import Object, node, snapshot
+
+import epok
+from conftest import Tally, often
+from lab.driver import METRICS, SNAPSHOT, Done, Driver
+from lab.gateway import gate, must_pass
+from lab.network import TABLES, Lab
+from lab.objects import Object, node, snapshot
+from lab.strategies import Command, argvs, files
 from test_iptables import EVERY_FORM, EVERY_OPTION, FOREIGN, MAIL
 from test_plan import planned
 from test_transaction import BUILT_IN, OLDER, WRONG_HOOKS, after, is_foreign, refers
-
-import epok
 
 pytestmark = pytest.mark.proof
 RECORD = False  # the driver keeps what was sent

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import BACKENDS, need, until
-from gateway import OLDER_RULE, Done, Gateway, gate, secret_data
-from lab import EPOK, HOST, HOST6, Lab
-from manifests import CRON
-from objects import endpoint, endpoint_slice, port, service, slice_port
-from sshd import make_key
 
 import epok
+from lab.gateway import OLDER_RULE, Done, Gateway, gate, secret_data
+from lab.machine import BACKENDS, need, until
+from lab.manifests import CRON
+from lab.network import EPOK, HOST, HOST6, Lab
+from lab.objects import endpoint, endpoint_slice, port, service, slice_port
+from lab.sshd import make_key
 
 once = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 REFUSED = 126

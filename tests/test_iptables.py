@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import busy, faults
-from gateway import OLDER_RULE
-from lab import HOST, HOST6, Lab, warnings_in
-from objects import node, port, service, snapshot
 
 import epok
+from conftest import faults
+from lab.gateway import OLDER_RULE
+from lab.machine import busy
+from lab.network import HOST, HOST6, Lab, warnings_in
+from lab.objects import node, port, service, snapshot
 
 LOCAL = ("-i", "eth0", "local")
 MAIL = service("mail", "25:2025", [port(25, 2025, "smtp")], families=("IPv4", "IPv6"))

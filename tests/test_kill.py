@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from authority import Authority
-from conftest import BACKENDS, Tally, need, often, until
-from fake_api import TOKEN, FakeApi, write_kubeconfig
-from gateway import Gateway, secret_data
-from lab import EPOK, HOST, Lab, Namespace
-from load import Load
-from objects import port, service, snapshot
-from relay import Relay
-from sshd import USER, Sshd, make_key
+
+from conftest import Tally, often
+from lab.authority import Authority
+from lab.fake_api import TOKEN, FakeApi, write_kubeconfig
+from lab.gateway import Gateway, secret_data
+from lab.load import Load
+from lab.machine import BACKENDS, need, until
+from lab.network import EPOK, HOST, Lab, Namespace
+from lab.objects import port, service, snapshot
+from lab.relay import Relay
+from lab.sshd import USER, Sshd, make_key
 from test_ssh import SUDOERS
 from test_stages import rules
 from test_traffic import nodes_without, refused

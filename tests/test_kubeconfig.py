@@ -19,15 +19,16 @@ from unittest.mock import patch
 
 import pytest
 import yaml
-from apiserver import ADDRESS, PORT, ApiServer
-from authority import Authority
-from conftest import Tally, need, need_lab, often, until
-from fake_api import FakeApi
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lab import EPOK, Namespace
 
 import epok
+from conftest import Tally, often
+from lab.apiserver import ADDRESS, PORT, ApiServer
+from lab.authority import Authority
+from lab.fake_api import FakeApi
+from lab.machine import need, need_lab, until
+from lab.network import EPOK, Namespace
 
 Object = dict[str, Any]
 ELSEWHERE = "10.9.0.1"  # also the server's; no proxy is asked for loopback addresses

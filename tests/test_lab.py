@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import need, need_lab, until
-from lab import CLIENT, CLIENT6, HOST, HOST6, INSIDE, INSIDE6, SBIN, Answer, Lab, read_answer
+
+from lab.machine import need, need_lab, until
+from lab.network import CLIENT, CLIENT6, HOST, HOST6, INSIDE, INSIDE6, SBIN, Answer, Lab, read_answer
 
 TESTS = Path(__file__).resolve().parent
 DNAT = {4: ("iptables-restore", "10.0.0.13:2025", HOST), 6: ("ip6tables-restore", "[2001:db8:2::13]:2025", HOST6)}
@@ -28,7 +29,7 @@ def test_of_one(number):
 # A child that leaves its parents and its session, as a daemon does.
 HOLDING = """
 import sys
-from lab import Lab
+from lab.network import Lab
 with Lab(sys.argv[1]) as lab:
     lab.client.run(["sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 &"])
     spaces = [lab.client, lab.inside, lab.host, *lab.nodes]

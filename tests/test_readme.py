@@ -19,15 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from apiserver import ApiServer
-from conftest import BACKENDS, need, until
-from container import ACCOUNT, API, Container, Store, secret_volume, service_account
-from gateway import OLDER_RULE, Gateway
-from lab import EPOK, HOST, Lab
-from manifests import environment
-from objects import Object, port, service
-from readme import BLOCKS, CLUSTER, OLDER, README, UPGRADE, copy_checkout
-from sshd import make_key
+
+from lab.apiserver import ApiServer
+from lab.container import ACCOUNT, API, Container, Store, secret_volume, service_account
+from lab.gateway import OLDER_RULE, Gateway
+from lab.machine import BACKENDS, need, until
+from lab.manifests import environment
+from lab.network import EPOK, HOST, Lab
+from lab.objects import Object, port, service
+from lab.readme import BLOCKS, CLUSTER, OLDER, README, UPGRADE, copy_checkout
+from lab.sshd import make_key
 
 pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 

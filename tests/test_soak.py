@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from changing import NOBODY, Changing, Choice
-from conftest import Tally, often, until
-from fake_api import FakeApi, answer, cut, failure, hanging_up, write_kubeconfig
-from lab import CHOOSE_BACKEND, EPOK, FORWARDING, HOST, HOST6, TABLES, Lab, Made, Namespace
-from many_runs import AT_ONCE, Held, ManyRuns
-from objects import Object, port, service, snapshot
-from sshd import PLACE, USER, Sshd, make_key
+
+from conftest import Tally, often
+from lab.changing import NOBODY, Changing, Choice
+from lab.fake_api import FakeApi, answer, cut, failure, hanging_up, write_kubeconfig
+from lab.machine import until
+from lab.many_runs import AT_ONCE, Held, ManyRuns
+from lab.network import CHOOSE_BACKEND, EPOK, FORWARDING, HOST, HOST6, TABLES, Lab, Made, Namespace
+from lab.objects import Object, port, service, snapshot
+from lab.sshd import PLACE, USER, Sshd, make_key
 from test_iptables import foreign
 from test_ssh import SUDOERS, Operator
 

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from clock import set_clock
-from conftest import busy, faults, need, until
-from fake_api import TOKEN, FakeApi, write_kubeconfig
-from lab import CHOOSE_BACKEND, EPOK, FORWARDING, HOST, HOST6, Lab
-from objects import node, port, service, snapshot
-from sshd import (
+
+import epok
+from conftest import faults
+from lab.clock import set_clock
+from lab.fake_api import TOKEN, FakeApi, write_kubeconfig
+from lab.machine import busy, need, until
+from lab.network import CHOOSE_BACKEND, EPOK, FORWARDING, HOST, HOST6, Lab
+from lab.objects import node, port, service, snapshot
+from lab.sshd import (
     BROKEN_LOGIN,
     DRIPPING_OUTPUT,
     ENDLESS_OUTPUT,
@@ -36,8 +39,6 @@ from sshd import (
     impostor,
     make_key,
 )
-
-import epok
 
 SECOND = "203.0.113.10"  # another host, behind the first
 LATE, SILENT, NOBODY, OTHER, IMPOSTORS_FROM = 2301, 2302, 2303, 2304, 2400  # ports where no sshd listens

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from authority import Authority
-from conftest import lacking, need, until
-from fake_api import FakeApi, write_kubeconfig
-from lab import EPOK, HOST6, TABLES, Lab
-from objects import port, service
+
+from lab.authority import Authority
+from lab.fake_api import FakeApi, write_kubeconfig
+from lab.machine import lacking, need, until
+from lab.network import EPOK, HOST6, TABLES, Lab
+from lab.objects import port, service
 
 UNITS = EPOK.parent / "cron"
 SERVICE, TIMER = UNITS / "epok.service", UNITS / "epok.timer"

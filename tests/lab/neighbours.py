@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import urllib3
-from apiserver import ApiServer, asset
-from conftest import need, until
-from container import PATH, SMALL, distribution, scratch
-from gateway import OLDER_RULE
-from lab import Lab, Made, pod
-from objects import endpoint, endpoint_slice, node, port, service, slice_port
+
+from lab.apiserver import ApiServer, asset
+from lab.container import PATH, SMALL, distribution, scratch
+from lab.gateway import OLDER_RULE
+from lab.machine import need, until
+from lab.network import Lab, Made, pod
+from lab.objects import endpoint, endpoint_slice, node, port, service, slice_port
 from test_kube_proxy import OPTIONS
 
 PACKAGES = [

@@ -31,10 +31,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from echo import INIT, INIT_ACK, KINDS, Sctp, has_sctp, open_raw_sctp, unpacked, without_ip_header
-from objects import node, snapshot
+from lab.echo import INIT, INIT_ACK, KINDS, Sctp, has_sctp, open_raw_sctp, unpacked, without_ip_header
+from lab.objects import node, snapshot
 
-EPOK = Path(__file__).resolve().parent.parent / "epok.py"
+EPOK = Path(__file__).resolve().parents[2] / "epok.py"
 # The folder of iptables-nft, iptables-legacy-save and the rest: test_versions.py has others than the machine's.
 SBIN = os.environ.get("EPOK_TEST_IPTABLES", "/usr/sbin")
 ECHO = Path(__file__).resolve().parent / "echo.py"

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 if TYPE_CHECKING:
-    from lab import Namespace  # which the child, run without a path, does not find
+    from lab.network import Namespace  # which the child, run without a path, does not find
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 THRESHOLD = 100_000  # as the last lines of epok.py have it
