@@ -12,12 +12,10 @@ import functools
 import gzip
 import json
 import math
-import os
 import re
 import socket
 import ssl
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +50,7 @@ from lab.fake_api import (
     write_kubeconfig,
 )
 from lab.machine import busy
-from lab.network import EPOK, Lab
+from lab.network import PROGRAM, Lab, bare_environment
 from lab.objects import Object, endpoint, endpoint_slice, node, port, service, snapshot
 
 pytestmark = pytest.mark.parametrize("lab", ["nft"], indirect=True)
@@ -103,18 +101,10 @@ def run(
     everything takes longer the timeout is longer too, so that a run comes to what it cannot do.
     """
     timeout = math.ceil(timeout * busy())
-    clean = {
-        name: text
-        for name, text in os.environ.items()
-        if not name.startswith(("EPOK_", "KUBE")) and not name.lower().endswith("_proxy")
-    }
+    clean = {name: text for name, text in bare_environment().items() if not name.lower().endswith("_proxy")}
     argv = [
         *(through or []),
-        "env",
-        "-C",
-        str(EPOK.parent),
-        sys.executable,
-        str(EPOK),
+        *PROGRAM,
         "-i",
         "eth0",
         "-v",
