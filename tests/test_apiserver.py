@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
-from apiserver import ADDRESS, PORT, ApiServer
-from conftest import BACKENDS, need
-from fake_api import write_kubeconfig
-from lab import CLIENT, EPOK, HOST6, Lab, Namespace, warnings_in
-from manifests import account, one
-from objects import endpoint, endpoint_slice, port, service
-from sshd import Sshd, make_key
+
+from lab.apiserver import ADDRESS, PORT, ApiServer
+from lab.fake_api import write_kubeconfig
+from lab.machine import BACKENDS, need
+from lab.manifests import account, one
+from lab.network import CLIENT, EPOK, HOST6, Lab, Namespace, warnings_in
+from lab.objects import endpoint, endpoint_slice, port, service
+from lab.sshd import Sshd, make_key
 
 pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab import HOST, HOST6, Lab, warnings_in
-from objects import port, service
 
 import epok
+from lab.network import HOST, HOST6, Lab, warnings_in
+from lab.objects import port, service
 
 RECORD = False  # a host's `cat` is broken here, which recording needs
 LOCAL = ("-i", "eth0", "local")

@@ -12,12 +12,10 @@ import functools
 import gzip
 import json
 import math
-import os
 import re
 import socket
 import ssl
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,10 +23,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from authority import Authority
-from clock import set_clock
-from conftest import busy, faults, often
-from fake_api import (
+
+import epok
+from conftest import faults, often
+from lab.authority import Authority
+from lab.clock import set_clock
+from lab.fake_api import (
     ALWAYS,
     MISSING,
     TOKEN,
@@ -49,10 +49,9 @@ from fake_api import (
     truncated,
     write_kubeconfig,
 )
-from lab import EPOK, Lab
-from objects import Object, endpoint, endpoint_slice, node, port, service, snapshot
-
-import epok
+from lab.machine import busy
+from lab.network import PROGRAM, Lab, bare_environment
+from lab.objects import Object, endpoint, endpoint_slice, node, port, service, snapshot
 
 pytestmark = pytest.mark.parametrize("lab", ["nft"], indirect=True)
 fault = faults("API faults")
@@ -102,18 +101,10 @@ def run(
     everything takes longer the timeout is longer too, so that a run comes to what it cannot do.
     """
     timeout = math.ceil(timeout * busy())
-    clean = {
-        name: text
-        for name, text in os.environ.items()
-        if not name.startswith(("EPOK_", "KUBE")) and not name.lower().endswith("_proxy")
-    }
+    clean = {name: text for name, text in bare_environment().items() if not name.lower().endswith("_proxy")}
     argv = [
         *(through or []),
-        "env",
-        "-C",
-        str(EPOK.parent),
-        sys.executable,
-        str(EPOK),
+        *PROGRAM,
         "-i",
         "eth0",
         "-v",

@@ -16,14 +16,14 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from apiserver import ApiServer
-from conftest import need, until
-from fake_api import FakeApi, write_kubeconfig
-from lab import EPOK, HOST, Lab, Namespace
-from objects import port, service
-from sshd import PLACE, USER, Sshd, make_key
 
 import epok
+from lab.apiserver import ApiServer
+from lab.fake_api import FakeApi, write_kubeconfig
+from lab.machine import need, until
+from lab.network import EPOK, HOST, Lab, Namespace, bare_environment
+from lab.objects import port, service
+from lab.sshd import PLACE, USER, Sshd, make_key
 
 once = pytest.mark.parametrize("lab", ["nft"], indirect=True)
 MAIL = service("mail", "25:2025", [port(25, 2025)])
@@ -129,9 +129,8 @@ class Newcomer:
         self.snapshot.write_text(json.dumps(lab.cluster(MAIL)))
 
     def run(self, space: Namespace, *argv: str, check: bool = False, **env: str) -> Done:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("EPOK_", "KUBE", "SSH_"))}
-        clean.update({"HOME": str(self.home), **env})
-        return space.run(["env", "-C", str(self.home), *argv], check=check, env=clean)
+        environ = {**bare_environment(), "HOME": str(self.home), **env}
+        return space.run(["env", "-C", str(self.home), *argv], check=check, env=environ)
 
     def local(self, *words: str, through: Sequence[str] = (), seconds: int = 15) -> Done:
         return self.run(self.lab.host, *through, *PROGRAM, "--timeout", str(seconds), *words, "local")

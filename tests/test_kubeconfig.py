@@ -19,15 +19,16 @@ from unittest.mock import patch
 
 import pytest
 import yaml
-from apiserver import ADDRESS, PORT, ApiServer
-from authority import Authority
-from conftest import Tally, need, need_lab, often, until
-from fake_api import FakeApi
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lab import EPOK, Namespace
 
 import epok
+from conftest import Tally, often
+from lab.apiserver import ADDRESS, PORT, ApiServer
+from lab.authority import Authority
+from lab.fake_api import FakeApi
+from lab.machine import need, need_lab, until
+from lab.network import EPOK, Namespace
 
 Object = dict[str, Any]
 ELSEWHERE = "10.9.0.1"  # also the server's; no proxy is asked for loopback addresses
@@ -84,6 +85,9 @@ class Ground:
         self.asker = self.space.popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.asker.stdout
         assert self.asker.stdout.readline() == "ready\n"
+
+    def running(self, words: str) -> bool:
+        return any(words in process.words for process in self.space.processes())
 
     def environ(self, **more: str) -> dict[str, str]:
         return {"PATH": os.environ["PATH"], "HOME": str(self.folder / "home"), **more}
@@ -465,8 +469,7 @@ def test_a_plugin_that_waits_for_a_person_is_named_and_ended(ground: Ground, clu
     error = ground.says_epok(f"--kubeconfig={file}", seconds=2)["error"]
     assert f"{tmp_path}/plugin" in error
     assert "wait for a person" in error
-    alive = ["ps", "--no-headers", "-eo", "stat,args"]
-    until(lambda: not re.search(r"^[^Z].* sleep 314", ground.space.run(alive).stdout, re.M), "the plugin has ended", 60)
+    until(lambda: not ground.running("sleep 314"), "the plugin has ended", 60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -480,10 +483,7 @@ def test_a_plugin_ends_with_epok(ground: Ground, cluster: Object, tmp_path: Path
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the plugin runs", 60)
     ground.space.run(["kill", f"-{number:d}", (tmp_path / "pid").read_text().strip()])
     run.wait(60)
-    alive = ["ps", "--no-headers", "-eo", "stat,args"]
-    until(
-        lambda: not re.search(r"^[^Z].* sleep 3143", ground.space.run(alive).stdout, re.M), "the plugin has ended", 60
-    )
+    until(lambda: not ground.running("sleep 3143"), "the plugin has ended", 60)
 
 
 def test_a_certificate_needs_no_folder_for_temporary_files(ground: Ground, cluster: Object, tmp_path: Path) -> None:

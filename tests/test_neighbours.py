@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
-from conftest import BACKENDS, Tally, often
-from lab import HOST, HOST6, Lab, read_answer
-from neighbours import (
+
+from conftest import Tally, often
+from lab.machine import BACKENDS
+from lab.neighbours import (
     CONFIGURATION,
     Calico,
     CalicoAtTheEnd,
@@ -27,7 +28,8 @@ from neighbours import (
     Ufw,
     UfwElsewhere,
 )
-from objects import port, service
+from lab.network import HOST, HOST6, Lab, read_answer
+from lab.objects import port, service
 from test_checks import cure_in, warnings
 from test_iptables import foreign, in_sync
 

@@ -8,13 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from apiserver import ApiServer
-from conftest import BACKENDS, need
-from gateway import Gateway
-from lab import EPOK, HOST, Lab
-from objects import port, service
-from readme import BLOCKS, BROKEN, DEVELOPERS, HAND, IN_CLUSTER, README, TIMER, UNINSTALL, Reader, copy_checkout
-from sshd import make_key
+
+from lab.apiserver import ApiServer
+from lab.gateway import Gateway
+from lab.machine import BACKENDS, need
+from lab.network import EPOK, HOST, Lab
+from lab.objects import port, service
+from lab.readme import BLOCKS, BROKEN, DEVELOPERS, HAND, IN_CLUSTER, README, TIMER, UNINSTALL, Reader, copy_checkout
+from lab.sshd import make_key
 
 pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 

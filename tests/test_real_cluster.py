@@ -19,16 +19,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from apiserver import CLUSTER_ADDRESS
-from conftest import lacking, need, need_lab, until
-from container import Store, scratch
-from gateway import OLDER_RULE
-from lab import CLIENT, ECHO, EPOK, HOST, Answer
-from load import Load
-from objects import Object
-from readme import BLOCKS, BROKEN, CLUSTER, IN_CLUSTER, OLDER, README, UNINSTALL, UPGRADE, Reader
-from real_cluster import NAMESPACE, NODES, REGISTRY, Cluster, Run, Watch, hierarchies, remove_stale_cgroups
-from sshd import make_key
+
+from lab.apiserver import CLUSTER_ADDRESS
+from lab.container import Store, scratch
+from lab.gateway import OLDER_RULE
+from lab.load import Load
+from lab.machine import lacking, need, need_lab, until
+from lab.network import CLIENT, ECHO, EPOK, HOST, Answer
+from lab.objects import Object
+from lab.readme import BLOCKS, BROKEN, CLUSTER, IN_CLUSTER, OLDER, README, UNINSTALL, UPGRADE, Reader
+from lab.real_cluster import NAMESPACE, NODES, REGISTRY, Cluster, Run, Watch, hierarchies, remove_stale_cgroups
+from lab.sshd import make_key
 
 IMAGE, ECHO_IMAGE = f"{REGISTRY}/epok:1.0.0", f"{REGISTRY}/echo:1"
 SECRET = f"/api/v1/namespaces/{NAMESPACE}/secrets/epok-ssh"
@@ -273,9 +274,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 # ------------------------------------------------ what a killed test run leaves
 
 HOLD = """import sys, time
-import conftest
-from container import scratch
-from real_cluster import Machine, hierarchies, make_cgroups
+from lab.container import scratch
+from lab.real_cluster import Machine, hierarchies, make_cgroups
 with scratch() as folder:
     name = f"epok-{folder.name}"
     make_cgroups(f"{name}/node/pod")

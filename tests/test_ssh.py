@@ -8,7 +8,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from clock import set_clock
-from conftest import busy, faults, need, until
-from fake_api import TOKEN, FakeApi, write_kubeconfig
-from lab import CHOOSE_BACKEND, EPOK, FORWARDING, HOST, HOST6, Lab
-from objects import node, port, service, snapshot
-from sshd import (
+
+import epok
+from conftest import faults
+from lab.clock import set_clock
+from lab.fake_api import TOKEN, FakeApi, write_kubeconfig
+from lab.machine import busy, need, until
+from lab.network import CHOOSE_BACKEND, FORWARDING, HOST, HOST6, PROGRAM, Lab, bare_environment
+from lab.objects import node, port, service, snapshot
+from lab.sshd import (
     BROKEN_LOGIN,
     DRIPPING_OUTPUT,
     ENDLESS_OUTPUT,
@@ -36,8 +38,6 @@ from sshd import (
     impostor,
     make_key,
 )
-
-import epok
 
 SECOND = "203.0.113.10"  # another host, behind the first
 LATE, SILENT, NOBODY, OTHER, IMPOSTORS_FROM = 2301, 2302, 2303, 2304, 2400  # ports where no sshd listens
@@ -140,8 +140,7 @@ class Operator:
     ) -> Run:
         """Run epok with these Services or this snapshot; `key` is a name in `keys` or a file."""
         cluster = services if isinstance(services, dict) else self.lab.cluster(*services)
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("EPOK_", "KUBE", "SSH_"))}
-        argv = ["env", "-C", str(EPOK.parent), sys.executable, str(EPOK), "--snapshot", "-", "-i", "eth0"]
+        argv = [*PROGRAM, "--snapshot", "-", "-i", "eth0"]
         argv += ["--timeout", str(timeout), "ssh", *(word for name in host.split() for word in ("--host", name))]
         argv += ["--key", str(self.keys.get(key, key))] if key else []
         noted = len(self.server.commands())
@@ -150,7 +149,7 @@ class Operator:
             [*argv, *args],
             json.dumps(cluster),
             check=False,
-            env={**clean, "HOME": str(self.home), **(env or {})},
+            env={**bare_environment(), "HOME": str(self.home), **(env or {})},
             timeout=timeout + 30,
         )
         seconds = time.monotonic() - began
@@ -1304,7 +1303,7 @@ def test_a_host_that_is_no_ssh_server_is_not_taken_for_a_broken_login_plugin(ssh
     ):
         config = write_kubeconfig(tmp_path / "config", api.url, user=user)
         hosts = ["--host", f"root@{HOST}:{SILENT}", "--host", f"root@{HOST}", "--key", str(ssh.keys["ed25519"])]
-        argv = [sys.executable, str(EPOK), "-i", "eth0", "--timeout", "5", "--kubeconfig", config, "ssh", *hosts]
+        argv = [*PROGRAM, "-i", "eth0", "--timeout", "5", "--kubeconfig", config, "ssh", *hosts]
         env = {**os.environ, "HOME": str(ssh.home)}
         done = ssh.lab.client.run(argv, check=False, env=env)
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

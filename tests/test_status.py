@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway import OLDER_RULE
-from lab import CLIENT, HOST6, Lab, inputs_shown
-from objects import Object, endpoint, endpoint_slice, node, port, service, slice_port, snapshot
 from prometheus_client.parser import text_string_to_metric_families
 
 import epok
+from lab.gateway import OLDER_RULE
+from lab.network import CLIENT, HOST6, Lab, inputs_shown
+from lab.objects import Object, endpoint, endpoint_slice, node, port, service, slice_port, snapshot
 
 LOCAL = ("-i", "eth0", "local")
 MAIL = service("mail", "25:smtp", [port(25, 2025, "smtp")])

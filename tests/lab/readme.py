@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from lab import EPOK, Namespace
+from lab.network import EPOK, Namespace
 
 README = (EPOK.parent / "README.md").read_text()
 BLOCKS = {

@@ -21,14 +21,15 @@ from typing import Any, NamedTuple
 
 import urllib3
 import yaml
-from authority import Authority, private_pem, public_pem
-from conftest import need, until
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from fake_api import write_kubeconfig
-from lab import EPOK, Namespace
-from manifests import account
-from objects import CLUSTER_IP, Object
+
+from lab.authority import Authority, private_pem, public_pem
+from lab.fake_api import write_kubeconfig
+from lab.machine import need, until
+from lab.manifests import account
+from lab.network import EPOK, Namespace
+from lab.objects import CLUSTER_IP, Object
 
 ADDRESS, PORT = "127.0.0.1", 6443
 CLUSTER_ADDRESS = "10.96.0.1"  # of the Service kubernetes, where pods find it

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from lab import Namespace
+from lab.network import Namespace
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 

@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-from conftest import BACKENDS
-from echo import listen, reply
-from lab import HOST, Lab
 from matplotlib.figure import Figure as Picture
-from measure import SIZES, SMALL, Figure, nodes_of
-from objects import port, service, snapshot
+
+from bench.measure import SIZES, SMALL, Figure, nodes_of
+from lab.echo import listen, reply
+from lab.machine import BACKENDS
+from lab.network import HOST, Lab
+from lab.objects import port, service, snapshot
 
 SEARCHES = ("trie", "linear")
 FORWARDS = sorted({1, *SIZES}) if SMALL else [1, 100, 1000, 2700, 10000]  # ratios are to the first

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 if TYPE_CHECKING:
-    from lab import Namespace  # which the child, run without a path, does not find
+    from lab.network import Namespace  # which the child, run without a path, does not find
 
 SLOW = 0.9  # a lost SYN is sent again after a second
 BURST = 64  # are opened at most before answers are read again

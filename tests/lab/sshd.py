@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from lab import Namespace
+from lab.network import Namespace
 
 PLACE = "/run/epok"  # as seen inside; the lab gives the host a /run of its own
 USER = "tester"
