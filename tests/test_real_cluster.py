@@ -53,6 +53,8 @@ kind: NetworkPolicy
 metadata: {{name: strict, namespace: {NAMESPACE}}}
 spec: {{podSelector: {{}}, policyTypes: [Ingress, Egress]}}
 """
+# The registry's way out, so that epok's own 30 MB take more than the 58 s of a pod.
+SLOW = ("rate", "2500kbit", "burst", "64kb", "latency", "400ms")
 Figure = Callable[[str], None]
 LIMITED = ("requests.cpu", "requests.memory", "limits.cpu", "limits.memory")
 # The gateway answers nobody who wants to log in.
@@ -78,6 +80,7 @@ class World:
 
     def install(self) -> None:
         self.desk.read(CLUSTER, 0)
+        self.cluster.registry.run(["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", *SLOW])
         self.desk.read(CLUSTER, 1)
         made = self.server.request("GET", f"/apis/batch/v1/namespaces/{NAMESPACE}/cronjobs/epok")["metadata"]
         self.installed = next_minute(datetime.datetime.fromisoformat(made["creationTimestamp"]).timestamp())
@@ -266,6 +269,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         made = World(store, cluster, folder)
         made.deploy("mail", {"smtp-tcp": (25, 2025), "dns-tcp": (53, 30053), "dns-udp": (53, 30053)})
         made.deploy("web", {"http-tcp": (80, 30080)}, policy="Local")
+        until(lambda: settled(made), "the pods have the images below epok's", 180, 0.3)
         with Watch(cluster) as made.watch:
             made.install()
             yield made
@@ -311,10 +315,15 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_removes_its_cgroups() -
 # ------------------------------------------------ the README's first way
 
 
-def test_the_first_run_is_of_the_next_minute_with_the_image_pulled(world: World, figure: Figure) -> None:
-    run = world.run_of(world.installed)
-    assert run.phase == "Succeeded", run
-    figure(f"first run: {seconds(run.begun - run.minute)} after its minute its container began, with the image pulled")
+def test_the_first_run_comes_when_a_node_has_the_image_however_long_that_takes(world: World, figure: Figure) -> None:
+    """Longer than any pod lives: the kubelet goes on with it."""
+    until(lambda: bool(world.succeeded()), "the first run", 600, 0.3)
+    first = world.succeeded()[0]
+    assert first.minute > world.installed
+    pulled = world.kubectl("get", "events", "-n", NAMESPACE)
+    [took] = re.findall(r"pulled image \S+epok:1\.0\.0\S* in ((?:\d+m)?[\d.]+s)", pulled)[:1]
+    figure(f"an image that is pulled for {took}: its first run came {seconds(first.begun - world.installed)} late")
+    world.cluster.registry.run(["tc", "qdisc", "del", "dev", "eth0", "root"])
 
 
 def test_what_kubectl_annotates_is_reached_in_the_minute_after(world: World) -> None:
