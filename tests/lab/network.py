@@ -47,7 +47,7 @@ NODE_PORTS = (2025, *range(30000, 30010), 30053, 30080, 30443)
 TABLES = ("nat", "filter")
 
 CLONE_NEWNET = 0x40000000
-FILES = {"net": "net", "mount": "mnt", "pid": "pid_for_children", "uts": "uts", "ipc": "ipc"}  # of /proc/PID/ns, for what a process starts
+FILES = {"mount": "mnt", "pid": "pid_for_children"}  # of /proc/PID/ns, for what a process starts, where not as its kind
 SCTP_PORTS = itertools.cycle(range(20000, 60000))
 
 # No waiting for addresses to become valid, and every closed UDP port says so, not the first six alone.
@@ -168,7 +168,7 @@ class Namespace:
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """The argv that runs `argv` in here, in the directory /."""
-        spaces = [f"--{kind}=/proc/{self.pid}/ns/{FILES[kind]}" for kind in self.KINDS]
+        spaces = [f"--{kind}=/proc/{self.pid}/ns/{FILES.get(kind, kind)}" for kind in self.KINDS]
         # nsenter stays as the parent: who kills that must not leave the child
         return ["nsenter", *spaces, "setpriv", "--pdeathsig", "KILL", *argv]
 
