@@ -60,7 +60,7 @@ class Reader:
         network = ["nsenter", f"--net=/proc/{self.desk.pid}/ns/net", "setpriv", "--pdeathsig", "KILL"]
         network += ["unshare", "--pid", "--fork", "--kill-child"]
         argv = self.host.command(shell) if on_host else [*network, *shell]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=1200)
         assert (done.returncode == 0) == succeeds, f"{script}\nexit {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
