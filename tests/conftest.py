@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import epok
 from lab.gateway import gate, must_pass
@@ -14,7 +14,8 @@ from lab.machine import BACKENDS, need, need_lab
 from lab.network import Lab
 from lab.sshd import Sshd
 
-settings.register_profile("epok", deadline=None)  # a busy machine is no failure
+# A busy machine is no failure.
+settings.register_profile("epok", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("epok")
 
 Tally = Callable[[str, int, int], None]

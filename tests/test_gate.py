@@ -65,7 +65,7 @@ class Client:
         files = [f"-oUserKnownHostsFile={self.known_hosts}", "-oGlobalKnownHostsFile=none", f"-i{self.key}"]
         options = ["-F", "none", "-oBatchMode=yes", "-oIdentitiesOnly=yes", f"-oLogLevel={level}", *files]
         argv = self.lab.client.command(["ssh", *options, self.login, *words])
-        done = subprocess.run(argv, input=data, capture_output=True, timeout=60)
+        done = subprocess.run(argv, input=data, capture_output=True, timeout=300)
         return Answer(done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1"))
 
     def epok(self, *args: str, services: Any = (MAIL,), interfaces: str = "eth0") -> Answer:

@@ -16,7 +16,7 @@ import epok
 from conftest import faults
 from lab.gateway import OLDER_RULE
 from lab.iptables import held_lock
-from lab.machine import busy
+from lab.machine import latest_end, stretched
 from lab.network import HOST, HOST6, PROGRAM, Lab, warnings_in
 from lab.objects import node, port, service, snapshot
 
@@ -328,10 +328,10 @@ def test_verbose_names_every_command_and_quiet_nothing_that_is_well(lab: Lab) ->
 def fails(lab: Lab, *says: str, argv: Sequence[str] = (), env: "dict[str, str] | None" = None, limit: int = 20) -> None:
     """A run through `argv` that would change the rules, and leaves them, with one error that matches `says`, in time."""
     before = lab.saved() + lab.saved(6)
-    words, cluster = ("--timeout", str(limit), *LOCAL), lab.cluster(MAIL, OTHER)
+    limit, cluster = stretched(limit), lab.cluster(MAIL, OTHER)
     began = time.monotonic()
-    done = lab.epok(*words, snapshot=cluster, env=env, through=argv)
-    assert time.monotonic() - began < limit + 5 * busy(), done.stderr
+    done = lab.epok("--timeout", str(limit), *LOCAL, snapshot=cluster, env=env, through=argv)
+    assert time.monotonic() - began < latest_end(limit), done.stderr
     assert lab.saved() + lab.saved(6) == before, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
@@ -351,7 +351,7 @@ def test_a_lock_that_is_held_for_a_while_is_waited_for(lab: Lab) -> None:
 @only_legacy
 def test_a_lock_that_is_never_given_back_ends_the_run_in_time(lab: Lab) -> None:
     apply(lab, MAIL)
-    with held_lock(lab.host, 30):
+    with held_lock(lab.host, 1000):
         fails(lab, "iptables-restore", "lock|no answer within --timeout", limit=4)
 
 
@@ -369,9 +369,9 @@ BROKEN_TOOLS: dict[str, Any] = {
     ),
     "no UTF-8": ("iptables-save", r"printf '*nat\n\377\376\n'", "iptables-save"),
     "NUL": ("iptables-save", r"printf '*nat\n\0\n'", "iptables-save"),
-    "silence": ("iptables-save", "exec sleep 60", "no answer within", 4),
-    "a restore that is silent": ("iptables-restore", "exec sleep 60", "no answer within", 4),
-    "somebody who keeps the output open": ("iptables-save", "sleep 60 & exit 0", "no answer within", 4),
+    "silence": ("iptables-save", "exec sleep 1000", "no answer within", 4),
+    "a restore that is silent": ("iptables-restore", "exec sleep 1000", "no answer within", 4),
+    "somebody who keeps the output open": ("iptables-save", "sleep 1000 & exit 0", "no answer within", 4),
     "a crash": ("iptables-save", "kill -SEGV $$", "iptables-save.*-11", 4),
     "a restore that crashes": ("iptables-restore", "kill -SEGV $$", "iptables-restore.*-11", 4),
 }
@@ -608,11 +608,15 @@ def test_an_annotation_sends_no_codes_to_the_terminal(lab: Lab) -> None:
 @fault
 def test_flows_that_take_too_long_to_end_are_a_warning(lab: Lab, tmp_path: Path) -> None:
     """The real conntrack is never slow enough."""
-    (tmp_path / "conntrack").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "conntrack").write_text("#!/bin/sh\nexec sleep 1000\n")
     (tmp_path / "conntrack").chmod(0o755)
     dns = service("dns", "53:30053", [port(53, 30053, protocol="UDP")])
     done = lab.epok(
-        "--timeout", "3", *LOCAL, snapshot=lab.cluster(dns), env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        "--timeout",
+        str(stretched(3)),
+        *LOCAL,
+        snapshot=lab.cluster(dns),
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     [warning] = warnings(done)
     assert "UDP clients" in warning

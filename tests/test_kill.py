@@ -201,7 +201,7 @@ class Run:
 
     def end(self) -> int:
         """Its exit status, or less than 0; what it logs is clean."""
-        self.log = self.child.communicate(timeout=120)[1]
+        self.log = self.child.communicate(timeout=600)[1]
         if not python_starts(self.log):
             for line in self.log.splitlines():
                 assert re.fullmatch(r"(info|warning|error): [ -~]+", line), self.log

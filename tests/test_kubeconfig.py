@@ -27,7 +27,7 @@ from conftest import Tally, often
 from lab.apiserver import ADDRESS, PORT, ApiServer
 from lab.authority import Authority
 from lab.fake_api import FakeApi
-from lab.machine import need, need_lab, until
+from lab.machine import need, need_lab, stretched, until
 from lab.network import EPOK, Namespace
 
 Object = dict[str, Any]
@@ -93,8 +93,8 @@ class Ground:
         return {"PATH": os.environ["PATH"], "HOME": str(self.folder / "home"), **more}
 
     def says_kubectl(self, *args: str, seconds: float = 30, **env: str) -> Object:
-        argv = [self.kubectl, *args, f"--request-timeout={seconds}", "auth", "whoami", "-o", "json"]
-        done = self.space.run(argv, check=False, env=self.environ(**env), timeout=seconds + 60)
+        argv = [self.kubectl, *args, f"--request-timeout={stretched(seconds)}", "auth", "whoami", "-o", "json"]
+        done = self.space.run(argv, check=False, env=self.environ(**env), timeout=stretched(seconds) + 300)
         if done.returncode:
             return {"error": done.stderr}
         return {"who": json.loads(done.stdout)["status"]["userInfo"]}
@@ -102,12 +102,13 @@ class Ground:
     def says_epok(self, *args: str, seconds: float = 30, **env: str) -> Object:
         assert self.asker.stdin
         assert self.asker.stdout
-        question = {"args": args, "env": self.environ(**env), "seconds": seconds}
+        limit = stretched(seconds)
+        question = {"args": args, "env": self.environ(**env), "seconds": limit}
         self.asker.stdin.write(json.dumps(question) + "\n")
         self.asker.stdin.flush()
         answer: Object = json.loads(self.asker.stdout.readline())
         assert "TRACEBACK" not in answer.get("error", ""), answer
-        return answer
+        return {**answer, "at once": answer["seconds"] < limit * 2 / 3}
 
     def both(self, *args: str, **env: str) -> tuple[Object, Object]:
         """What kubectl and epok say, which must be the same user or no one."""
@@ -614,7 +615,7 @@ def test_a_proxy_may_want_a_password(
     assert ("who" in ours) == gets_in, ours
     if not gets_in:
         assert re.search("the proxy answers 40[17]: user:password@", ours["error"])
-        assert ours["seconds"] < 20, "it was tried again"
+        assert ours["at once"], "it was tried again"
         assert "me:wrong" not in ours["error"]
 
 
@@ -636,7 +637,7 @@ def test_a_proxy_that_forbids_the_server_is_named_at_once(ground: Ground, cluste
     with tinyproxy(ground, tmp_path, 3128, allowed=1):
         ours = ground.both(f"--kubeconfig={file}")[1]
     assert "the proxy answers 403" in ours["error"]
-    assert ours["seconds"] < 20, "it was tried again"
+    assert ours["at once"], "it was tried again"
 
 
 @pytest.mark.parametrize("scheme", ["ftp", "socks4", "socks5h", ""])

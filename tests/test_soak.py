@@ -332,7 +332,7 @@ class Soak(Made):
 
     def run(self, way: Way, *args: str) -> Done:
         with self.start(way, *args) as child:
-            out, log = child.communicate(timeout=120)
+            out, log = child.communicate(timeout=600)
         return Done(child.args, child.returncode, out, log)
 
     def look(self, way: Way) -> Iterator[str]:

@@ -24,7 +24,7 @@ import pytest
 from lab.authority import Authority
 from lab.fake_api import FakeApi, write_kubeconfig
 from lab.iptables import LOCK, held_lock
-from lab.machine import lacking, need, until
+from lab.machine import lacking, need, stretched, until
 from lab.network import EPOK, HOST6, TABLES, Lab
 from lab.objects import port, service
 
@@ -535,9 +535,9 @@ def test_a_lock_that_another_holds_for_a_while_is_waited_for(machine: Machine) -
 
 @only_legacy
 def test_a_lock_that_another_never_gives_back_is_not_ignored(machine: Machine) -> None:
-    machine.configure(EPOK_INTERFACES="eth0", EPOK_TIMEOUT="3")
+    machine.configure(EPOK_INTERFACES="eth0", EPOK_TIMEOUT=str(stretched(3)))
     before = machine.lab.saved()
-    with held_lock(machine.lab.host, 30):
+    with held_lock(machine.lab.host, 1000):
         run = machine.start()
     assert run[:2] == ("exit-code", 1)
     assert run.log.count("error:") == 1 and "iptables-restore" in run.log
@@ -554,7 +554,7 @@ def test_the_timer_runs_epok_soon_after_boot_and_then_each_minute(machine: Machi
     machine.write("/run/epok.log", "")
     assert machine.systemctl("start", "epok.timer").returncode == 0
     try:
-        until(lambda: "now forwarding tcp/25" in machine.log(), "the timer has run epok", seconds=30)
+        until(lambda: "now forwarding tcp/25" in machine.log(), "the timer has run epok")
         assert machine.lab.ask(25)
         until(lambda: machine.state("ActiveState") == "inactive", "epok is done")
         next_run = datetime.datetime.strptime(machine.state("NextElapseUSecRealtime", "epok.timer")[4:], DATE)

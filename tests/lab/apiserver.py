@@ -137,13 +137,13 @@ class ApiServer:
     def kill(self) -> None:
         """SIGKILL, as if its machine had lost power."""
         self.space.run(["pkill", "-KILL", "-x", "kube-apiserver"])
-        self.process.wait(10)
+        self.process.wait(60)
 
     def request(self, method: str, path: str, body: "Object | None" = None, kind: str = "application/json") -> Any:
         """The answer to a request of an administrator, which must be a success."""
         data = None if body is None else json.dumps(body)
         with self.space.entered():
-            answer = self.pool.request(method, path, body=data, headers={"Content-Type": kind}, timeout=30)
+            answer = self.pool.request(method, path, body=data, headers={"Content-Type": kind}, timeout=120)
         assert answer.status in (200, 201), f"{method} {path}: {answer.status} {answer.data.decode()}"
         return json.loads(answer.data) if answer.data.startswith(b"{") else answer.data
 

@@ -160,7 +160,7 @@ class Container:
 
     def run(self, *args: str, entrypoint: Sequence[str] | None = None) -> "subprocess.CompletedProcess[str]":
         """The same in the machine's network."""
-        return subprocess.run(self.argv(*args, entrypoint=entrypoint), capture_output=True, text=True, timeout=60)
+        return subprocess.run(self.argv(*args, entrypoint=entrypoint), capture_output=True, text=True, timeout=300)
 
 
 def secret_volume(folder: Path, data: Mapping[str, bytes]) -> Path:

@@ -1,9 +1,11 @@
-"""The machine that the tests run on: what it lacks, and how to wait for it when it is busy."""
+"""The machine that the tests run on: what it lacks, and how long to wait when it is busy."""
 
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -36,14 +38,25 @@ def need_lab(backend: str) -> None:
         need(tool, f"apt-get install {package}")
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 10, pause: float = 0.01) -> None:
-    """Wait for something that happens soon, without an event to wait for."""
-    deadline = time.monotonic() + seconds
+def stretched(seconds: float) -> int:
+    """Seconds that a test is about, on a machine as busy as now; EPOK_TEST_SLOW is the least factor.
+
+    Two processes for each processor, which the tests alone keep busy, are no reason for more.
+    """
+    average, _, _, now, _ = Path("/proc/loadavg").read_text().split()
+    processes = max(float(average), int(now.split("/")[0])) / (os.cpu_count() or 1)
+    return math.ceil(seconds * max(1, processes / 2, float(os.environ.get("EPOK_TEST_SLOW") or 1)))
+
+
+def latest_end(timeout: int) -> int:
+    """The most seconds of a run with that --timeout: epok also has to start and to end."""
+    return timeout + stretched(15)
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 60, pause: float = 0.01) -> None:
+    """Wait for something that happens soon, without an event to wait for. The limit is for what never happens."""
+    limit = stretched(seconds)
+    deadline = time.monotonic() + limit
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} seconds: {what}"
+        assert time.monotonic() < deadline, f"not within {limit} seconds: {what}"
         time.sleep(pause)
-
-
-def busy() -> float:
-    """How much longer than on a quiet machine everything takes here, by the processes that wait for a processor."""
-    return max(1, os.getloadavg()[0] / (os.cpu_count() or 1))

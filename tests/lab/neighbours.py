@@ -180,7 +180,7 @@ class Packaged(Neighbour):
 
     def end(self, name: str, process: "subprocess.Popen[str]") -> None:
         self.lab.host.run(["kill", (self.root / "run" / f"{name}.process").read_text().strip()])
-        process.wait(60)
+        process.wait(300)
 
 
 class Ufw(Packaged):
@@ -257,7 +257,7 @@ class DockerSocket(http.client.HTTPConnection):
     """Docker's API, by the socket that its own command uses."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=60)
+        super().__init__("localhost", timeout=300)
         self.path = path
 
     def connect(self) -> None:

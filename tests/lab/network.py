@@ -192,7 +192,7 @@ class Namespace:
         input: str = "",
         check: bool = True,
         env: dict[str, str] | None = None,
-        timeout: float = 60,
+        timeout: float = 300,
     ) -> "subprocess.CompletedProcess[str]":
         done = subprocess.run(self.command(argv), input=input, capture_output=True, text=True, env=env, timeout=timeout)
         if check and done.returncode:
@@ -346,7 +346,7 @@ class Lab(Made):
         source: str | None = None,
         sport: int = 0,
         frm: Namespace | None = None,
-        timeout: float = 2.0,
+        timeout: float = 10,
     ) -> socket.socket:
         """A connected socket from the client, or from the namespace `frm`. Raises what connect() raises."""
         family = socket.AF_INET6 if ":" in to else socket.AF_INET
@@ -371,7 +371,7 @@ class Lab(Made):
         source: str | None = None,
         sport: int = 0,
         frm: Namespace | None = None,
-        timeout: float = 2.0,
+        timeout: float = 10,
     ) -> Answer:
         """Who answers there. Raises ConnectionRefusedError or TimeoutError when nobody does."""
         if protocol == "sctp" and not has_sctp():
@@ -410,7 +410,7 @@ class Lab(Made):
         snapshot: "dict[str, Any] | list[Any] | None" = None,
         env: dict[str, str] | None = None,
         check: bool = False,
-        timeout: float = 60,
+        timeout: float = 300,
         through: Sequence[str] = (),
     ) -> "subprocess.CompletedProcess[str]":
         """Run epok on the host, in the checkout, by what is before its words; a snapshot goes in by standard input."""
