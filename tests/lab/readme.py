@@ -79,7 +79,7 @@ class Reader:
         desk += ["unshare", "--pid", "--fork", "--kill-child"]
         argv = self.host.command(shell) if where.startswith("# on the host") else [*desk, *shell]
         # in a session of its own: an interactive shell would take the terminal from the one that runs the tests
-        return subprocess.run(argv, input=text, capture_output=True, text=True, timeout=600, start_new_session=True)
+        return subprocess.run(argv, input=text, capture_output=True, text=True, timeout=1200, start_new_session=True)
 
 
 def copy_checkout(target: Path) -> None:
