@@ -1,44 +1,24 @@
 """What all tests share: the lab, once for each backend, and what to do when a machine lacks a tool."""
 
 import os
-import shutil
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `import epok`
+import epok
+from lab.gateway import gate, must_pass
+from lab.machine import BACKENDS, need, need_lab
+from lab.network import Lab
+from lab.sshd import Sshd
 
-from gateway import gate, must_pass  # noqa: E402
-from lab import Lab  # noqa: E402
-from sshd import Sshd  # noqa: E402
-
-import epok  # noqa: E402
-
-settings.register_profile("epok", deadline=None)  # a busy machine is no failure
+# A busy machine is no failure.
+settings.register_profile("epok", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("epok")
 
-# The real cluster takes minutes of waiting, and is not part of every run yet: EPOK_TEST_REAL=1 tests/run.
-collect_ignore = [] if os.environ.get("EPOK_TEST_REAL") == "1" else ["test_real_cluster.py"]
-BACKENDS = ("nft", "legacy")
 Tally = Callable[[str, int, int], None]
-
-
-def need(tool: str, how: str) -> str:
-    """The tool's path. Without it the test is skipped, naming it; where everything must run (CI) it fails."""
-    found = shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    return found or lacking(f"{tool} is missing: {how}")
-
-
-def lacking(why: str) -> str:
-    if os.environ.get("EPOK_TEST_ALL") == "1":
-        pytest.fail(why, pytrace=False)
-    pytest.skip(why)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -95,33 +75,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("what was tried")
         for what in tried:
             terminalreporter.write_line(f"{what}: {tried[what]:,} times, {lost[what]:,} lost")
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 10, pause: float = 0.01) -> None:
-    """Wait for something that happens soon, without an event to wait for."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} seconds: {what}"
-        time.sleep(pause)
-
-
-def busy() -> float:
-    """How much longer than on a quiet machine everything takes here, by the processes that wait for a processor."""
-    return max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
-
-
-def need_lab(backend: str) -> None:
-    """All that a lab takes."""
-    if os.geteuid():
-        lacking("network namespaces need root: run the tests with sudo")
-    for tool, package in (
-        ("nsenter", "util-linux"),
-        ("setpriv", "util-linux"),
-        ("ip", "iproute2"),
-        (f"iptables-{backend}", "iptables"),
-        ("conntrack", "conntrack"),
-    ):
-        need(tool, f"apt-get install {package}")
 
 
 @pytest.fixture(scope="module", params=BACKENDS)

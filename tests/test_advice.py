@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import test_gate
-from gateway import Gateway, secret_data
-from lab import EPOK, HOST, Lab
-from sshd import make_key
+from lab.gateway import Gateway, secret_data
+from lab.network import EPOK, HOST, Lab
+from lab.sshd import make_key
 from test_gate import Answer, Client
 
 once = pytest.mark.parametrize("lab", ["nft"], indirect=True)

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
-from apiserver import ADDRESS, PORT, ApiServer
-from conftest import BACKENDS, need
-from fake_api import write_kubeconfig
-from lab import CLIENT, EPOK, HOST6, Lab, Namespace, warnings_in
-from manifests import account, one
-from objects import endpoint, endpoint_slice, port, service
-from sshd import Sshd, make_key
+
+from lab.apiserver import ADDRESS, PORT, ApiServer
+from lab.fake_api import write_kubeconfig
+from lab.machine import BACKENDS, need, stretched
+from lab.manifests import account, one
+from lab.network import CLIENT, EPOK, HOST6, Lab, Namespace, warnings_in
+from lab.objects import endpoint, endpoint_slice, port, service
+from lab.sshd import Sshd, make_key
 
 pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 
@@ -56,7 +57,7 @@ def config(server: ApiServer) -> str:
 
 
 def epok(lab: Lab, config: str, *args: str, **how: Any) -> Done:
-    done = lab.epok("-i", "eth0", "--timeout", "20", "--kubeconfig", config, *args, "local", **how)
+    done = lab.epok("-i", "eth0", "--timeout", str(stretched(20)), "--kubeconfig", config, *args, "local", **how)
     assert all(re.match("(debug|info|warning|error): ", line) for line in done.stderr.splitlines()), done.stderr
     return done
 
@@ -476,7 +477,7 @@ def test_a_host_that_cannot_be_reached_keeps_no_events_from_the_others(
     sshd, key = Sshd(lab.host), make_key(tmp_path / "key", "ed25519")
     sshd.authorize(key.with_suffix(".pub").read_text())
     logins = f"root@{ADDRESS},root@198.51.100.77"
-    args = ("--timeout", "8", "ssh", "--host", logins, "--key", str(key), "--host-key", "any")
+    args = ("--timeout", str(stretched(8)), "ssh", "--host", logins, "--key", str(key), "--host-key", "any")
     done = lab.epok("-i", "eth0", "--kubeconfig", config, *args)
     assert done.returncode == 1, done.stderr
     assert re.search("error: .*198.51.100.77", done.stderr)

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
-from apiserver import ApiServer
-from conftest import BACKENDS, need
-from lab import EPOK, Lab
-from manifests import CRON, container, environment, manifests, one, template
-from objects import Object
 
 import epok
+from lab.apiserver import ApiServer
+from lab.machine import BACKENDS, need
+from lab.manifests import CRON, container, environment, manifests, one, template
+from lab.network import EPOK, Lab
+from lab.objects import Object
 
 needs_lab = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 

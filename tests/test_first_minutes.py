@@ -16,14 +16,14 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from apiserver import ApiServer
-from conftest import need, until
-from fake_api import FakeApi, write_kubeconfig
-from lab import EPOK, HOST, Lab, Namespace
-from objects import port, service
-from sshd import PLACE, USER, Sshd, make_key
 
 import epok
+from lab.apiserver import ApiServer
+from lab.fake_api import FakeApi, write_kubeconfig
+from lab.machine import need, stretched, until
+from lab.network import EPOK, HOST, Lab, Namespace, bare_environment
+from lab.objects import port, service
+from lab.sshd import PLACE, USER, Sshd, make_key
 
 once = pytest.mark.parametrize("lab", ["nft"], indirect=True)
 MAIL = service("mail", "25:2025", [port(25, 2025)])
@@ -54,7 +54,7 @@ def copied(pattern: str, text: str) -> str:
 def start(*argv: str, **kw: Any) -> Done:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("EPOK_", "KUBE", "PYTHON"))}
     kw["env"] = {**env, **kw.get("env", {})}
-    return subprocess.run(argv, capture_output=True, text=True, timeout=60, **kw)
+    return subprocess.run(argv, capture_output=True, text=True, timeout=300, **kw)
 
 
 @pytest.fixture
@@ -132,18 +132,18 @@ class Newcomer:
         self.snapshot.write_text(json.dumps(lab.cluster(MAIL)))
 
     def run(self, space: Namespace, *argv: str, check: bool = False, **env: str) -> Done:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("EPOK_", "KUBE", "SSH_"))}
-        clean.update({"HOME": str(self.home), **env})
-        return space.run(["env", "-C", str(self.home), *argv], check=check, env=clean)
+        environ = {**bare_environment(), "HOME": str(self.home), **env}
+        return space.run(["env", "-C", str(self.home), *argv], check=check, env=environ)
 
     def local(self, *words: str, through: Sequence[str] = (), seconds: int = 15) -> Done:
-        return self.run(self.lab.host, *through, *PROGRAM, "--timeout", str(seconds), *words, "local")
+        limit = ["--timeout", str(stretched(seconds))]
+        return self.run(self.lab.host, *through, *PROGRAM, *limit, *words, "local")
 
     def with_snapshot(self, *words: str, through: Sequence[str] = ()) -> Done:
         return self.local("--snapshot", str(self.snapshot), *words, through=through)
 
     def ssh(self, *words: str, user: str = USER) -> Done:
-        options = ["--snapshot", str(self.snapshot), "-i", "eth0", "--timeout", "15", "ssh", *words]
+        options = ["--snapshot", str(self.snapshot), "-i", "eth0", "--timeout", str(stretched(15)), "ssh", *words]
         host = [] if "--host" in words else ["--host", f"{user}@{HOST}"]
         return self.run(self.lab.client, *PROGRAM, *options, *host)
 

@@ -12,20 +12,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
-from anything import Command, argvs, files
-from conftest import Tally, often
-from driver import METRICS, SNAPSHOT, Done, Driver
-from gateway import gate, must_pass
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import UnsatisfiedAssumption
-from lab import TABLES, Lab
-from objects import Object, node, snapshot
+
+import epok
+from conftest import Tally, often
+from lab.driver import METRICS, SNAPSHOT, Done, Driver
+from lab.gateway import gate, must_pass
+from lab.iptables import Chains, chains_in
+from lab.network import TABLES, Lab
+from lab.objects import Object, node, snapshot
+from lab.strategies import Command, argvs, files
 from test_iptables import EVERY_FORM, EVERY_OPTION, FOREIGN, MAIL
 from test_plan import planned
 from test_transaction import BUILT_IN, OLDER, WRONG_HOOKS, after, is_foreign, refers
-
-import epok
 
 pytestmark = pytest.mark.proof
 RECORD = False  # the driver keeps what was sent
@@ -98,21 +99,6 @@ def must_be_accepted(done: Done) -> None:
         else:
             assert (status, said) == (0, ""), (argv, text)
             must_pass(text, 6 if argv[0].startswith("ip6") else 4)
-
-
-Chains = dict[str, list[str]]
-
-
-def chains_in(text: str) -> Chains:
-    """What iptables-save prints of a table: by chain its rules."""
-    chains: Chains = {}
-    for line in text.split("\n"):
-        if line.startswith(":"):
-            chains[line[1:].split(" ")[0]] = []
-        elif line.startswith("-A "):
-            chain, _, rule = line[3:].partition(" ")
-            chains.setdefault(chain, []).append(rule)
-    return chains
 
 
 def foreign(table: str, chains: Chains) -> Chains:

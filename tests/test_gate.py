@@ -4,20 +4,19 @@ import json
 import random
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import BACKENDS, need, until
-from gateway import OLDER_RULE, Done, Gateway, gate, secret_data
-from lab import EPOK, HOST, HOST6, Lab
-from manifests import CRON
-from objects import endpoint, endpoint_slice, port, service, slice_port
-from sshd import make_key
 
 import epok
+from lab.gateway import OLDER_RULE, Done, Gateway, gate, secret_data
+from lab.machine import BACKENDS, need, until
+from lab.manifests import CRON
+from lab.network import EPOK, HOST, HOST6, PROGRAM, Lab
+from lab.objects import endpoint, endpoint_slice, port, service, slice_port
+from lab.sshd import make_key
 
 once = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 REFUSED = 126
@@ -66,11 +65,11 @@ class Client:
         files = [f"-oUserKnownHostsFile={self.known_hosts}", "-oGlobalKnownHostsFile=none", f"-i{self.key}"]
         options = ["-F", "none", "-oBatchMode=yes", "-oIdentitiesOnly=yes", f"-oLogLevel={level}", *files]
         argv = self.lab.client.command(["ssh", *options, self.login, *words])
-        done = subprocess.run(argv, input=data, capture_output=True, timeout=60)
+        done = subprocess.run(argv, input=data, capture_output=True, timeout=300)
         return Answer(done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1"))
 
     def epok(self, *args: str, services: Any = (MAIL,), interfaces: str = "eth0") -> Answer:
-        argv = ["env", "-C", str(EPOK.parent), sys.executable, str(EPOK), "--snapshot", "-", "-i", interfaces, "ssh"]
+        argv = [*PROGRAM, "--snapshot", "-", "-i", interfaces, "ssh"]
         argv += ["--host", self.login, "--key", str(self.key), "--known-hosts", str(self.known_hosts), *args]
         done = self.lab.client.run(argv, json.dumps(self.lab.cluster(*services)), check=False)
         return Answer(done.returncode, done.stdout, done.stderr)

@@ -6,10 +6,9 @@ import re
 import symtable
 from collections.abc import Iterator
 
-from gateway import gate
-from lab import EPOK
-
 import epok
+from lab.gateway import gate
+from lab.network import EPOK
 
 SOURCE = EPOK.read_text()
 SECTIONS = {
@@ -68,6 +67,19 @@ def test_a_section_uses_only_names_of_the_sections_before_it() -> None:
 def test_the_contents_are_the_sections() -> None:
     contents = SOURCE[SOURCE.index("# Contents.") : SOURCE.index("from __future__")]
     assert re.findall(r"(?m)^#   (\w+) +(.+)$", contents) == list(SECTIONS.values())
+
+
+# ---- the table of commands
+
+VALUES = {
+    "TOOL": ("iptables", "ip6tables"),
+    "BACKEND": ("legacy", "nft"),
+    "TABLE": ("nat", "filter"),
+    "FAMILY": ("ip", "ip6", "inet"),
+    "CHAIN": ("FORWARD", "wall-in_2.a"),
+    "ADDRESS": ("192.0.2.1", "2001:db8::1"),
+    "PORT": ("1", "65535"),
+}
 
 
 def forms(command: epok.Command) -> list[str]:

@@ -12,19 +12,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from apiserver import ApiServer
-from conftest import BACKENDS, lacking, need
-from container import ACCOUNT, API, CACHE, USER, Container, Image, Store, scratch, secret_volume, service_account
-from lab import EPOK, Lab, Namespace
-from manifests import container, environment, manifests
-from objects import endpoint, endpoint_slice, port, service
-from sshd import Sshd, make_key
 
 import epok
+from lab.apiserver import ApiServer
+from lab.container import ACCOUNT, API, CACHE, USER, Container, Image, Store, scratch, secret_volume, service_account
+from lab.machine import BACKENDS, lacking, need
+from lab.manifests import container, environment, manifests
+from lab.network import EPOK, Lab, Namespace
+from lab.objects import endpoint, endpoint_slice, port, service
+from lab.sshd import Sshd, make_key
 
 HOST = "10.0.0.1"  # as the nodes see it, and so the pods
 SECRET = "/etc/epok"
 SNAPSHOT = "/etc/snapshot.yaml"
+TRIED = EPOK.parent / "tests" / "lab" / "snapshot.yaml"  # that of tests/try
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 LARGEST = 150_000_000  # bytes that the image may add to its base
 NODES = {"node1", "node2", "node3"}
@@ -73,7 +74,7 @@ def in_pod(space: Namespace, made: Container, *args: str) -> Done:
 
 
 def with_snapshot(image: Image, secret: Path) -> Container:
-    return pod(image, secret, {SNAPSHOT: EPOK.parent / "tests" / "snapshot.yaml"}, EPOK_SNAPSHOT=SNAPSHOT)
+    return pod(image, secret, {SNAPSHOT: TRIED}, EPOK_SNAPSHOT=SNAPSHOT)
 
 
 def files(root: Path) -> Files:
@@ -237,7 +238,7 @@ def test_what_is_wrong_with_the_secret_of_a_pod_is_cured_by_another_secret(
     else:
         key = stranger.with_suffix(".pub").read_text()
         file.write_text(f"{HOST} {key}" if stale == "known_hosts" else "")
-    there = pod(image, secret, {SNAPSHOT: EPOK.parent / "tests" / "snapshot.yaml"}, EPOK_SNAPSHOT=SNAPSHOT, **API)
+    there = pod(image, secret, {SNAPSHOT: TRIED}, EPOK_SNAPSHOT=SNAPSHOT, **API)
     done = in_pod(lab.nodes[0], there, "ssh")
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert error.endswith(epok.RENEW) and not re.search(">>|authorized_keys|ssh-keygen -R", error), error
@@ -305,7 +306,7 @@ def test_a_module_without_byte_code_would_be_noticed(
 
 
 HOLD = """import sys, time
-from container import scratch
+from lab.container import scratch
 with scratch() as folder:
     print(folder, flush=True)
     time.sleep(60)

@@ -1,24 +1,24 @@
 """epok against real iptables, nft and legacy: what is foreign stays, what is epok's is mended."""
 
-import contextlib
 import json
 import os
 import re
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import busy, faults
-from gateway import OLDER_RULE
-from lab import HOST, HOST6, Lab, warnings_in
-from objects import node, port, service, snapshot
 
 import epok
+from conftest import faults
+from lab.gateway import OLDER_RULE
+from lab.iptables import held_lock
+from lab.machine import latest_end, stretched
+from lab.network import HOST, HOST6, PROGRAM, Lab, warnings_in
+from lab.objects import node, port, service, snapshot
 
 LOCAL = ("-i", "eth0", "local")
 MAIL = service("mail", "25:2025", [port(25, 2025, "smtp")], families=("IPv4", "IPv6"))
@@ -252,7 +252,7 @@ def test_a_wrong_hook_with_any_bytes_in_its_comment_is_deleted(lab: Lab) -> None
 
 @fault
 def test_runs_at_the_same_time_end_with_one_set_of_rules(lab: Lab) -> None:
-    argv = [sys.executable, epok.__file__, "--snapshot", "-", *LOCAL]
+    argv = [*PROGRAM, "--snapshot", "-", *LOCAL]
     runs = [lab.host.popen(argv, stdin=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
     text = json.dumps(lab.cluster(*EVERY_FORM))
     for child in runs:
@@ -328,10 +328,10 @@ def test_verbose_names_every_command_and_quiet_nothing_that_is_well(lab: Lab) ->
 def fails(lab: Lab, *says: str, argv: Sequence[str] = (), env: "dict[str, str] | None" = None, limit: int = 20) -> None:
     """A run through `argv` that would change the rules, and leaves them, with one error that matches `says`, in time."""
     before = lab.saved() + lab.saved(6)
-    words = [*argv, sys.executable, epok.__file__, "--snapshot", "-", "--timeout", str(limit), *LOCAL]
+    limit, cluster = stretched(limit), lab.cluster(MAIL, OTHER)
     began = time.monotonic()
-    done = lab.host.run(words, json.dumps(lab.cluster(MAIL, OTHER)), check=False, env={**os.environ, **(env or {})})
-    assert time.monotonic() - began < limit + 5 * busy(), done.stderr
+    done = lab.epok("--timeout", str(limit), *LOCAL, snapshot=cluster, env=env, through=argv)
+    assert time.monotonic() - began < latest_end(limit), done.stderr
     assert lab.saved() + lab.saved(6) == before, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
@@ -342,7 +342,7 @@ def fails(lab: Lab, *says: str, argv: Sequence[str] = (), env: "dict[str, str] |
 @fault
 @only_legacy
 def test_a_lock_that_is_held_for_a_while_is_waited_for(lab: Lab) -> None:
-    with held_lock(lab, 3):
+    with held_lock(lab.host, 3):
         apply(lab, MAIL)
     assert lab.ask(25)
 
@@ -351,7 +351,7 @@ def test_a_lock_that_is_held_for_a_while_is_waited_for(lab: Lab) -> None:
 @only_legacy
 def test_a_lock_that_is_never_given_back_ends_the_run_in_time(lab: Lab) -> None:
     apply(lab, MAIL)
-    with held_lock(lab, 30):
+    with held_lock(lab.host, 1000):
         fails(lab, "iptables-restore", "lock|no answer within --timeout", limit=4)
 
 
@@ -369,9 +369,9 @@ BROKEN_TOOLS: dict[str, Any] = {
     ),
     "no UTF-8": ("iptables-save", r"printf '*nat\n\377\376\n'", "iptables-save"),
     "NUL": ("iptables-save", r"printf '*nat\n\0\n'", "iptables-save"),
-    "silence": ("iptables-save", "exec sleep 60", "no answer within", 4),
-    "a restore that is silent": ("iptables-restore", "exec sleep 60", "no answer within", 4),
-    "somebody who keeps the output open": ("iptables-save", "sleep 60 & exit 0", "no answer within", 4),
+    "silence": ("iptables-save", "exec sleep 1000", "no answer within", 4),
+    "a restore that is silent": ("iptables-restore", "exec sleep 1000", "no answer within", 4),
+    "somebody who keeps the output open": ("iptables-save", "sleep 1000 & exit 0", "no answer within", 4),
     "a crash": ("iptables-save", "kill -SEGV $$", "iptables-save.*-11", 4),
     "a restore that crashes": ("iptables-restore", "kill -SEGV $$", "iptables-restore.*-11", 4),
 }
@@ -403,8 +403,7 @@ def test_a_disk_that_is_full_keeps_from_the_host_only_what_needs_it(lab: Lab) ->
     full = ["unshare", "--mount", "sh", "-ec", FULL, "sh"]
     if lab.backend == "legacy":
         return fails(lab, "lock file.*No space left", argv=full)
-    argv = [*full, sys.executable, epok.__file__, "--snapshot", "-", *LOCAL]
-    done = lab.host.run(argv, json.dumps(lab.cluster(MAIL, OTHER)))
+    done = lab.epok(*LOCAL, snapshot=lab.cluster(MAIL, OTHER), check=True, through=full)
     [warning] = warnings(done)
     assert re.search("--metrics-file.*No space left", warning)
     assert lab.ask(26).port == 30001
@@ -415,7 +414,7 @@ def test_a_disk_that_is_full_keeps_from_the_host_only_what_needs_it(lab: Lab) ->
 @fault
 @only_nft
 def test_a_log_that_nobody_can_write_does_not_keep_the_host_from_getting_right(lab: Lab, to: str) -> None:
-    argv = shlex.join([sys.executable, epok.__file__, "--snapshot", "-", "-v", *LOCAL])
+    argv = shlex.join([*PROGRAM, "--snapshot", "-", "-v", *LOCAL])
     lab.host.run(["sh", "-c", f"{argv} {to}"], json.dumps(lab.cluster(MAIL)))
     assert lab.ask(25)
 
@@ -446,16 +445,6 @@ def test_of_a_strangers_chains_epok_takes_for_its_own_those_that_begin_with_its_
     assert "EPOK-MINE" not in lab.saved()
     lab.epok("--clean", "local", check=True)
     assert [line for line in lab.saved().splitlines() if line.startswith("-A")] == theirs
-
-
-@contextlib.contextmanager
-def held_lock(lab: Lab, seconds: int) -> Iterator[None]:
-    """Somebody else holds legacy's lock, for so long or until the end."""
-    hold = ["flock", "--close", "/run/xtables.lock", "sh", "-c", f"echo held; exec sleep {seconds}"]
-    with lab.host.popen(hold, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout and holder.stdout.readline() == "held\n"
-        yield
-        holder.kill()
 
 
 @fault
@@ -507,8 +496,7 @@ def test_a_host_without_iptables_is_told_what_to_install(lab: Lab) -> None:
 
 @fault
 def test_a_host_without_ip6tables_gets_the_forwards_over_ipv4(lab: Lab) -> None:
-    argv = [*without("ip6tables"), sys.executable, epok.__file__, "--snapshot", "-", *LOCAL]
-    done = lab.host.run(argv, json.dumps(lab.cluster(MAIL)), check=False)
+    done = lab.epok(*LOCAL, snapshot=lab.cluster(MAIL), through=without("ip6tables"))
     assert done.returncode == 0 and lab.ask(25)
     assert done.stderr.count("warning:") == 1 and "IPv6" in done.stderr
     assert "over IPv6" not in re.sub("warning: .*", "", done.stderr), "what is not forwarded is not told"
@@ -620,11 +608,15 @@ def test_an_annotation_sends_no_codes_to_the_terminal(lab: Lab) -> None:
 @fault
 def test_flows_that_take_too_long_to_end_are_a_warning(lab: Lab, tmp_path: Path) -> None:
     """The real conntrack is never slow enough."""
-    (tmp_path / "conntrack").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "conntrack").write_text("#!/bin/sh\nexec sleep 1000\n")
     (tmp_path / "conntrack").chmod(0o755)
     dns = service("dns", "53:30053", [port(53, 30053, protocol="UDP")])
     done = lab.epok(
-        "--timeout", "3", *LOCAL, snapshot=lab.cluster(dns), env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        "--timeout",
+        str(stretched(3)),
+        *LOCAL,
+        snapshot=lab.cluster(dns),
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     [warning] = warnings(done)
     assert "UDP clients" in warning
@@ -634,7 +626,7 @@ def test_flows_that_take_too_long_to_end_are_a_warning(lab: Lab, tmp_path: Path)
 @pytest.mark.parametrize("output", [">/dev/full", ">&-"])
 @fault
 def test_a_dry_run_that_cannot_be_written_is_one_error(lab: Lab, output: str) -> None:
-    argv = shlex.join([sys.executable, epok.__file__, "--snapshot", "-", "--dry-run", *LOCAL])
+    argv = shlex.join([*PROGRAM, "--snapshot", "-", "--dry-run", *LOCAL])
     done = lab.host.run(["sh", "-c", f"{argv} {output}"], json.dumps(lab.cluster(MAIL)), check=False)
     assert done.returncode == 1, done.stderr
     assert re.fullmatch("error: standard output.*\n", done.stderr)

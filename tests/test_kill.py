@@ -14,22 +14,24 @@ import re
 import signal
 import ssl
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from authority import Authority
-from conftest import BACKENDS, Tally, need, often, until
-from fake_api import TOKEN, FakeApi, write_kubeconfig
-from gateway import Gateway, secret_data
-from lab import EPOK, HOST, Lab, Namespace
-from load import Load
-from objects import port, service, snapshot
-from relay import Relay
-from sshd import USER, Sshd, make_key
+
+from conftest import Tally, often
+from lab.authority import Authority
+from lab.fake_api import TOKEN, FakeApi, write_kubeconfig
+from lab.gateway import Gateway, secret_data
+from lab.iptables import tables_in
+from lab.load import Load
+from lab.machine import BACKENDS, need, until
+from lab.network import EPOK, HOST, PROGRAM, Lab, Namespace, bare_environment
+from lab.objects import port, service, snapshot
+from lab.relay import Relay
+from lab.sshd import USER, Sshd, make_key
 from test_ssh import SUDOERS
 from test_stages import rules
 from test_traffic import nodes_without, refused
@@ -111,10 +113,8 @@ class Host:
     def all_files(self) -> set[str]:
         return set(self.lab.host.run(LEFT.split(" ")).stdout.splitlines())
 
-    def all_processes(self) -> set[str]:
-        """All that run in its namespace, in the machine's numbers."""
-        own = os.readlink(f"/proc/{self.lab.host.pid}/ns/pid_for_children")
-        return {entry for entry in os.listdir("/proc") if entry.isdigit() and namespace_of(entry) == own}
+    def all_processes(self) -> set[int]:
+        return {process.pid for process in self.lab.host.processes()}
 
     def ends(self) -> None:
         """Waits until no process of a run is left. What has its whole input may be at its end for a while."""
@@ -145,42 +145,26 @@ class Host:
         self.now = to
 
 
-def namespace_of(process: str) -> str:
-    """Empty for a process that is dead: the lab's hosts have no init that reaps."""
-    with contextlib.suppress(OSError):
-        space = os.readlink(f"/proc/{process}/ns/pid")
-        return "" if ") Z " in Path(f"/proc/{process}/stat").read_text() else space
-    return ""
-
-
 def reachable(lab: Lab) -> list[str]:
     """The rules that a packet can meet: those of built-in chains, and of the chains that they lead to."""
-    chains: dict[tuple[str, str], list[str]] = {}
-    table = ""
-    for line in lab.saved().splitlines():
-        if line.startswith("*"):
-            table = line
-        elif line.startswith("-A "):
-            chains.setdefault((table, line.split()[1]), []).append(line)
-    found: dict[tuple[str, str], list[str]] = {}
-    ahead = [key for key in chains if not key[1].startswith("EPOK")]
-    while ahead:
-        key = ahead.pop()
-        found[key] = chains.get(key, [])
-        targets = (re.search(r"-[gj] (EPOK\S*)", line) for line in found[key])
-        ahead += [(key[0], target[1]) for target in targets if target and (key[0], target[1]) not in found]
-    return sorted(table + line for (table, _), lines in found.items() for line in lines)
+    found = []
+    for table, chains in tables_in(lab.saved()).items():
+        ahead, met = {chain for chain in chains if not chain.startswith("EPOK")}, set[str]()
+        while ahead:
+            met.add(chain := ahead.pop())
+            targets = (re.search(r"-[gj] (EPOK\S*)", rule) for rule in chains[chain])
+            ahead |= {target[1] for target in targets if target} - met
+        found += [f"{table} {chain} {rule}" for chain in met for rule in chains[chain]]
+    return sorted(found)
 
 
 class Run:
     """epok as a process in a namespace, with a process group of its own."""
 
     def __init__(self, space: Namespace, argv: list[str], env: dict[str, str], text: str = os.devnull) -> None:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("EPOK_", "KUBE", "SSH_"))}
-        command = ["setsid", "env", "--default-signal=INT,TERM", "-C", str(EPOK.parent)]
-        command += [sys.executable, str(EPOK), *argv]
+        command = ["setsid", "env", "--default-signal=INT,TERM", *PROGRAM, *argv]
         with Path(text).open() as file:
-            self.child = space.popen(command, stdin=file, stderr=subprocess.PIPE, env={**kept, **env})
+            self.child = space.popen(command, stdin=file, stderr=subprocess.PIPE, env={**bare_environment(), **env})
         own = Path(f"/proc/{self.child.pid}/task/{self.child.pid}/children")  # of nsenter, which waits for it alone
         until(lambda: bool(own.read_text()), "nsenter starts it")
         self.pid = int(own.read_text())
@@ -217,7 +201,7 @@ class Run:
 
     def end(self) -> int:
         """Its exit status, or less than 0; what it logs is clean."""
-        self.log = self.child.communicate(timeout=120)[1]
+        self.log = self.child.communicate(timeout=600)[1]
         if not python_starts(self.log):
             for line in self.log.splitlines():
                 assert re.fullmatch(r"(info|warning|error): [ -~]+", line), self.log
@@ -328,7 +312,7 @@ def test_an_iptables_restore_that_is_killed_is_made_good_in_the_same_run(settled
             if restore:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(restore, number)
-                until(lambda: not namespace_of(str(restore)), "iptables-restore ends")
+                until(lambda: restore not in host.all_processes(), "iptables-restore ends")
             host.is_whole()
         finally:
             run.go_on()

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import paramiko
 import pytest
-from conftest import Tally, often
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lab import HOST, Lab
-from sshd import KEY_TYPES, PLACE, Sshd, await_banner, make_key
 
 import epok
+from conftest import Tally, often
+from lab.network import HOST, Lab
+from lab.sshd import KEY_TYPES, PLACE, Sshd, await_banner, make_key
 
 RECORD = False  # nothing goes into iptables here
 once = pytest.mark.parametrize("lab", ["nft"], indirect=True)

@@ -4,10 +4,11 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from apiserver import ApiServer, asset
-from conftest import until
-from lab import CLIENT, HOST, HOST6, Answer, Lab, pod
-from objects import Object, endpoint, endpoint_slice, node, port, service, slice_port
+
+from lab.apiserver import ApiServer, asset
+from lab.machine import until
+from lab.network import CLIENT, HOST, HOST6, Answer, Lab, pod
+from lab.objects import Object, endpoint, endpoint_slice, node, port, service, slice_port
 
 DUAL = ("IPv4", "IPv6")
 HERE, THERE = "k3s", "agent"  # the host, and another node of the cluster

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import need, need_lab, until
-from lab import CLIENT, CLIENT6, HOST, HOST6, INSIDE, INSIDE6, SBIN, Answer, Lab, read_answer
+
+from lab.machine import need, need_lab, until
+from lab.network import CLIENT, CLIENT6, HOST, HOST6, INSIDE, INSIDE6, SBIN, Answer, Lab, processes_in, read_answer
 
 TESTS = Path(__file__).resolve().parent
 DNAT = {4: ("iptables-restore", "10.0.0.13:2025", HOST), 6: ("ip6tables-restore", "[2001:db8:2::13]:2025", HOST6)}
@@ -28,7 +29,7 @@ def test_of_one(number):
 # A child that leaves its parents and its session, as a daemon does.
 HOLDING = """
 import sys
-from lab import Lab
+from lab.network import Lab
 with Lab(sys.argv[1]) as lab:
     lab.client.run(["sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 &"])
     spaces = [lab.client, lab.inside, lab.host, *lab.nodes]
@@ -50,15 +51,9 @@ def machine() -> dict[str, object]:
     }
 
 
-def processes_in(namespaces: set[str]) -> list[str]:
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.readlink(process / "ns/net") in namespaces:
-                found.append((process / "cmdline").read_text())
-        except OSError:  # gone meanwhile
-            continue
-    return found
+def running(networks: set[str]) -> list[str]:
+    """What lives in networks, also when the process that held them has gone."""
+    return [process.words for process in processes_in(networks, "net")]
 
 
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
@@ -176,11 +171,11 @@ def test_children_die_with_the_lab_and_with_their_popen() -> None:
         network = {os.readlink(f"/proc/{lab.client.pid}/ns/net")}
         killed = lab.client.popen(["sleep", "1001"])
         lab.client.popen(["sleep", "1002"])
-        until(lambda: "sleep\x001001\x00" in processes_in(network), "the first sleeps")
+        until(lambda: "sleep 1001" in running(network), "the first sleeps")
         killed.kill()
-        until(lambda: "sleep\x001001\x00" not in processes_in(network), "the child goes with its Popen")
-        until(lambda: "sleep\x001002\x00" in processes_in(network), "the second sleeps")
-    assert processes_in(network) == []
+        until(lambda: "sleep 1001" not in running(network), "the child goes with its Popen")
+        until(lambda: "sleep 1002" in running(network), "the second sleeps")
+    assert running(network) == []
 
 
 @pytest.mark.parametrize("backend", OTHER)
@@ -194,9 +189,9 @@ def test_a_killed_test_run_leaves_nothing(backend: str) -> None:
         assert holder.stdout
         namespaces = {os.readlink(f"{space}/net") for space in holder.stdout.readline().split()}
         assert len(namespaces) == 6
-        until(lambda: "sleep\x001000\x00" in processes_in(namespaces), "the daemon sleeps")
+        until(lambda: "sleep 1000" in running(namespaces), "the daemon sleeps")
         holder.send_signal(signal.SIGKILL)
-    until(lambda: processes_in(namespaces) == [], "all processes of the lab are gone")
+    until(lambda: running(namespaces) == [], "all processes of the lab are gone")
     assert machine() == before
     assert not [name for name in namespaces if name in Path("/proc/self/mountinfo").read_text()]
 

@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
-from conftest import BACKENDS, Tally, often
-from lab import HOST, HOST6, Lab, read_answer
-from neighbours import (
+
+from conftest import Tally, often
+from lab.machine import BACKENDS
+from lab.neighbours import (
     CONFIGURATION,
     Calico,
     CalicoAtTheEnd,
@@ -27,7 +28,8 @@ from neighbours import (
     Ufw,
     UfwElsewhere,
 )
-from objects import port, service
+from lab.network import HOST, HOST6, Lab, read_answer
+from lab.objects import port, service
 from test_checks import cure_in, warnings
 from test_iptables import foreign, in_sync
 
@@ -113,7 +115,7 @@ def unlike(found: list[str], wanted: list[str]) -> list[str]:
     return differ or [f"order: {one} / {other}" for one, other in zip(found, wanted, strict=True) if one != other]
 
 
-def answers(lab: Lab, number: int, protocol: str, to: str, timeout: float = 2) -> str:
+def answers(lab: Lab, number: int, protocol: str, to: str, timeout: float = 10) -> str:
     """Who answers, or the error that a client gets."""
     try:
         return lab.ask(number, protocol, to, timeout=timeout).name
@@ -121,7 +123,7 @@ def answers(lab: Lab, number: int, protocol: str, to: str, timeout: float = 2) -
         return type(error).__name__
 
 
-def not_forwarded(lab: Lab, timeout: float = 2) -> list[str]:
+def not_forwarded(lab: Lab, timeout: float = 10) -> list[str]:
     """Of the forwards, those whose clients get no node; a short timeout is for those that should not."""
     said = {
         f"{protocol}/{number} of {to}": answers(lab, number, protocol, to, timeout) for number, protocol, to in WAYS
@@ -320,4 +322,4 @@ def test_calicos_policy_for_what_is_forwarded_counts_while_felix_is_in_front(
         assert not not_forwarded(lab)
         other.reload()
         run(lab)
-        assert len(not_forwarded(lab, 2 if first else 0.25)) == (0 if first else len(WAYS))
+        assert len(not_forwarded(lab, 10 if first else 0.25)) == (0 if first else len(WAYS))

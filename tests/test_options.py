@@ -452,7 +452,7 @@ def test_any_words_are_options_or_one_line_and_status_2(argv: list[str]) -> None
 
 
 def start(*argv: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, epok.__file__, *argv], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, epok.__file__, *argv], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])

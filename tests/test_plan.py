@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from objects import Object, endpoint, endpoint_slice, node, port, service, slice_port, snapshot
 
 import epok
+from lab.objects import Object, endpoint, endpoint_slice, node, port, service, slice_port, snapshot
 
 EXCLUDE = "node.kubernetes.io/exclude-from-external-load-balancers"
 ALLOW = "epok.getbetter.ro/allow-range"

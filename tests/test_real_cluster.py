@@ -3,7 +3,9 @@
 They pass once for all tests of this file, which are parts of one story: alone, most of them fail.
 """
 
+import base64
 import datetime
+import json
 import os
 import re
 import shlex
@@ -17,18 +19,22 @@ from pathlib import Path
 
 import pytest
 import yaml
-from apiserver import CLUSTER_ADDRESS
-from conftest import lacking, need, need_lab, until
-from container import Store, scratch
-from gateway import OLDER_RULE
-from lab import CLIENT, ECHO, EPOK, HOST, Answer
-from load import Load
-from objects import Object
-from readme import BLOCKS, CLUSTER, IN_CLUSTER, OLDER, UNINSTALL, UPGRADE, Reader
-from real_cluster import NAMESPACE, NODES, REGISTRY, Cluster, Run, Watch, hierarchies, remove_stale_cgroups
-from sshd import make_key
+
+from lab.apiserver import CLUSTER_ADDRESS
+from lab.container import Store, scratch
+from lab.gateway import OLDER_RULE
+from lab.load import Load
+from lab.machine import lacking, need, need_lab, until
+from lab.network import CLIENT, ECHO, EPOK, HOST, Answer
+from lab.objects import Object
+from lab.readme import BLOCKS, BROKEN, CLUSTER, IN_CLUSTER, OLDER, README, UNINSTALL, UPGRADE, Reader
+from lab.real_cluster import NAMESPACE, NODES, REGISTRY, Cluster, Run, Watch, hierarchies, remove_stale_cgroups
+from lab.sshd import make_key
 
 IMAGE, ECHO_IMAGE = f"{REGISTRY}/epok:1.0.0", f"{REGISTRY}/echo:1"
+SECRET = f"/api/v1/namespaces/{NAMESPACE}/secrets/epok-ssh"
+JOBS = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
+BASH = ("bash", "--norc", "--noprofile", "--noediting")
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted pod-security.kubernetes.io/warn=restricted"
 # A namespace as strict as they come. With a quota of cpu, a LimitRange says what a pod has that says nothing.
 STRICT = f"""
@@ -47,6 +53,8 @@ kind: NetworkPolicy
 metadata: {{name: strict, namespace: {NAMESPACE}}}
 spec: {{podSelector: {{}}, policyTypes: [Ingress, Egress]}}
 """
+# The registry's way out, so that epok's own 30 MB take more than the 58 s of a pod.
+SLOW = ("rate", "2500kbit", "burst", "64kb", "latency", "400ms")
 Figure = Callable[[str], None]
 LIMITED = ("requests.cpu", "requests.memory", "limits.cpu", "limits.memory")
 # The gateway answers nobody who wants to log in.
@@ -72,6 +80,7 @@ class World:
 
     def install(self) -> None:
         self.desk.read(CLUSTER, 0)
+        self.cluster.registry.run(["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", *SLOW])
         self.desk.read(CLUSTER, 1)
         made = self.server.request("GET", f"/apis/batch/v1/namespaces/{NAMESPACE}/cronjobs/epok")["metadata"]
         self.installed = next_minute(datetime.datetime.fromisoformat(made["creationTimestamp"]).timestamp())
@@ -89,7 +98,7 @@ class World:
         self.desk.read(CLUSTER, 0)
         block = BLOCKS[UPGRADE if verb == "replace" else CLUSTER, 1]
         [line] = re.findall(f"(?m)^kubectl {verb} .*-f epok-ssh.yaml.*$", block)
-        self.desk.shell(f". cron/epok.config\n{line}")
+        self.desk.shell(f"# where kubectl works\n. cron/epok.config\n{line}")
 
     def run_of(self, minute: float) -> Run:
         """The CronJob's run of that minute, when it has ended."""
@@ -120,6 +129,10 @@ class World:
         )
         made["spec"]["template"]["spec"]["containers"][0]["args"] += more
         self.kubectl("create", "-f", "-", input=yaml.safe_dump(made))
+
+    def suspend(self, suspended: bool) -> None:
+        path = JOBS.replace("jobs", "cronjobs/epok")
+        self.server.patch(path, spec={"suspend": suspended})
 
     def ask(self, port: int, protocol: str = "tcp") -> "Answer | None":
         try:
@@ -256,6 +269,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         made = World(store, cluster, folder)
         made.deploy("mail", {"smtp-tcp": (25, 2025), "dns-tcp": (53, 30053), "dns-udp": (53, 30053)})
         made.deploy("web", {"http-tcp": (80, 30080)}, policy="Local")
+        until(lambda: settled(made), "the pods have the images below epok's", 180, 0.3)
         with Watch(cluster) as made.watch:
             made.install()
             yield made
@@ -264,9 +278,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 # ------------------------------------------------ what a killed test run leaves
 
 HOLD = """import sys, time
-import conftest
-from container import scratch
-from real_cluster import Machine, hierarchies, make_cgroups
+from lab.container import scratch
+from lab.real_cluster import Machine, hierarchies, make_cgroups
 with scratch() as folder:
     name = f"epok-{folder.name}"
     make_cgroups(f"{name}/node/pod")
@@ -302,10 +315,15 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_removes_its_cgroups() -
 # ------------------------------------------------ the README's first way
 
 
-def test_the_first_run_is_of_the_next_minute_with_the_image_pulled(world: World, figure: Figure) -> None:
-    run = world.run_of(world.installed)
-    assert run.phase == "Succeeded", run
-    figure(f"first run: {seconds(run.begun - run.minute)} after its minute its container began, with the image pulled")
+def test_the_first_run_comes_when_a_node_has_the_image_however_long_that_takes(world: World, figure: Figure) -> None:
+    """Longer than any pod lives: the kubelet goes on with it."""
+    until(lambda: bool(world.succeeded()), "the first run", 600, 0.3)
+    first = world.succeeded()[0]
+    assert first.minute > world.installed
+    pulled = world.kubectl("get", "events", "-n", NAMESPACE)
+    [took] = re.findall(r"pulled image \S+epok:1\.0\.0\S* in ((?:\d+m)?[\d.]+s)", pulled)[:1]
+    figure(f"an image that is pulled for {took}: its first run came {seconds(first.begun - world.installed)} late")
+    world.cluster.registry.run(["tc", "qdisc", "del", "dev", "eth0", "root"])
 
 
 def test_what_kubectl_annotates_is_reached_in_the_minute_after(world: World) -> None:
@@ -318,16 +336,43 @@ def test_what_kubectl_annotates_is_reached_in_the_minute_after(world: World) -> 
         assert answering(world, 53, protocol) == set(NODES)
     assert answering(world, 25) == set(NODES)
     assert "now forwarding tcp/25 to default/mail:smtp-tcp (NodePort 2025) on 2 nodes" in run.log
-    assert world.kubectl("logs", "-n", NAMESPACE, f"job/{run.job}") == run.log
+    head, epok, line = world.desk.read(CLUSTER, 2).splitlines()
+    assert epok.startswith("epok   * * * * *   <none>     False ")
+    # as the README shows them, but for what is another one's here
+    line = line.replace("10.0.0.1", "192.0.2.1").replace("smtp-tcp", "smtp").replace("2025", "30025")
+    assert f"\n{head}\n" in README and f"\n{line.replace('2 nodes', '3 nodes')}\n" in README
     described = world.kubectl("describe", "service", "mail")
     assert re.search(r"Normal +ExternalPortForwarded .* epok +.*: now forwarding tcp/25 to default/mail", described)
 
 
+def test_the_key_is_nowhere_but_in_the_secret(world: World) -> None:
+    key_is_nowhere_else(world)
+
+
+def key_is_nowhere_else(world: World) -> None:
+    """Than where the Secret has it."""
+    stored = world.server.request("GET", SECRET)
+    key = stored["data"].pop("id_rsa")
+    assert "annotations" not in stored["metadata"] and stored["metadata"]["managedFields"]
+    for line in base64.b64decode(key).decode().splitlines():
+        assert line not in json.dumps(stored)
+    assert key not in json.dumps(stored)
+    assert not (world.desk.clone / "epok-ssh.yaml").exists()
+
+
 def test_status_and_explain_tell_the_same_in_the_cluster(world: World) -> None:
-    status = world.run_now("status", "--status")
-    assert re.search(r"tcp/25 +default/mail:smtp-tcp +2025 +2  hidden +[1-9]", status.log), status.log
-    explained = world.run_now("explain", "--explain", "default/mail")
-    assert re.search("Most likely: nothing that can be seen from here", explained.log), explained.log
+    """By Jobs that are none of the CronJob's, which would delete them with its own."""
+    shown = world.desk.read(BROKEN, 1)
+    assert re.search(r"tcp/25 +default/mail:smtp-tcp +2025 +2  hidden +[1-9]", shown), shown
+    assert "\ndefault/mail on epok@10.0.0.1\n" in shown
+    assert "Most likely: nothing that can be seen from here" in shown
+    owners = {job["metadata"]["name"]: job["metadata"].get("ownerReferences") for job in jobs(world)}
+    assert owners.pop("look") is None and owners and all(owners.values())
+
+
+def jobs(world: World) -> list[Object]:
+    found: list[Object] = world.server.request("GET", JOBS)["items"]
+    return found
 
 
 def test_kustomize_as_edited_gives_what_is_there(world: World) -> None:
@@ -392,7 +437,13 @@ def test_a_renewed_key_is_refused_until_the_secret_has_it(world: World) -> None:
     world.cluster.gateway.setup_host()
     failed = world.run_now("key")
     assert failed.phase == "Failed" and "is refused" in failed.log, failed.log
-    world.renew_secret()
+    old = world.server.request("GET", SECRET)["data"]["id_rsa"]
+    applied = {"kubectl.kubernetes.io/last-applied-configuration": old}
+    world.server.patch(SECRET, metadata={"annotations": applied})
+    world.desk.read(UPGRADE, 0)
+    world.desk.read(UPGRADE, 1)
+    assert world.server.request("GET", SECRET)["data"]["id_rsa"] != old
+    key_is_nowhere_else(world)
     assert "in sync" in world.run_now("key-again").log
 
 
@@ -430,6 +481,8 @@ def test_a_dead_node_costs_one_run_at_most_and_gets_no_connection_once_it_is_not
     minutes = [int(first - 60 * ago) for ago in (1, 0) if first - 60 * ago > cut]
     lost = [minute for minute in minutes if minute not in ran]
     assert len(lost) <= 1 and first not in lost
+    if midst:
+        an_uninstall_goes_no_further_than_the_dead_nodes_pod(world)
     figure(
         f"power cut {moment}, at second {cut % 60:.0f}: NotReady {seconds(noticed - cut)} later, out of the forwards "
         f"{seconds(gone - cut)} later; minutes without a run: {len(lost)}"
@@ -439,6 +492,35 @@ def test_a_dead_node_costs_one_run_at_most_and_gets_no_connection_once_it_is_not
     until(lambda: ready_pods(world) == set(NODES), "its pod is back", 60, 0.3)
     assert world.run_now(f"back-{int(cut)}").phase == "Succeeded"
     assert world.nodes_of(2025) == set(NODES)
+
+
+def an_uninstall_goes_no_further_than_the_dead_nodes_pod(world: World) -> None:
+    """And says how to end it by force."""
+    before = installed(world)
+    quick = BLOCKS[UNINSTALL, 0].replace("--timeout=2m ||", "--timeout=5s ||")
+    status, lines = world.desk.paste(quick, *BASH)
+    assert status == 1 and installed(world) == before, lines
+    [force] = re.findall("kubectl delete pods [^;]*", said(lines))
+    status, lines = world.desk.paste(f"# where kubectl works\n. cron/epok.config\n{force}", *BASH)
+    assert status == 0, lines
+    until(lambda: not jobs(world), "the Job of the dead node's pod ends", 60)
+    world.suspend(False)
+
+
+def installed(world: World) -> set[str]:
+    """What there is of epok's in the cluster, but for Jobs and pods."""
+    kinds = "ns,cronjob,secret,sa,clusterrole,clusterrolebinding"
+    listed = world.kubectl("get", kinds, "-A", "--ignore-not-found", "-o", "name").splitlines()
+    found = {name for name in listed if re.search(r"/epok(-ssh)?$", name)}
+    assert len(found) == 6
+    return found
+
+
+def said(lines: list[str]) -> str:
+    """The one line of the uninstall block's own."""
+    [line] = [line for line in lines if "epok is not uninstalled: " in line]
+    assert line.endswith("; then paste this again"), line
+    return line
 
 
 # ------------------------------------------------ the API server
@@ -493,25 +575,46 @@ def test_local_on_a_node_goes_by_the_systemd_units_command_line(world: World) ->
 # ------------------------------------------------ the end
 
 
-def test_an_uninstall_that_does_not_reach_the_gateway_fails_and_leaves_what_another_try_needs(world: World) -> None:
-    """Meanwhile pods come and go, and no connection is lost."""
+def test_while_the_gateway_is_unreachable_runs_and_an_uninstall_fail_and_leave_what_another_try_needs(
+    world: World,
+) -> None:
+    """For two minutes. Meanwhile pods come and go, and no connection is lost."""
+    minute = next_minute()
+    sleep_until(minute - 5)
     world.cluster.host.run(["nft", "-f", "-"], AWAY)
-    before = world.cluster.saved()
-    sleep_until(next_minute())
+    before, there = world.cluster.saved(), installed(world)
     with ThreadPoolExecutor(1) as pool:
-        uninstall = pool.submit(world.desk.read, UNINSTALL, 0, succeeds=False)
+        trying = pool.submit(without_the_gateway, world, minute)
         with Load(world.cluster.client, HOST, {25: [25]}, rate=50) as load:
             come_and_go(world)
-        told = uninstall.result()
+        run, status, lines = trying.result()
     assert load.result.failed == 0, load.result
-    assert "epok is not uninstalled" in told, told
     log = world.watch.done("clean").log
-    assert re.search(r"(?m)^error: .*10\.0\.0\.1", log), log
-    assert world.cluster.saved() == before
-    for kind in ("cronjob", "serviceaccount", "clusterrole", "clusterrolebinding", "secret/epok-ssh"):
-        name = kind if "/" in kind else f"{kind}/epok"
-        assert world.kubectl("get", "-n", NAMESPACE, name, "-o", "name")
+    assert status == 1 and "kubectl logs -n epok job/clean" in said(lines)
+    assert run.phase == "Failed"
+    for each in (run.log, log):
+        assert re.search(r"(?m)^error: epok@10\.0\.0\.1: .*; is the address right", each), each
+    assert world.cluster.saved() == before and installed(world) == there
     world.cluster.host.run(["nft", "delete", "table", "inet", "away"])
+
+
+def without_the_gateway(world: World, minute: float) -> tuple[Run, int, list[str]]:
+    """A run of the CronJob, and then an uninstall that is pasted at the begin of the next minute."""
+    run = world.run_of(minute)
+    sleep_until(minute + 60)
+    return run, *world.desk.paste(BLOCKS[UNINSTALL, 0], *BASH)
+
+
+def test_an_uninstall_pasted_into_another_shell_fails_as_well_where_epok_may_not_log_in(world: World) -> None:
+    there = installed(world)
+    port = world.server.request("GET", SECRET)["data"]["ssh_port"]
+    world.server.patch(SECRET, stringData={"ssh_port": "1"})
+    world.kubectl("set", "env", "-n", NAMESPACE, "cronjob/epok", "EPOK_TIMEOUT=5")
+    status, lines = world.desk.paste(BLOCKS[UNINSTALL, 0], "dash")
+    assert status == 1 and "kubectl logs -n epok job/clean" in said(lines)
+    assert installed(world) == there and world.ask(25) is not None
+    world.server.patch(SECRET, data={"ssh_port": port})
+    world.kubectl("set", "env", "-n", NAMESPACE, "cronjob/epok", "EPOK_TIMEOUT-")
 
 
 def come_and_go(world: World) -> None:
@@ -543,6 +646,7 @@ def test_no_pods_are_no_answer_until_there_are_some_again(world: World) -> None:
 
 
 def test_the_uninstall_that_is_pasted_again_leaves_nothing(world: World) -> None:
+    world.suspend(False)
     sleep_until(next_minute())
     world.desk.read(UNINSTALL, 0)
     assert world.ask(25) is None and "EPOK" not in world.cluster.saved() + world.cluster.saved(6)
@@ -564,9 +668,14 @@ def test_coming_from_the_older_epok(world: World) -> None:
     world.desk.read(OLDER, 0)
     world.desk.read(OLDER, 1)
     assert world.kubectl("get", "deployments", "-n", NAMESPACE, "-o", "name") == ""
-    before = world.cluster.saved()
-    assert "now forwarding tcp/25" in world.run_now("older").log
-    assert world.cluster.saved().count("epok_rule_id") == before.count("epok_rule_id") == 1
+    log = world.run_now("older").log
+    both = world.cluster.saved()
+    assert "now forwarding tcp/25" in log and both.count("epok_rule_id") == 1
+    _, _, command = BLOCKS[OLDER, 2].partition("\n")
+    assert f"as root on the host: {' '.join(command.split())}\n" in log
+    world.suspend(True)
+    world.desk.read(OLDER, 2)
+    assert "epok_rule_id" not in world.cluster.saved()
     assert answering(world, 25) == set(NODES)
 
 

@@ -5,9 +5,10 @@ import re
 from importlib import metadata
 
 import pytest
-from lab import EPOK
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from lab.network import EPOK
 
 LOCK = (EPOK.parent / "requirements.txt").read_text()
 DIRECT = [line for line in (EPOK.parent / ".requirements.in").read_text().splitlines() if not line.startswith("#")]

@@ -10,20 +10,33 @@ import random
 import re
 import shlex
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from changing import NOBODY, Changing, Choice
-from conftest import Tally, often, until
-from fake_api import FakeApi, answer, cut, failure, hanging_up, write_kubeconfig
-from lab import CHOOSE_BACKEND, EPOK, FORWARDING, HOST, HOST6, TABLES, Lab, Made, Namespace
-from many_runs import AT_ONCE, Held, ManyRuns
-from objects import Object, port, service, snapshot
-from sshd import PLACE, USER, Sshd, make_key
+
+from conftest import Tally, often
+from lab.changing import NOBODY, Changing, Choice
+from lab.fake_api import FakeApi, answer, cut, failure, hanging_up, write_kubeconfig
+from lab.machine import until
+from lab.many_runs import AT_ONCE, Held, ManyRuns
+from lab.network import (
+    CHOOSE_BACKEND,
+    EPOK,
+    FORWARDING,
+    HOST,
+    HOST6,
+    PROGRAM,
+    TABLES,
+    Lab,
+    Made,
+    Namespace,
+    bare_environment,
+)
+from lab.objects import Object, port, service, snapshot
+from lab.sshd import PLACE, USER, Sshd, make_key
 from test_iptables import foreign
 from test_ssh import SUDOERS, Operator
 
@@ -227,16 +240,6 @@ class Hand:
 # ------------------------------------------------ what is left beside rules
 
 
-def processes(space: Namespace) -> Counter[str]:
-    """The names of those that live in a namespace; its first process does not reap those whose parent was killed."""
-    names: Counter[str] = Counter()
-    for file in (space.root / "proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            name, _, rest = file.read_text().partition(" (")[2].rpartition(") ")
-            names[name] += not rest.startswith("Z")
-    return +names
-
-
 def listing(*places: Path) -> set[Path]:
     """All files, but not what the lab notes down, and what was asked for."""
     found = {path for place in places for path in place.rglob("*")}
@@ -303,7 +306,8 @@ class Soak(Made):
         return listing(self.lab.host.root / "run", self.operator.home)
 
     def all_processes(self) -> dict[str, Counter[str]]:
-        return {space.name: processes(space) for space in (self.lab.host, self.lab.client)}
+        spaces = (self.lab.host, self.lab.client)
+        return {space.name: Counter(process.name for process in space.processes()) for space in spaces}
 
     def saved(self) -> str:
         return self.lab.saved(4) + self.lab.saved(6)
@@ -314,11 +318,10 @@ class Soak(Made):
         """epok with the cluster and the options of now."""
         objects = list(self.cluster.objects())
         self.apis[way.space.name].objects = objects
-        clean = {name: text for name, text in os.environ.items() if not name.startswith(("EPOK_", "KUBE", "SSH_"))}
-        argv = ["env", "-C", str(EPOK.parent), sys.executable, str(EPOK), *self.options.argv()]
+        argv = [*PROGRAM, *self.options.argv()]
         argv += [*(word for word in way.words if "--clean" not in args), *args, *way.executor]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        child = way.space.popen(argv, env={**clean, **way.env}, **pipes)
+        child = way.space.popen(argv, env={**bare_environment(), **way.env}, **pipes)
         way.space.children.remove(child)  # or they are a thousand in the end
         assert child.stdin
         with contextlib.suppress(BrokenPipeError):
@@ -329,7 +332,7 @@ class Soak(Made):
 
     def run(self, way: Way, *args: str) -> Done:
         with self.start(way, *args) as child:
-            out, log = child.communicate(timeout=120)
+            out, log = child.communicate(timeout=600)
         return Done(child.args, child.returncode, out, log)
 
     def look(self, way: Way) -> Iterator[str]:

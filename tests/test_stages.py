@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from lab import HOST, Lab, inputs_shown
-from load import Load
-from objects import port, service, snapshot
+
+from lab.load import Load
+from lab.network import HOST, Lab, inputs_shown
+from lab.objects import port, service, snapshot
 from test_traffic import NODES, nodes_without, refused
 
 NODE_PORT = 30080

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway import OLDER_RULE
-from lab import CLIENT, HOST6, Lab, inputs_shown
-from objects import Object, endpoint, endpoint_slice, node, port, service, slice_port, snapshot
 from prometheus_client.parser import text_string_to_metric_families
 
 import epok
+from lab.gateway import OLDER_RULE
+from lab.machine import stretched
+from lab.network import CLIENT, HOST6, Lab, inputs_shown
+from lab.objects import Object, endpoint, endpoint_slice, node, port, service, slice_port, snapshot
 
 LOCAL = ("-i", "eth0", "local")
 MAIL = service("mail", "25:smtp", [port(25, 2025, "smtp")])
@@ -202,7 +203,7 @@ def test_a_cluster_that_does_not_answer_keeps_nobody_waiting(lab: Lab, tmp_path:
         "users": [{"name": "c", "user": {"token": "t"}}],
         "current-context": "c",
     }))  # fmt: skip
-    done = lab.epok("--status", "--kubeconfig", str(config), "--timeout", "3", "local")
+    done = lab.epok("--status", "--kubeconfig", str(config), "--timeout", str(stretched(3)), "local")
     assert done.returncode == 0
     assert "default/mail:smtp" in done.stdout
     assert "not compared with the cluster: http://127.0.0.1:1: " in done.stdout
@@ -347,7 +348,7 @@ def test_each_node_that_is_left_out_is_named_with_the_reason(lab: Lab) -> None:
         ["used", "10.0.0.11", "used"],
     ]
     many = [node(f"n{n}", f"10.0.0.{n}") for n in range(20, 24)]
-    lines = explain(lab, *many, MAIL, args=("-i", "eth0", "--max-nodes", "3", "--timeout", "5"))
+    lines = explain(lab, *many, MAIL, args=("-i", "eth0", "--max-nodes", "3", "--timeout", str(stretched(5))))
     assert sum("left out: 3 others are used (--max-nodes)" in line for line in lines) == 1
 
 

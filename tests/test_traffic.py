@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from lab import CLIENT, CLIENT6, CROWD, CROWD6, HOST, HOST6, Answer, Lab, pod, read_answer
-from objects import endpoint, endpoint_slice, node, port, service, slice_port, snapshot
+
+from lab.network import CLIENT, CLIENT6, CROWD, CROWD6, HOST, HOST6, Answer, Lab, pod, read_answer
+from lab.objects import endpoint, endpoint_slice, node, port, service, slice_port, snapshot
 
 DUAL = ("IPv4", "IPv6")
 NODES = {"node1", "node2", "node3"}

@@ -9,9 +9,9 @@ import shlex
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ruleset import FAMILIES, Packet, edges, forward, options, outcome, plans, settings_of_a_host, spread, targets
 
 import epok
+from test_ruleset import FAMILIES, Packet, edges, forward, options, outcome, plans, settings_of_a_host, spread, targets
 
 BUILT_IN = {"filter": ("INPUT", "FORWARD", "OUTPUT"), "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING")}
 MANY = 10**9  # bytes, so that a swap is one input

@@ -7,7 +7,6 @@ thing that is not in a namespace; what a killed run leaves of that, the next one
 """
 
 import base64
-import contextlib
 import datetime
 import itertools
 import json
@@ -21,11 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from authority import Authority
-from conftest import lacking, need, until
-from fake_api import FakeApi, write_kubeconfig
-from lab import EPOK, HOST6, TABLES, Lab
-from objects import port, service
+
+from lab.authority import Authority
+from lab.fake_api import FakeApi, write_kubeconfig
+from lab.iptables import LOCK, held_lock
+from lab.machine import lacking, need, stretched, until
+from lab.network import EPOK, HOST6, TABLES, Lab
+from lab.objects import port, service
 
 UNITS = EPOK.parent / "cron"
 SERVICE, TIMER = UNITS / "epok.service", UNITS / "epok.timer"
@@ -301,7 +302,6 @@ def machine(booted: Machine, api: FakeApi, flushed: None) -> Machine:
 only_legacy = pytest.mark.parametrize("lab", ["legacy"], indirect=True)  # nft has no lock
 only_nft = pytest.mark.parametrize("lab", ["nft"], indirect=True)  # the timer knows no backend
 CLEAN = ("ExecStart=", f"ExecStart={values(SERVICE, 'ExecStart')[0]} --clean")
-LOCK = "/run/xtables.lock"
 
 
 def problems(log: str) -> list[str]:
@@ -524,19 +524,9 @@ def test_nft_needs_none_of_them(machine: Machine) -> None:
     assert machine.lab.host.run(["test", "-e", LOCK], check=False).returncode
 
 
-@contextlib.contextmanager
-def held_lock(lab: Lab, seconds: float) -> Iterator[None]:
-    """Somebody else holds it, for so long or until the end."""
-    hold = ["flock", "--close", LOCK, "sh", "-c", f"echo held; exec sleep {seconds}"]
-    with lab.host.popen(hold, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout and holder.stdout.readline() == "held\n"
-        yield
-        holder.kill()
-
-
 @only_legacy
 def test_a_lock_that_another_holds_for_a_while_is_waited_for(machine: Machine) -> None:
-    with held_lock(machine.lab, 2):
+    with held_lock(machine.lab.host, 2):
         before = datetime.datetime.now()
         assert machine.start()[:2] == ("success", 0)
         assert datetime.datetime.now() - before > datetime.timedelta(seconds=1)
@@ -545,9 +535,9 @@ def test_a_lock_that_another_holds_for_a_while_is_waited_for(machine: Machine) -
 
 @only_legacy
 def test_a_lock_that_another_never_gives_back_is_not_ignored(machine: Machine) -> None:
-    machine.configure(EPOK_INTERFACES="eth0", EPOK_TIMEOUT="3")
+    machine.configure(EPOK_INTERFACES="eth0", EPOK_TIMEOUT=str(stretched(3)))
     before = machine.lab.saved()
-    with held_lock(machine.lab, 30):
+    with held_lock(machine.lab.host, 1000):
         run = machine.start()
     assert run[:2] == ("exit-code", 1)
     assert run.log.count("error:") == 1 and "iptables-restore" in run.log
@@ -564,7 +554,7 @@ def test_the_timer_runs_epok_soon_after_boot_and_then_each_minute(machine: Machi
     machine.write("/run/epok.log", "")
     assert machine.systemctl("start", "epok.timer").returncode == 0
     try:
-        until(lambda: "now forwarding tcp/25" in machine.log(), "the timer has run epok", seconds=30)
+        until(lambda: "now forwarding tcp/25" in machine.log(), "the timer has run epok")
         assert machine.lab.ask(25)
         until(lambda: machine.state("ActiveState") == "inactive", "epok is done")
         next_run = datetime.datetime.strptime(machine.state("NextElapseUSecRealtime", "epok.timer")[4:], DATE)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
 from conftest import Tally, often
-from container import output
-from lab import EPOK
-from versions import iptables, iptables_version, python, pythons, suites, unpacked
+from lab.container import output
+from lab.network import EPOK
+from lab.versions import iptables, iptables_version, python, pythons, suites, unpacked
 
 pytestmark = pytest.mark.proof
 # Files, or tests of files; all of them in the whole proof.

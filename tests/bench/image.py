@@ -10,12 +10,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from apiserver import ApiServer
-from container import ACCOUNT, API, Container, Image, Store, secret_volume, service_account
-from lab import EPOK, Lab
-from manifests import container, environment, manifests
-from measure import RUNS, SIZES, cluster, meter
-from sshd import Sshd, make_key
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the packages `bench` and `lab`
+
+from bench.measure import RUNS, SIZES, cluster, meter
+from lab.apiserver import ApiServer
+from lab.container import ACCOUNT, API, Container, Image, Store, secret_volume, service_account
+from lab.manifests import container, environment, manifests
+from lab.network import EPOK, Lab
+from lab.sshd import Sshd, make_key
 
 HOST = "10.0.0.1"
 SECRET = "/etc/epok"

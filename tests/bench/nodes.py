@@ -13,9 +13,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from conftest import BACKENDS
-from lab import EPOK, Lab, inputs_shown
-from measure import RUNS, SMALL, Figure, cluster, meter, restore
+from bench.measure import RUNS, SMALL, Figure, cluster, meter, restore
+from lab.machine import BACKENDS
+from lab.network import EPOK, Lab, inputs_shown
 
 FORWARDS, NODES = (10, 100) if SMALL else (2700, 100)
 MOST = (16,) if SMALL else (4, 8, 16, 32, 100)

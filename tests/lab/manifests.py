@@ -4,8 +4,9 @@ import string
 from collections.abc import Iterable, Mapping
 
 import yaml
-from lab import EPOK
-from objects import Object
+
+from lab.network import EPOK
+from lab.objects import Object
 
 CRON = EPOK.parent / "cron"
 ACCOUNT = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding")

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from driver import METRICS, SNAPSHOT
 from hypothesis import strategies as st
-from objects import Object, endpoint, endpoint_slice, node, port, service, slice_port, snapshot
+
+from lab.driver import METRICS, SNAPSHOT
+from lab.objects import Object, endpoint, endpoint_slice, node, port, service, slice_port, snapshot
 
 ALLOW = "epok.getbetter.ro/allow-range"
 INTERNAL = "epok.getbetter.ro/internal"

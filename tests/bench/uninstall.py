@@ -1,8 +1,8 @@
-"""bench_uninstall.py [TIMES]: how often something stays when epok is uninstalled around the begin of a minute.
+"""uninstall.py [TIMES]: how often something stays when epok is uninstalled around the begin of a minute.
 
 In a real cluster, with the README's blocks: installed, forwarding, and uninstalled at tenths of a second before and
 after the minute in which a run starts. What stays would be a rule on the gateway or an object in the cluster. Needs
-root, what EPOK_TEST_REAL=1 tests/setup all installs, and two minutes for each.
+root, what tests/setup all installs, and two minutes for each.
 """
 
 import re
@@ -11,10 +11,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from container import Store
-from lab import ECHO
-from readme import UNINSTALL
-from real_cluster import NAMESPACE, Cluster, Watch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the packages `bench` and `lab`
+
+from lab.container import Store
+from lab.network import ECHO
+from lab.readme import UNINSTALL
+from lab.real_cluster import NAMESPACE, Cluster, Watch
 from test_real_cluster import ECHO_IMAGE, World, next_minute, sleep_until
 
 KINDS = "ns,cronjob,job,pod,secret,sa,clusterrole,clusterrolebinding"

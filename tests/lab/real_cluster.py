@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import urllib3
-from apiserver import CLUSTER_ADDRESS, ApiServer, asset
-from conftest import need, until
-from container import CACHE, Store, output
-from gateway import Gateway
-from lab import CHOOSE_BACKEND, FORWARDING, QUICK, Lab, Namespace
-from objects import Object
+
+from lab.apiserver import CLUSTER_ADDRESS, ApiServer, asset
+from lab.container import CACHE, Store, output
+from lab.gateway import Gateway
+from lab.machine import need, until
+from lab.network import CHOOSE_BACKEND, FORWARDING, QUICK, Lab, Namespace
+from lab.objects import Object
 
 CONTROL, REGISTRY = "10.0.0.2", "10.0.0.3:5000"
 NODES = {"node1": "10.0.0.11", "node2": "10.0.0.12"}

@@ -21,14 +21,15 @@ from typing import Any, NamedTuple
 
 import urllib3
 import yaml
-from authority import Authority, private_pem, public_pem
-from conftest import need, until
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from fake_api import write_kubeconfig
-from lab import EPOK, Namespace
-from manifests import account
-from objects import CLUSTER_IP, Object
+
+from lab.authority import Authority, private_pem, public_pem
+from lab.fake_api import write_kubeconfig
+from lab.machine import need, until
+from lab.manifests import account
+from lab.network import EPOK, Namespace
+from lab.objects import CLUSTER_IP, Object
 
 ADDRESS, PORT = "127.0.0.1", 6443
 CLUSTER_ADDRESS = "10.96.0.1"  # of the Service kubernetes, where pods find it
@@ -136,13 +137,13 @@ class ApiServer:
     def kill(self) -> None:
         """SIGKILL, as if its machine had lost power."""
         self.space.run(["pkill", "-KILL", "-x", "kube-apiserver"])
-        self.process.wait(10)
+        self.process.wait(60)
 
     def request(self, method: str, path: str, body: "Object | None" = None, kind: str = "application/json") -> Any:
         """The answer to a request of an administrator, which must be a success."""
         data = None if body is None else json.dumps(body)
         with self.space.entered():
-            answer = self.pool.request(method, path, body=data, headers={"Content-Type": kind}, timeout=30)
+            answer = self.pool.request(method, path, body=data, headers={"Content-Type": kind}, timeout=120)
         assert answer.status in (200, 201), f"{method} {path}: {answer.status} {answer.data.decode()}"
         return json.loads(answer.data) if answer.data.startswith(b"{") else answer.data
 

@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-from lab import Namespace
-from objects import Object
+from lab.network import Namespace
+from lab.objects import Object
 
 LISTS = {
     "/api/v1/services": ("services", "v1", "Service"),

@@ -30,9 +30,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apiserver import ADDRESS, PORT, ApiServer
-from conftest import lacking
-from lab import EPOK, Made
+from lab.apiserver import ADDRESS, PORT, ApiServer
+from lab.machine import lacking
+from lab.network import EPOK, Made
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "epok"
 USER = "65532"
@@ -160,7 +160,7 @@ class Container:
 
     def run(self, *args: str, entrypoint: Sequence[str] | None = None) -> "subprocess.CompletedProcess[str]":
         """The same in the machine's network."""
-        return subprocess.run(self.argv(*args, entrypoint=entrypoint), capture_output=True, text=True, timeout=60)
+        return subprocess.run(self.argv(*args, entrypoint=entrypoint), capture_output=True, text=True, timeout=300)
 
 
 def secret_volume(folder: Path, data: Mapping[str, bytes]) -> Path:

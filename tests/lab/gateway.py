@@ -16,9 +16,10 @@ import threading
 from types import ModuleType
 
 import yaml
-from lab import Namespace
-from manifests import CRON
-from sshd import await_banner, penalties
+
+from lab.manifests import CRON
+from lab.network import Namespace
+from lab.sshd import await_banner, penalties
 
 PLACES = ("/etc", "/home", "/opt", "/var/lib", "/usr/local")  # overlays
 # /dev as links, so that a socket made there is not one of the machine's.

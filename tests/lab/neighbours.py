@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import urllib3
-from apiserver import ApiServer, asset
-from conftest import need, until
-from container import PATH, SMALL, distribution, scratch
-from gateway import OLDER_RULE
-from lab import Lab, Made, pod
-from objects import endpoint, endpoint_slice, node, port, service, slice_port
+
+from lab.apiserver import ApiServer, asset
+from lab.container import PATH, SMALL, distribution, scratch
+from lab.gateway import OLDER_RULE
+from lab.iptables import tables_in
+from lab.machine import need, until
+from lab.network import Lab, Made, pod
+from lab.objects import endpoint, endpoint_slice, node, port, service, slice_port
 from test_kube_proxy import OPTIONS
 
 PACKAGES = [
@@ -178,7 +180,7 @@ class Packaged(Neighbour):
 
     def end(self, name: str, process: "subprocess.Popen[str]") -> None:
         self.lab.host.run(["kill", (self.root / "run" / f"{name}.process").read_text().strip()])
-        process.wait(60)
+        process.wait(300)
 
 
 class Ufw(Packaged):
@@ -255,7 +257,7 @@ class DockerSocket(http.client.HTTPConnection):
     """Docker's API, by the socket that its own command uses."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=60)
+        super().__init__("localhost", timeout=300)
         self.path = path
 
     def connect(self) -> None:
@@ -531,8 +533,14 @@ filter cali-fhfw-eth0 -m comment --comment "Drop if no policies passed packet" -
 
     def hooked(self, saved: str) -> list[tuple[str, str]]:
         """Its rules in the chains that are not its own."""
-        blocks = re.findall(r"(?ms)^\*(\w+)\n(.*?)^COMMIT", saved)
-        return [(table, rule) for table, text in blocks for rule in re.findall(r"(?m)^-A [A-Z]+ .*cali:.*", text)]
+        return [
+            (table, f"-A {chain} {rule}")
+            for table, chains in tables_in(saved).items()
+            for chain in chains
+            if chain.isupper()
+            for rule in chains[chain]
+            if "cali:" in rule
+        ]
 
     def commented(self, rules: str, command: str) -> list[tuple[str, str]]:
         """Lines of the class as (table, words of iptables-restore)."""

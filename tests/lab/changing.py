@@ -13,8 +13,8 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lab import NODE_PORTS, pod
-from objects import Object, endpoint, endpoint_slice, node, port, service, slice_port
+from lab.network import NODE_PORTS, pod
+from lab.objects import Object, endpoint, endpoint_slice, node, port, service, slice_port
 
 NODES = (1, 2, 3)
 FAMILIES = {4: "IPv4", 6: "IPv6"}

@@ -15,11 +15,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench_nodes import measure_nodes
-from bench_path import measure_path
-from bench_run import measure_runs
-from bench_swap import measure_stages, measure_swaps
-from measure import Figure
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the packages `bench` and `lab`
+
+from bench.measure import Figure
+from bench.nodes import measure_nodes
+from bench.path import measure_path
+from bench.runs import measure_runs
+from bench.swaps import measure_stages, measure_swaps
 
 PARTS: dict[str, Callable[[Path], list[Figure]]] = {
     "path": measure_path,

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 if TYPE_CHECKING:
-    from lab import Namespace  # which the child, run without a path, does not find
+    from lab.network import Namespace  # which the child, run without a path, does not find
 
 SLOW = 0.9  # a lost SYN is sent again after a second
 BURST = 64  # are opened at most before answers are read again
@@ -138,7 +138,7 @@ class Held:
     """A connection that stays open; `word` is what it has sent and not yet got back."""
 
     def __init__(self, address: str, port: int) -> None:
-        self.sock = socket.create_connection((address, port), timeout=10)
+        self.sock = socket.create_connection((address, port), timeout=60)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         if not ANSWER.fullmatch(self.sock.recv(200)):
             raise ConnectionError(f"port {port} does not answer as an echo server")

@@ -4,7 +4,7 @@ They come from the archive of the machine's own distribution, whose other suites
 checks there it checks here. Nothing is installed: each program runs with the C library of its own suite.
 
     root = unpacked("sid")
-    iptables(root)           # EPOK_TEST_IPTABLES for tests/lab.py
+    iptables(root)           # EPOK_TEST_IPTABLES for tests/lab/network.py
     python(root, "3.14")     # an interpreter that has what epok and its tests import
 """
 
@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import need
-from container import ALONE, CACHE, apt_settings, apt_sources, locked, output
-from lab import EPOK
+from lab.container import ALONE, CACHE, apt_settings, apt_sources, locked, output
+from lab.machine import need
+from lab.network import EPOK
 
 # From the oldest that epok may meet to the newest that there is.
 SUITES = {"debian": ("bullseye", "bookworm", "trixie", "sid"), "ubuntu": ("jammy", "noble", "devel")}

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 if TYPE_CHECKING:
-    from lab import Namespace  # which the child, run without a path, does not find
+    from lab.network import Namespace  # which the child, run without a path, does not find
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 THRESHOLD = 100_000  # as the last lines of epok.py have it
@@ -55,15 +55,16 @@ class ManyRuns:
     """A process in `space` that runs epok as often as it is told to; its log goes to the file."""
 
     def __init__(self, space: "Namespace", epok: Path, log: Path) -> None:
+        from lab.network import bare_environment  # which the child, run without a path, does not find
+
         self.log = log
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("EPOK_", "KUBE", "SSH_"))}
         with log.open("w") as file:
             self.child = space.popen(
                 ["env", "-C", str(epok.parent), sys.executable, "-s", __file__, str(epok)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
-                env=clean,
+                env=bare_environment(),
             )
 
     def __enter__(self) -> Self:

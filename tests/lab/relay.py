@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from lab import Namespace
+from lab.network import Namespace
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -73,10 +73,10 @@ class Relay:
             near.close()
             return
         with self.space.entered():
-            far = socket.create_connection(self.server, timeout=10)
+            far = socket.create_connection(self.server, timeout=60)
         self.clients.add(near)
         for sock, peer in ((near, far), (far, near)):
-            sock.settimeout(10)
+            sock.settimeout(60)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.peers[sock] = peer
             self.selector.register(sock, selectors.EVENT_READ)

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lab import HOST, Lab
 
-SNAPSHOT = "tests/snapshot.yaml"
+from lab.network import HOST, Lab
+
+SNAPSHOT = "tests/lab/snapshot.yaml"
 ARGS = ("-i", "eth0", "--snapshot", SNAPSHOT, "local")
 TRIES = 60  # three nodes at random: one of them is missed about once in ten thousand million times
 ANNOTATION = "getbetter.ro/externalport"

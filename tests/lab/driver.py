@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = "/run/snapshot"
 METRICS = "/run/epok.prom"
 NO_FLOWS = (1, "", "conntrack v1.4.7 (conntrack-tools): 0 flow entries have been deleted.\n")

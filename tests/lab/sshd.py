@@ -11,11 +11,11 @@ import re
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from lab import Namespace
+from lab.machine import until
+from lab.network import Namespace
 
 PLACE = "/run/epok"  # as seen inside; the lab gives the host a /run of its own
 USER = "tester"
@@ -162,14 +162,15 @@ def penalties() -> str:
 
 def await_banner(space: Namespace, port: int) -> None:
     """Returns when an SSH server answers there."""
-    deadline = time.monotonic() + 10
-    while True:
+
+    def answers() -> bool:
         with contextlib.suppress(ConnectionRefusedError), space.entered():
-            with socket.create_connection(("127.0.0.1", port), 10) as sock:
+            with socket.create_connection(("127.0.0.1", port), 60) as sock:
                 assert sock.recv(4) == b"SSH-"
-            return
-        assert time.monotonic() < deadline, f"no sshd on port {port}"
-        time.sleep(0.01)
+            return True
+        return False
+
+    until(answers, f"sshd on port {port}")
 
 
 def make_key(file: Path, kind: str, *options: str) -> Path:

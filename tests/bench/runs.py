@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from apiserver import ApiServer
-from conftest import BACKENDS
-from lab import EPOK, Lab, inputs_shown
-from measure import RUNS, SIZES, SMALL, Figure, Used, cluster, meter, middle, nodes_of, restore
-from objects import Object
+from bench.measure import RUNS, SIZES, SMALL, Figure, Used, cluster, meter, middle, nodes_of, restore
+from lab.apiserver import ApiServer
+from lab.machine import BACKENDS
+from lab.network import EPOK, Lab, inputs_shown
+from lab.objects import Object
 
 STEPS = Path(__file__).resolve().parent / "steps.py"
 RIVAL = Path(__file__).resolve().parent / "rival.sh"

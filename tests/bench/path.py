@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-from conftest import BACKENDS
-from echo import listen, reply
-from lab import HOST, Lab
 from matplotlib.figure import Figure as Picture
-from measure import SIZES, SMALL, Figure, nodes_of
-from objects import port, service, snapshot
+
+from bench.measure import SIZES, SMALL, Figure, nodes_of
+from lab.echo import listen, reply
+from lab.machine import BACKENDS
+from lab.network import HOST, Lab
+from lab.objects import port, service, snapshot
 
 SEARCHES = ("trie", "linear")
 FORWARDS = sorted({1, *SIZES}) if SMALL else [1, 100, 1000, 2700, 10000]  # ratios are to the first
@@ -40,7 +41,7 @@ STREAM_TURNS, STREAM_SECONDS = (1, 0.02) if SMALL else (20, 0.1)
 FIRST, NODE_PORT = 10000, 30080  # the external ports begin with that one; all lead to the same NodePort
 SOURCE_PORTS = itertools.cycle(range(20000, 60000))
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closed at once, and nothing is in TIME_WAIT
-PATIENCE = struct.pack("ll", 5, 0)  # seconds; with settimeout() Python would poll within what is timed
+PATIENCE = struct.pack("ll", 60, 0)  # seconds; with settimeout() Python would poll within what is timed
 CHUNK = bytes(1 << 20)
 LINES = {("linear", "nft"): "C3o--", ("linear", "legacy"): "C1s--", ("trie", "nft"): "C0o-", ("trie", "legacy"): "C2s-"}
 STYLE = {
@@ -216,6 +217,7 @@ def stream(bed: Bed, forwards: int) -> list[float]:
     with ThreadPoolExecutor(1) as pool, bed.lab.connect(FIRST + forwards - 1) as out, bed.tcp.accept()[0] as end:
         start = time.perf_counter()
         received = pool.submit(drain, end)
+        out.sendall(CHUNK)  # however late this process is back
         while time.perf_counter() - start < STREAM_SECONDS:
             out.sendall(CHUNK)
         out.shutdown(socket.SHUT_WR)

@@ -26,15 +26,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from echo import INIT, INIT_ACK, KINDS, Sctp, has_sctp, open_raw_sctp, unpacked, without_ip_header
-from objects import node, snapshot
+from lab.echo import INIT, INIT_ACK, KINDS, Sctp, has_sctp, open_raw_sctp, unpacked, without_ip_header
+from lab.objects import node, snapshot
 
-EPOK = Path(__file__).resolve().parent.parent / "epok.py"
+EPOK = Path(__file__).resolve().parents[2] / "epok.py"
+PROGRAM = ("env", "-C", str(EPOK.parent), sys.executable, str(EPOK))  # epok as a process, in the checkout
 # The folder of iptables-nft, iptables-legacy-save and the rest: test_versions.py has others than the machine's.
 SBIN = os.environ.get("EPOK_TEST_IPTABLES", "/usr/sbin")
 ECHO = Path(__file__).resolve().parent / "echo.py"
@@ -46,6 +47,7 @@ NODE_PORTS = (2025, *range(30000, 30010), 30053, 30080, 30443)
 TABLES = ("nat", "filter")
 
 CLONE_NEWNET = 0x40000000
+FILES = {"mount": "mnt", "pid": "pid_for_children"}  # of /proc/PID/ns, for what a process starts, where not as its kind
 SCTP_PORTS = itertools.cycle(range(20000, 60000))
 
 # No waiting for addresses to become valid, and every closed UDP port says so, not the first six alone.
@@ -108,6 +110,33 @@ def warnings_in(log: str) -> list[str]:
     return [text for text in found if not re.search("no answer within the time for (looking|Events)", text)]
 
 
+def bare_environment() -> dict[str, str]:
+    """Ours, without what epok would take for options, a cluster to be in, or an agent with keys."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("EPOK_", "KUBE", "SSH_"))}
+
+
+class Process(NamedTuple):
+    """One that is alive, with its id on this machine, and the words that it was started with."""
+
+    pid: int
+    name: str
+    words: str
+
+
+def processes_in(spaces: Container[str], kind: str = "pid") -> list[Process]:
+    """Those of namespaces, which are named as the links in /proc/PID/ns; what is dead and not reaped is left out."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if os.readlink(place / "ns" / kind) not in spaces:
+                continue
+            name, _, rest = (place / "stat").read_text(errors="replace").partition(" (")[2].rpartition(") ")
+            words = (place / "cmdline").read_text(errors="replace").replace("\0", " ").strip()
+            if not rest.startswith("Z"):
+                found.append(Process(int(place.name), name, words))
+    return found
+
+
 class Answer(NamedTuple):
     """What an echo server said: who it is, and from what address and port it saw the question come."""
 
@@ -139,10 +168,13 @@ class Namespace:
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """The argv that runs `argv` in here, in the directory /."""
-        files = {"mount": "mnt", "pid": "pid_for_children"}
-        spaces = [f"--{kind}=/proc/{self.pid}/ns/{files.get(kind, kind)}" for kind in self.KINDS]
+        spaces = [f"--{kind}=/proc/{self.pid}/ns/{FILES.get(kind, kind)}" for kind in self.KINDS]
         # nsenter stays as the parent: who kills that must not leave the child
         return ["nsenter", *spaces, "setpriv", "--pdeathsig", "KILL", *argv]
+
+    def processes(self) -> list[Process]:
+        """All that run in here."""
+        return processes_in([os.readlink(f"/proc/{self.pid}/ns/{FILES['pid']}")])
 
     def popen(self, argv: Sequence[str], **kw: Any) -> "subprocess.Popen[str]":
         child = subprocess.Popen(self.command(argv), **{"text": True, **kw})
@@ -160,7 +192,7 @@ class Namespace:
         input: str = "",
         check: bool = True,
         env: dict[str, str] | None = None,
-        timeout: float = 60,
+        timeout: float = 300,
     ) -> "subprocess.CompletedProcess[str]":
         done = subprocess.run(self.command(argv), input=input, capture_output=True, text=True, env=env, timeout=timeout)
         if check and done.returncode:
@@ -314,7 +346,7 @@ class Lab(Made):
         source: str | None = None,
         sport: int = 0,
         frm: Namespace | None = None,
-        timeout: float = 2.0,
+        timeout: float = 10,
     ) -> socket.socket:
         """A connected socket from the client, or from the namespace `frm`. Raises what connect() raises."""
         family = socket.AF_INET6 if ":" in to else socket.AF_INET
@@ -339,7 +371,7 @@ class Lab(Made):
         source: str | None = None,
         sport: int = 0,
         frm: Namespace | None = None,
-        timeout: float = 2.0,
+        timeout: float = 10,
     ) -> Answer:
         """Who answers there. Raises ConnectionRefusedError or TimeoutError when nobody does."""
         if protocol == "sctp" and not has_sctp():
@@ -378,14 +410,15 @@ class Lab(Made):
         snapshot: "dict[str, Any] | list[Any] | None" = None,
         env: dict[str, str] | None = None,
         check: bool = False,
-        timeout: float = 60,
+        timeout: float = 300,
+        through: Sequence[str] = (),
     ) -> "subprocess.CompletedProcess[str]":
-        """Run epok on the host, in the checkout; a snapshot goes in by standard input. Our own EPOK_* do not count."""
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("EPOK_", "KUBE"))}
+        """Run epok on the host, in the checkout, by what is before its words; a snapshot goes in by standard input."""
         text = "" if snapshot is None else json.dumps(snapshot)
         source = [] if snapshot is None else ["--snapshot", "-"]
-        argv = ["env", "-C", str(EPOK.parent), sys.executable, str(EPOK), *source, *args]
-        return self.host.run(argv, input=text, check=check, env={**clean, **(env or {})}, timeout=timeout)
+        argv = [*through, *PROGRAM, *source, *args]
+        environ = {**bare_environment(), **(env or {})}
+        return self.host.run(argv, input=text, check=check, env=environ, timeout=timeout)
 
     def cluster(self, *objects: dict[str, Any]) -> dict[str, Any]:
         """A snapshot of the lab's nodes with these Services (and EndpointSlices)."""

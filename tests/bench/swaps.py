@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from conftest import BACKENDS
-from lab import EPOK, HOST, Lab, await_banner, inputs_shown
-from load import Load, Result
-from measure import SMALL, Figure, cluster
+from bench.measure import SMALL, Figure, cluster
+from lab.load import Load, Result
+from lab.machine import BACKENDS
+from lab.network import EPOK, HOST, Lab, await_banner, inputs_shown
 
 NODES = 10
 SWAPS, EVERY, SIZES = (3, 3, (10,)) if SMALL else (100, 10, (300, 2700))

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lab import Lab
-from objects import node, port, service, snapshot
+from lab.network import Lab
+from lab.objects import node, port, service, snapshot
 
 RUNS = 7
 SIZES = [int(size) for size in os.environ.get("EPOK_BENCH", "10,2700,10000").split(",")]  # forwards
