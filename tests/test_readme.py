@@ -30,7 +30,7 @@ from lab.objects import Object, port, service
 from lab.readme import BLOCKS, CLUSTER, OLDER, README, UPGRADE, copy_checkout
 from lab.sshd import make_key
 
-pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
+pytestmark = [pytest.mark.long, pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)]
 
 SECRET = "/api/v1/namespaces/epok/secrets/epok-ssh"
 RAN: set[tuple[str, int]] = set()

@@ -29,6 +29,7 @@ from lab.readme import BLOCKS, CLUSTER, IN_CLUSTER, OLDER, UNINSTALL, UPGRADE, R
 from lab.real_cluster import NAMESPACE, NODES, REGISTRY, Cluster, Run, Watch, hierarchies, remove_stale_cgroups
 from lab.sshd import make_key
 
+pytestmark = pytest.mark.long
 IMAGE, ECHO_IMAGE = f"{REGISTRY}/epok:1.0.0", f"{REGISTRY}/echo:1"
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted pod-security.kubernetes.io/warn=restricted"
 # A namespace as strict as they come. With a quota of cpu, a LimitRange says what a pod has that says nothing.
