@@ -16,6 +16,7 @@ from lab.sshd import Sshd
 
 # A busy machine is no failure.
 settings.register_profile("epok", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("few", settings.get_profile("epok"), max_examples=10)  # for test_versions.py
 settings.load_profile("epok")
 
 Tally = Callable[[str, int, int], None]
@@ -24,11 +25,25 @@ Tally = Callable[[str, int, int], None]
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "proof: what can be tried as often as one likes; EPOK_TEST_BIG=1: very often")
     config.addinivalue_line("markers", "faults(what): counts the test as one of these faults")
+    config.addinivalue_line("markers", "long: its file starts first, as those of proofs do")
+    config.addinivalue_line("markers", "any_version: what no version of iptables changes, see test_versions.py")
 
 
 def often(times: int, big: int) -> int:
     """How often something is tried; `big` with EPOK_TEST_BIG=1, which takes hours, a tenth of it with 0.1."""
     return max(times, round(big * float(os.environ.get("EPOK_TEST_BIG") or 0)))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long start first, or a worker is alone with one in the end: proofs, then those that need a lab.
+
+    Of both, those with most tests. With --no-loadscope-reorder pytest-xdist keeps to that order.
+    """
+    tests = Counter(item.path for item in items)
+    long = {item.path for item in items if item.get_closest_marker("proof") or item.get_closest_marker("long")}
+    real = {item.path for item in items if "lab" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: (item.path not in long, item.path not in long | real, -tests[item.path], item.path))
 
 
 @pytest.fixture

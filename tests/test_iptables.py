@@ -87,6 +87,7 @@ COMMIT
 
 OTHER = service("other", "26:30001", [port(26, 30001)])
 fault = faults("host faults")
+any_version = pytest.mark.any_version  # the tools are not there, or others, or have nothing to do with it
 only_legacy = pytest.mark.parametrize("lab", ["legacy"], indirect=True)  # nft has no lock
 only_nft = pytest.mark.parametrize("lab", ["nft"], indirect=True)  # legacy tables are no nft tables
 
@@ -377,6 +378,7 @@ BROKEN_TOOLS: dict[str, Any] = {
 }
 
 
+@any_version
 @pytest.mark.parametrize("tool, script, says, limit", [
     pytest.param(*fault, *([20] if len(fault) == 3 else []), id=name) for name, fault in BROKEN_TOOLS.items()
 ])  # fmt: skip
@@ -396,6 +398,7 @@ FULL = """mkdir -p /run/full; mount -t tmpfs -o nr_inodes=1 none /run/full; expo
 export XTABLES_LOCKFILE=/run/full/lock EPOK_METRICS_FILE=/run/full/epok.prom; exec "$@" """
 
 
+@any_version
 @fault
 def test_a_disk_that_is_full_keeps_from_the_host_only_what_needs_it(lab: Lab) -> None:
     """That is legacy's lock."""
@@ -410,6 +413,7 @@ def test_a_disk_that_is_full_keeps_from_the_host_only_what_needs_it(lab: Lab) ->
     return None
 
 
+@any_version
 @pytest.mark.parametrize("to", ["2>/dev/full", ">/dev/full 2>&1", "2>&-"])
 @fault
 @only_nft
@@ -488,6 +492,7 @@ def without(tool: str) -> list[str]:
     return ["unshare", "--mount", "sh", "-ec", WITHOUT[tool] + '; exec "$@"', "sh"]
 
 
+@any_version
 @fault
 def test_a_host_without_iptables_is_told_what_to_install(lab: Lab) -> None:
     apply(lab, MAIL)
@@ -605,6 +610,7 @@ def test_an_annotation_sends_no_codes_to_the_terminal(lab: Lab) -> None:
     assert not re.search(r"[^ -~\n]", shown)
 
 
+@any_version
 @fault
 def test_flows_that_take_too_long_to_end_are_a_warning(lab: Lab, tmp_path: Path) -> None:
     """The real conntrack is never slow enough."""
@@ -623,6 +629,7 @@ def test_flows_that_take_too_long_to_end_are_a_warning(lab: Lab, tmp_path: Path)
     assert lab.ask(53, "udp").port == 30053
 
 
+@any_version
 @pytest.mark.parametrize("output", [">/dev/full", ">&-"])
 @fault
 def test_a_dry_run_that_cannot_be_written_is_one_error(lab: Lab, output: str) -> None:

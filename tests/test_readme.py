@@ -17,7 +17,7 @@ from lab.objects import port, service
 from lab.readme import BLOCKS, BROKEN, DEVELOPERS, HAND, IN_CLUSTER, README, TIMER, UNINSTALL, Reader, copy_checkout
 from lab.sshd import make_key
 
-pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
+pytestmark = [pytest.mark.long, pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)]
 
 MAIL = service("mail", "25:2025", [port(25, 2025, "smtp")])
 

@@ -31,6 +31,7 @@ from lab.readme import BLOCKS, BROKEN, CLUSTER, IN_CLUSTER, OLDER, README, UNINS
 from lab.real_cluster import NAMESPACE, NODES, REGISTRY, Cluster, Run, Watch, hierarchies, remove_stale_cgroups
 from lab.sshd import make_key
 
+pytestmark = pytest.mark.long
 IMAGE, ECHO_IMAGE = f"{REGISTRY}/epok:1.0.0", f"{REGISTRY}/echo:1"
 SECRET = f"/api/v1/namespaces/{NAMESPACE}/secrets/epok-ssh"
 JOBS = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
