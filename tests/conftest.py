@@ -25,7 +25,7 @@ Tally = Callable[[str, int, int], None]
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "proof: what can be tried as often as one likes; EPOK_TEST_BIG=1: very often")
     config.addinivalue_line("markers", "faults(what): counts the test as one of these faults")
-    config.addinivalue_line("markers", "long: its file starts first, as those of proofs do")
+    config.addinivalue_line("markers", "long: its file starts first")
     config.addinivalue_line("markers", "any_version: what no version of iptables changes, see test_versions.py")
 
 
@@ -36,14 +36,17 @@ def often(times: int, big: int) -> int:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long start first, or a worker is alone with one in the end: proofs, then those that need a lab.
+    """Files that take long start first, or a worker is alone with one in the end; of equals those with most tests.
 
-    Of both, those with most tests. With --no-loadscope-reorder pytest-xdist keeps to that order.
+    With --no-loadscope-reorder pytest-xdist keeps to that order.
     """
     tests = Counter(item.path for item in items)
-    long = {item.path for item in items if item.get_closest_marker("proof") or item.get_closest_marker("long")}
-    real = {item.path for item in items if "lab" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: (item.path not in long, item.path not in long | real, -tests[item.path], item.path))
+    kinds = [
+        {item.path for item in items if item.get_closest_marker("long")},
+        {item.path for item in items if item.get_closest_marker("proof")},
+        {item.path for item in items if "lab" in getattr(item, "fixturenames", ())},
+    ]
+    items.sort(key=lambda item: ([item.path not in kind for kind in kinds], -tests[item.path], item.path))
 
 
 @pytest.fixture
