@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import epok
 from lab.apiserver import CLUSTER_ADDRESS
 from lab.container import Store, scratch
 from lab.gateway import OLDER_RULE
@@ -429,6 +430,7 @@ def test_a_changed_host_key_stops_runs_until_it_is_renewed_as_the_readme_says(wo
     world.cluster.gateway.restart_sshd()
     failed = world.run_now("host-key")
     assert failed.phase == "Failed" and "its host key" in failed.log, failed.log
+    assert failed.log.endswith(f"{epok.RENEW}\n"), failed.log
     assert answering(world, 25) == set(NODES)
     world.renew_secret()
     assert "in sync" in world.run_now("host-key-again").log
@@ -439,6 +441,7 @@ def test_a_renewed_key_is_refused_until_the_secret_has_it(world: World) -> None:
     world.cluster.gateway.setup_host()
     failed = world.run_now("key")
     assert failed.phase == "Failed" and "is refused" in failed.log, failed.log
+    assert failed.log.endswith(f"{epok.RENEW}\n"), failed.log
     old = world.server.request("GET", SECRET)["data"]["id_rsa"]
     applied = {"kubectl.kubernetes.io/last-applied-configuration": old}
     world.server.patch(SECRET, metadata={"annotations": applied})
