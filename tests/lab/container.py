@@ -285,7 +285,8 @@ def scratch() -> Iterator[Path]:
     CACHE.mkdir(parents=True, exist_ok=True)
     with locked(CACHE):
         for old in CACHE.glob("images-*"):
-            with contextlib.suppress(BlockingIOError), locked(old, fcntl.LOCK_NB):
+            # it is in use, or was until now
+            with contextlib.suppress(BlockingIOError, FileNotFoundError), locked(old, fcntl.LOCK_NB):
                 shutil.rmtree(old)
         folder = Path(tempfile.mkdtemp(prefix="images-", dir=CACHE))
         lock = contextlib.ExitStack()
