@@ -1731,13 +1731,15 @@ class DocumentList(msgspec.Struct):
     items: list[Any] = []
 
 
-def flatten(objects: Iterable[Any], kind: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(
+    objects: Iterable[Any], kind: str = "", what: str = "snapshot"
+) -> Iterator[tuple[str, Any]]:
     """The objects, also those in lists of any kind; `kind` is that of those that say none."""
     for each in objects:
-        own = typed(each, Document, "snapshot").kind or kind
+        own = typed(each, Document, what).kind or kind
         if own.endswith("List"):
-            inside = typed(each, DocumentList, "snapshot").items
-            yield from flatten(inside, own.removesuffix("List"))
+            inside = typed(each, DocumentList, what).items
+            yield from flatten(inside, own.removesuffix("List"), "snapshot item")
         else:
             yield own, each
 
@@ -4495,11 +4497,8 @@ def write_metrics(name: str, make: Callable[[str], str]) -> None:
     """
     try:
         before = ""
-        with (
-            contextlib.suppress(FileNotFoundError),
-            open(name, encoding="utf-8", errors="replace") as file,
-        ):
-            before = file.read(1 << 24)
+        with contextlib.suppress(FileNotFoundError), open(name, "rb") as file:
+            before = file.read(1 << 24).decode(errors="replace")
         fresh = f"{name}.{os.getpid()}"  # node_exporter reads *.prom alone
         try:
             with open(fresh, "x", encoding="utf-8") as file:

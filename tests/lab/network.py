@@ -107,7 +107,8 @@ COMMIT
 def warnings_in(log: str) -> list[str]:
     """What a run warned of, without what it left undone since the machine was too busy."""
     found = re.findall(r"(?m)^warning: (.*)$", log)
-    return [text for text in found if not re.search("no answer within the time for (looking|Events)", text)]
+    late = r"no answer within the time for (looking|Events)|gave up after \d+ tr.*; no Events in namespace"
+    return [text for text in found if not re.search(late, text)]
 
 
 def bare_environment() -> dict[str, str]:
