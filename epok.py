@@ -4554,29 +4554,25 @@ class Option(NamedTuple):
 
 def has(packet: Packet, name: str, value: str) -> bool | None:
     """Whether a packet has a value, None where that cannot be told."""
-    match name:
-        case "-m":
-            return True
-        case "-i":
-            return like(value, packet.interface)
-        case "-o":
-            return like(value, packet.out)
-        case "-p":
-            return value in (packet.protocol, "all")
-        case "-d":
-            return in_network(value, packet.address)
-        case "--dport" | "--dports":
-            return within(value, packet.port)
-        case "--state" | "--ctstate":
-            return value == "NEW" or (value == "DNAT" and not packet.local)
-        case "--dst-type":
-            return value == ("LOCAL" if packet.local else "UNICAST")
-        case "connmark --mark":
-            bits, _, mask = value.partition("/")
-            return bits == mask if mask == f"{packet.mark:#x}" else None
-        case "nfproto":
-            return value == f"ipv{packet.version}"
-    return None
+    if name == "-m":
+        return True
+    if name in ("-i", "-o"):
+        return like(value, packet.interface if name == "-i" else packet.out)
+    if name == "-p":
+        return value in (packet.protocol, "all")
+    if name == "-d":
+        return in_network(value, packet.address)
+    if name in ("--dport", "--dports"):
+        return within(value, packet.port)
+    if name in ("--state", "--ctstate"):
+        return value == "NEW" or (value == "DNAT" and not packet.local)
+    if name == "--dst-type":
+        return value == ("LOCAL" if packet.local else "UNICAST")
+    if name == "nfproto":
+        return value == f"ipv{packet.version}"
+    bits, _, mask = value.partition("/")
+    known = name == "connmark --mark" and mask == f"{packet.mark:#x}"
+    return bits == mask if known else None
 
 
 def like(pattern: str, interface: str) -> bool | None:
@@ -4735,16 +4731,23 @@ class Asker:
         if text is None:
             return None
         with contextlib.suppress(ValueError, RecursionError):
-            match json.loads(text, object_hook=without_inner_chains):
-                case {"nftables": list(parts)}:
-                    objects = [part.get(kind) for part in parts if isinstance(part, dict)]
-                    return [each for each in objects if isinstance(each, dict)]
+            parts = at(json.loads(text, object_hook=without_inner_chains), "nftables")
+            if isinstance(parts, list):
+                objects = [at(part, kind) for part in parts]
+                return [each for each in objects if isinstance(each, dict)]
         asked = shlex.join(command.argv(self.host.sudo, *names))
         self.blind.append(f"{asked}: {quoted(text)} is not understood")
         return None
 
 
 NFT_NAME = r"[A-Za-z_][A-Za-z0-9_.-]{0,127}"  # that the gate and sudoers let through
+
+
+def at(value: Any, *path: str) -> Any:
+    """What is at a path of objects within objects; None where there is nothing."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def without_inner_chains(part: dict[str, Any]) -> dict[str, Any] | None:
@@ -4786,21 +4789,21 @@ def nft_rule(rule: Mapping[str, Any], where: str) -> Rule:
     options: list[Option] = []
     statements = rule.get("expr")
     for statement in statements if isinstance(statements, list) else ():
-        match statement:
-            case {"match": expression}:
-                options += nft_options(expression)
-            case {"limit": _} | {"quota": _}:
-                options.append(UNKNOWN)
-            case {"counter": _} | {"log": _} | {"mangle": _}:
-                pass
-            case {"accept": _} | {"drop": _} | {"return": _}:
-                return Rule(options, next(iter(statement)), "", text)
-            case {"reject": _}:
-                return Rule(options, "drop", "", text)
-            case {"jump": {"target": str(chain)}} | {"goto": {"target": str(chain)}}:
-                return Rule(options, next(iter(statement)), chain, text)
-            case _:
-                return Rule(options, "?", "", text)
+        one = isinstance(statement, dict) and len(statement) == 1
+        [(kind, value)] = statement.items() if one else [("", None)]
+        target = at(value, "target")
+        if kind == "match":
+            options += nft_options(value)
+        elif kind in ("limit", "quota"):
+            options.append(UNKNOWN)
+        elif kind in ("accept", "drop", "return"):
+            return Rule(options, kind, "", text)
+        elif kind == "reject":
+            return Rule(options, "drop", "", text)
+        elif kind in ("jump", "goto") and isinstance(target, str):
+            return Rule(options, kind, target, text)
+        elif kind not in ("counter", "log", "mangle"):
+            return Rule(options, "?", "", text)
     return Rule(options, "", "", text)
 
 
@@ -4819,26 +4822,25 @@ NFT_PROTOCOLS = (*PROTOCOLS, "icmp", "icmpv6", "igmp", "esp", "ah", "comp", "udp
 
 def nft_options(expression: Any) -> list[Option]:
     """What an expression of libnftables-json(5) asks of a packet, as options of iptables."""
+    left, right, op = (at(expression, key) for key in ("left", "right", "op"))
+    masked = at(left, "&")
+    if isinstance(masked, list) and [at(each, "ct", "key") for each in masked] == ["mark", None]:
+        if op in ("==", "!=") and isinstance(masked[1], int) and isinstance(right, int):
+            return [Option("connmark --mark", [f"{right:#x}/{masked[1]:#x}"], op == "!=")]
+        return [UNKNOWN]
+    words = {"payload": "field", "meta": "key", "ct": "key"}
+    asked = [(kind, at(left, kind, word)) for kind, word in words.items()]
+    kind, key = next((pair for pair in asked if isinstance(pair[1], str)), ("", ""))
+    layer = at(left, "payload", "protocol")
+    if not kind or (kind == "payload" and layer is None):
+        return [UNKNOWN]
     options = []
-    match expression:
-        case {"left": {"&": [{"ct": {"key": "mark"}}, int(mask)]}, "right": int(bits), "op": op}:
-            value = [f"{bits:#x}/{mask:#x}"]
-            return [Option("connmark --mark", value, op == "!=") if op in ("==", "!=") else UNKNOWN]
-        case {"left": {"payload": {"protocol": layer, "field": str(key)}}}:
-            kind = "payload"
-            # a packet has such a field only when it is of that protocol
-            if layer in ("ip", "ip6"):
-                options = [Option("nfproto", ["ipv4" if layer == "ip" else "ipv6"])]
-            elif layer in NFT_PROTOCOLS:
-                options = [Option("-p", [layer])]
-        case {"left": {"meta": {"key": str(key)}}}:
-            kind = "meta"
-        case {"left": {"ct": {"key": str(key)}}}:
-            kind = "ct"
-        case _:
-            return [UNKNOWN]
+    # a packet has such a field only when it is of that protocol
+    if layer in ("ip", "ip6"):
+        options = [Option("nfproto", ["ipv4" if layer == "ip" else "ipv6"])]
+    elif layer in NFT_PROTOCOLS:
+        options = [Option("-p", [layer])]
     name = NFT_OPTIONS.get((kind, key), "?")
-    right, op = expression.get("right"), expression.get("op")
     # a list is bits of which one is enough, but with any other operator than "in" all of them count
     exact = isinstance(right, list) or key == "status"
     if op not in (("in",) if exact else ("in", "==", "!=")):
@@ -4850,17 +4852,18 @@ def nft_options(expression: Any) -> list[Option]:
 
 def nft_text(value: Any, name: str) -> str:
     """A value of an expression as iptables has it; empty for what it has not, like a named set."""
-    match value:
-        case {"elem": {"val": inner}}:
-            return nft_text(inner, name)
-        case {"prefix": {"addr": address, "len": length}} if name == "-d":
-            return f"{address}/{length}"
-        case {"range": [first, last]} if name in ("-d", "--dport"):
-            return f"{first}-{last}"
-        case int() if name == "--dport":
-            return str(value)
-        case str() if not value.startswith("@"):
-            return re.sub(r"\*$", "+", value.upper() if name == "--ctstate" else value)
+    element, ends = at(value, "elem"), at(value, "range")
+    if isinstance(element, dict) and "val" in element:
+        return nft_text(element["val"], name)
+    address, length = at(value, "prefix", "addr"), at(value, "prefix", "len")
+    if name == "-d" and None not in (address, length):
+        return f"{address}/{length}"
+    if isinstance(ends, list) and len(ends) == 2 and name in ("-d", "--dport"):
+        return f"{ends[0]}-{ends[1]}"
+    if isinstance(value, int) and name == "--dport":
+        return str(value)
+    if isinstance(value, str) and not value.startswith("@"):
+        return re.sub(r"\*$", "+", value.upper() if name == "--ctstate" else value)
     return ""
 
 
