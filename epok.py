@@ -3098,7 +3098,7 @@ def read_forward(key: Key, dispatch: Dispatch, nat: Table, version: int) -> Live
         if place and (address := to_address(place[1])):
             target = Target(address, int(place[2]))
             met[target] = met.get(target, 0) + count
-    marks = re.search(r"--set-xmark (\w+)/(\w+)", rules[0] if rules else "")
+    marks = re.search(r"--set-xmark (\w+)/(\w+)", next(iter(rules), ""))
     return Live(
         first=first,
         last=last,
