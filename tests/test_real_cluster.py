@@ -35,7 +35,7 @@ from lab.sshd import make_key
 pytestmark = pytest.mark.long
 IMAGE, ECHO_IMAGE = f"{REGISTRY}/epok:1.0.0", f"{REGISTRY}/echo:1"
 SECRET = f"/api/v1/namespaces/{NAMESPACE}/secrets/epok-ssh"
-JOBS = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
+JOBS, CRONJOB = (f"/apis/batch/v1/namespaces/{NAMESPACE}/{name}" for name in ("jobs", "cronjobs/epok"))
 BASH = ("bash", "--norc", "--noprofile", "--noediting")
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted pod-security.kubernetes.io/warn=restricted"
 # A namespace as strict as they come. With a quota of cpu, a LimitRange says what a pod has that says nothing.
@@ -84,7 +84,7 @@ class World:
         self.desk.read(CLUSTER, 0)
         self.cluster.registry.run(["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", *SLOW])
         self.desk.read(CLUSTER, 1)
-        made = self.server.request("GET", f"/apis/batch/v1/namespaces/{NAMESPACE}/cronjobs/epok")["metadata"]
+        made = self.server.request("GET", CRONJOB)["metadata"]
         self.installed = next_minute(datetime.datetime.fromisoformat(made["creationTimestamp"]).timestamp())
         self.kubectl("label", "ns", NAMESPACE, *RESTRICTED.split())
         self.kubectl("apply", "-f", "-", input=STRICT)
@@ -133,8 +133,7 @@ class World:
         self.kubectl("create", "-f", "-", input=yaml.safe_dump(made))
 
     def suspend(self, suspended: bool) -> None:
-        path = JOBS.replace("jobs", "cronjobs/epok")
-        self.server.patch(path, spec={"suspend": suspended})
+        self.server.patch(CRONJOB, spec={"suspend": suspended})
 
     def ask(self, port: int, protocol: str = "tcp") -> "Answer | None":
         try:
@@ -338,9 +337,9 @@ def test_what_kubectl_annotates_is_reached_in_the_minute_after(world: World) -> 
         assert answering(world, 53, protocol) == set(NODES)
     assert answering(world, 25) == set(NODES)
     assert "now forwarding tcp/25 to default/mail:smtp-tcp (NodePort 2025) on 2 nodes" in run.log
-    head, epok, *log = world.desk.read(CLUSTER, 2).splitlines()
+    head, row, *log = world.desk.read(CLUSTER, 2).splitlines()
     [line] = [line for line in log if "tcp/25" in line]
-    assert epok.startswith("epok   * * * * *   <none>     False ")
+    assert row.startswith("epok   * * * * *   <none>     False ")
     # as the README shows them, but for what is another one's here
     line = line.replace("10.0.0.1", "192.0.2.1").replace("smtp-tcp", "smtp").replace("2025", "30025")
     assert f"\n{head}\n" in README and f"\n{line.replace('2 nodes', '3 nodes')}\n" in README
@@ -528,6 +527,13 @@ def said(lines: list[str]) -> str:
     return line
 
 
+def noticed(world: World, status: int, lines: list[str]) -> None:
+    """The uninstall block saw the job fail, before its patience ended, and no run comes until it is pasted again."""
+    assert status == 1 and "kubectl logs -n epok job/clean" in said(lines)
+    assert "job.batch/clean condition met" in lines, lines
+    assert world.server.request("GET", CRONJOB)["spec"]["suspend"] is True
+
+
 # ------------------------------------------------ the API server
 
 
@@ -596,7 +602,7 @@ def test_while_the_gateway_is_unreachable_runs_and_an_uninstall_fail_and_leave_w
         run, status, lines = trying.result()
     assert load.result.failed == 0, load.result
     log = world.watch.done("clean").log
-    assert status == 1 and "kubectl logs -n epok job/clean" in said(lines)
+    noticed(world, status, lines)
     assert run.phase == "Failed"
     for each in (run.log, log):
         assert re.search(r"(?m)^error: epok@10\.0\.0\.1: .*; is the address right", each), each
@@ -617,7 +623,7 @@ def test_an_uninstall_pasted_into_another_shell_fails_as_well_where_epok_may_not
     world.server.patch(SECRET, stringData={"ssh_port": "1"})
     world.kubectl("set", "env", "-n", NAMESPACE, "cronjob/epok", "EPOK_TIMEOUT=5")
     status, lines = world.desk.paste(BLOCKS[UNINSTALL, 0], "dash")
-    assert status == 1 and "kubectl logs -n epok job/clean" in said(lines)
+    noticed(world, status, lines)
     assert installed(world) == there and world.ask(25) is not None
     world.server.patch(SECRET, data={"ssh_port": port})
     world.kubectl("set", "env", "-n", NAMESPACE, "cronjob/epok", "EPOK_TIMEOUT-")
