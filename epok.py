@@ -711,6 +711,11 @@ class Options:
         """Whether the run only looks, at what is there rather than at what would change."""
         return self.status or bool(self.explain)
 
+    def covers(self, address: Address) -> bool:
+        """Whether connections to this address of the host are forwarded."""
+        networks = self.addresses
+        return not networks or any(address in network for network in networks)
+
 
 class Setting(NamedTuple):
     """An option with a value: where its text may come from and what makes the value of it."""
@@ -3427,10 +3432,16 @@ class Command(enum.Enum):
     # what a run does
     SAVE = "TOOL-save -t TABLE", True, "what is there"
     RESTORE = "TOOL-restore --noflush --wait 5", True, "the swap, with the changes as its input"
+    FLOWS = (
+        "conntrack -L -p udp",
+        True,
+        "UDP flows, which would go on to what is no target any more",
+    )
+    FLOWS_6 = f"{FLOWS[0]} -f ipv6", True, "the same of IPv6"
     END_FLOWS = (
         "conntrack -D -p udp --orig-dst ADDRESS --orig-port-dst PORT --reply-src ADDRESS",
         True,
-        "after a swap: UDP flows that would go on to a node that is no longer a target",
+        "each of these, so that its client goes the new way",
     )
     END_FLOWS_6 = f"{END_FLOWS[0]} -f ipv6", True, "the same of IPv6"
     FORWARDING = (
@@ -4221,45 +4232,107 @@ def read_changed(
     return after
 
 
-def udp_targets(lives: Iterable[Live]) -> dict[tuple[int, int], set[tuple[str, int]]]:
-    """Where UDP goes, by IP version and external port."""
-    found: dict[tuple[int, int], set[tuple[str, int]]] = {}
-    for live in lives:
-        for port in range(live.first, live.last + 1) if live.protocol == "udp" else ():
-            targets = {(str(each.address), each.port + port - live.first) for each in live.targets}
-            found.setdefault((live.version, port), set()).update(targets)
+class Flow(NamedTuple):
+    """A UDP flow to a port of the host: where its client sends to, and who answers from where."""
+
+    address: Address
+    port: int
+    reply: Address
+    reply_port: int
+    mark: int
+
+    @classmethod
+    def read(cls, line: str) -> Flow | None:
+        """Reads a line of conntrack -L; epok-gate leaves the client out of it."""
+        shown = r"\bdst=(\S+) .*?\bdport=(\d+) .*\bsrc=(\S+) .*?\bsport=(\d+)(?:.* mark=(\d+))?"
+        if not (match := re.search(shown, line)):
+            return None
+        to, port, reply, reply_port, mark = match.groups("0")
+        address, answers = to_address(to), to_address(reply)
+        if not (address and answers):
+            return None
+        return cls(address, int(port), answers, int(reply_port), int(mark))
+
+    def follows(self, routes: Iterable[Route]) -> bool:
+        """Whether it goes where one of the forwards of its port goes."""
+        return any(
+            (target.address, target.port - route.first) == (self.reply, self.reply_port - self.port)
+            for route in routes
+            for target in route.targets
+        )
+
+
+class StaleFlows:
+    """Which UDP flows no longer go where new ones do, by the forwards that were and that are."""
+
+    def __init__(
+        self, had: Iterable[Route], has: Iterable[Route], facts: Facts, options: Options
+    ) -> None:
+        self.had, self.has = by_port(had), by_port(has)
+        self.options, self.own = options, set(facts.addresses)
+        self.found: set[tuple[Address, int, Address]] = set()
+
+    def take(self, pieces: Iterable[bytes]) -> str:
+        """Learns from an output while it comes, which may be long; nothing of it is kept."""
+        flows = (Flow.read(line) for line in lines_of(pieces))
+        self.found |= {flow[:3] for flow in flows if flow and self.is_stale(flow)}
+        return ""
+
+    def is_stale(self, flow: Flow) -> bool:
+        had, has = self.had.get(flow.port, ()), self.has.get(flow.port, ())
+        if flow.address not in self.own:
+            return False
+        if flow.mark & self.options.mark.forwarded or flow.follows(had):
+            return not flow.follows(has)
+        if flow[:2] != flow[2:4] or not self.options.covers(flow.address):
+            return False
+        # it was answered by the host itself, before the port was forwarded
+        versions = {target.address.version for route in has for target in route.targets}
+        return flow.address.version in versions
+
+
+def by_port(routes: Iterable[Route]) -> dict[int, list[Route]]:
+    found: dict[int, list[Route]] = {}
+    for route in routes:
+        for port in range(route.first, route.last + 1):
+            found.setdefault(port, []).append(route)
     return found
 
 
 def end_stale_flows(
-    host: Host, changes: Sequence[Change], facts: Facts, deadline: Deadline
+    host: Host,
+    forwards: Iterable[Route],
+    changes: Iterable[Change],
+    facts: Facts,
+    options: Options,
+    deadline: Deadline,
 ) -> None:
-    """Lets UDP clients go the new way that keep their port, and so that of their first packet."""
-    had = udp_targets(change.before or change.live for change in changes if change.sign != "+")
-    has = udp_targets(change.live for change in changes if change.sign != "-")
-    for version, port in sorted(had.keys() | has.keys()):
-        before, after = (each.get((version, port), set()) for each in (had, has))
-        gone = sorted({target for target, _ in before - after})
-        for address in (str(own) for own in facts.addresses if own.version == version):
-            # to a port that is new, flows are answered by the host itself
-            for reply in gone if before else [address]:
-                if not end_flows(host, version, address, port, reply, deadline):
-                    return
+    """Lets UDP clients go the new way that keep their port, and so that of their first packet.
+
+    All flows are looked at: the last run may have been killed between its swap and this.
+    """
+    before = (change.before or change.live for change in changes if change.sign != "+")
+    had, has = ([each for each in some if each.protocol == "udp"] for some in (before, forwards))
+    targets = (target for route in (*had, *has) for target in route.targets)
+    stale = StaleFlows(had, has, facts, options)
+    both = {each.address.version for each in targets} & {own.version for own in facts.addresses}
+    for version in sorted(both):
+        listing = Command.FLOWS if version == 4 else Command.FLOWS_6
+        if not track(host, listing.argv(host.sudo), deadline, stale.take):
+            return
+    for address, port, reply in sorted(stale.found, key=str):
+        ending = Command.END_FLOWS if address.version == 4 else Command.END_FLOWS_6
+        if not track(host, ending.argv(host.sudo, address, port, reply), deadline):
+            return
 
 
-def end_flows(
-    host: Host, version: int, address: str, port: int, reply: str, deadline: Deadline
-) -> bool:
-    """Forgets the UDP flows to a port of the host that `reply` answers; False when it cannot."""
-    command = Command.END_FLOWS if version == 4 else Command.END_FLOWS_6
-    argv = command.argv(host.sudo, address, port, reply)
-    result = host.run(argv, "", deadline)
+def track(host: Host, argv: Sequence[str], deadline: Deadline, take: Take = decoded) -> bool:
+    """Runs conntrack; False, with a warning, when it cannot."""
+    result = host.run(argv, "", deadline, take)
     none = result.status == 1 and "0 flow entries have been deleted" in result.err
     if result.status == 0 or none:
         return True
-    cure = "let it run as cron/setup-host does"
-    if result.status == 127:
-        cure = "apt-get install conntrack"
+    cure = "apt-get install conntrack" if result.status == 127 else AGAIN
     told = f"{host.name}: {shlex.join(argv)}: {result.said}"
     log.warning("%s; old UDP flows may stay where they were: %s", told, cure)
     return False
@@ -5229,13 +5302,8 @@ def entrances(interface: str, version: int, visit: Visit) -> list[Address]:
 
     These are its own, or else any.
     """
-    given, facts = visit.options.addresses, visit.facts
-    every = [
-        address
-        for address in facts.addresses
-        if address.version == version
-        if not given or any(address in network for network in given)
-    ]
+    facts, covers = visit.facts, visit.options.covers
+    every = [each for each in facts.addresses if each.version == version and covers(each)]
     return [address for address in every if address in facts.interfaces[interface]] or every
 
 
@@ -5269,8 +5337,7 @@ def hides(forward: Forwarding, address: Address | None, options: Options) -> boo
     """Whether a forward takes what comes to an address that a program listens on."""
     if address is None:
         return True
-    given = not options.addresses or address.is_unspecified
-    taken = given or any(address in network for network in options.addresses)
+    taken = address.is_unspecified or options.covers(address)
     return taken and address.version in {target.address.version for target in forward.targets}
 
 
@@ -5719,12 +5786,12 @@ def serve(visit: Visit, planner: Planner | None) -> Outcome:
     prefix = f"{host.name}: " if options.executor == "ssh" else ""
     report_swap(prefix, found, wanted, inputs, outcome.changes)
     warn(visit, forwards)
-    if outcome.changes:
-        flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
-        try:
-            persist(flows, end_stale_flows, host, outcome.changes, facts, flows)
-        except Fatal as error:
-            log.warning("%s; UDP clients from before may stay where they were", error)
+    flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
+    try:
+        changes = outcome.changes
+        persist(flows, end_stale_flows, host, forwards, changes, facts, options, flows)
+    except Fatal as error:
+        log.warning("%s; UDP clients from before stay where they were until the next run", error)
     if planner:
         planner.tell(events_of(outcome.changes, host.machine))
     if options.metrics_file:

@@ -1,10 +1,13 @@
 """Packets through a host that epok has set up: who answers, whom it saw, and who is left alone."""
 
+import os
 import re
+import signal
 import socket
 import subprocess
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -726,9 +729,9 @@ def test_an_open_connection_outlives_every_run(lab: Lab, version: int) -> None:
         assert echoes(connection, b"and when they are back\n")
 
 
-def flow(lab: Lab, sport: int = 5353, port: int = 53, to: str = HOST) -> Answer:
+def flow(lab: Lab, sport: int = 5353, port: int = 53, to: str = HOST, **how: Any) -> Answer:
     """One question of a UDP client that keeps its source port."""
-    return lab.ask(port, "udp", to, sport=sport)
+    return lab.ask(port, "udp", to, sport=sport, **how)
 
 
 @pytest.mark.parametrize("to", [HOST, HOST6])
@@ -789,6 +792,46 @@ def test_udp_clients_of_every_port_of_a_range_leave_a_node_that_went(lab: Lab, t
 
 
 @pytest.mark.parametrize("to", [HOST, HOST6])
+def test_a_run_that_was_killed_before_it_ended_udp_flows_is_finished_by_the_next(
+    lab: Lab, tmp_path: Path, to: str
+) -> None:
+    (tmp_path / "conntrack").write_text("#!/bin/sh\nkill -KILL $PPID\n")
+    (tmp_path / "conntrack").chmod(0o755)
+    dns = service("dns", "53:30053", DNS, families=DUAL)
+    game = service("game", "5060:30001", [port(5060, 30001, "game", "UDP")], families=DUAL)
+    forward(lab, dns, game)
+    name = flow(lab, to=to).name
+    assert flow(lab, port=5060, to=to).name in NODES
+    cluster = snapshot(*nodes_without(lab, name), dns)
+    killed = lab.epok("-i", "eth0", "local", snapshot=cluster, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert killed.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), killed.stderr
+    assert flow(lab, to=to).name == name, "the client is still where it was"
+    assert "in sync, 2 forwards, nothing changed" in forward(lab, dns, nodes=nodes_without(lab, name)).stderr
+    assert flow(lab, to=to).name in NODES - {name}
+    assert refused(lab, 5060, "udp", to=to, sport=5353), "of the forward that went as well"
+
+
+def test_of_a_large_udp_range_only_flows_that_exist_and_are_stale_are_ended(lab: Lab) -> None:
+    ports = [port(8000 + number, 30000 + number, f"p{number}", "UDP") for number in range(800)]
+    game = service("game", "8000-8799:30000-30799", ports)
+    forward(lab, game)
+    let_udp_flows_live(lab)
+    for number in (8000, 8400, 8799):
+        for sport in range(5000, 5000 + TRIES):
+            with lab.connect(number, "udp", sport=sport) as client:
+                client.send(b"who?")
+    assert len(before := tracked(lab, "--orig-dst", HOST)) == 3 * TRIES
+    log = forward(lab, game, options="-v -i eth0", nodes=nodes_without(lab, "node3")).stderr
+    ended = re.findall(
+        r"conntrack -D -p udp --orig-dst \S+ --orig-port-dst (\d+) --reply-src (\S+): exit status 0\n", log
+    )
+    assert sorted(ended) == [(number, "10.0.0.13") for number in ("8000", "8400", "8799")]
+    assert log.count("conntrack -L -p udp: exit status 0\n") == 1 and "ipv6: exit" not in log
+    assert tracked(lab, "--orig-dst", HOST) == [line for line in before if " src=10.0.0.13 " not in line]
+    assert "conntrack -D" not in forward(lab, game, options="-v -i eth0", nodes=nodes_without(lab, "node3")).stderr
+
+
+@pytest.mark.parametrize("to", [HOST, HOST6])
 def test_a_udp_client_meets_nobody_any_more_when_the_forward_went(lab: Lab, to: str) -> None:
     forward(lab, service("dns", "53:30053", DNS, families=DUAL))
     assert flow(lab, to=to).name in NODES
@@ -812,12 +855,15 @@ def test_udp_flows_of_others_to_the_same_port_elsewhere_stay(lab: Lab) -> None:
     let_udp_flows_live(lab)
     with lab.serve(lab.nodes[2], "own-dns", [53]):
         assert flow(lab, to="10.0.0.13").name == "own-dns"
-        before = tracked(lab, "--orig-dst", "10.0.0.13", "--orig-port-dst", "53")
-        forward(lab, service("dns", "53:30053", DNS))
+        with lab.serve(lab.host, "host", [53]):
+            assert flow(lab, to="127.0.0.1", frm=lab.host).name == "host"
+        before = [tracked(lab, "--orig-dst", to, "--orig-port-dst", "53") for to in ("10.0.0.13", "127.0.0.1")]
+        forward(lab, service("dns", "53:30053", DNS), options="-i eth0,lo")
         forward(lab, service("dns", "53:30053", DNS), nodes=nodes_without(lab, "node3"))
         forward(lab)
-        assert len(before) == 1
-        assert tracked(lab, "--orig-dst", "10.0.0.13", "--orig-port-dst", "53") == before
+        assert [len(flows) for flows in before] == [1, 1]
+        after = [tracked(lab, "--orig-dst", to, "--orig-port-dst", "53") for to in ("10.0.0.13", "127.0.0.1")]
+        assert after == before
 
 
 @pytest.mark.parametrize("version", BOTH)
