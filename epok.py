@@ -150,6 +150,7 @@ import contextlib
 import dataclasses
 import datetime
 import enum
+import errno
 import fnmatch
 import functools
 import gc
@@ -169,6 +170,7 @@ import shlex
 import shutil
 import socket
 import ssl
+import stat
 import subprocess
 import tempfile
 import threading
@@ -4566,24 +4568,39 @@ def host_samples(outcome: Outcome, before: str) -> Iterator[Sample]:
 def write_metrics(name: str, make: Callable[[str], str]) -> None:
     """Puts what `make` makes of the file's old text in its place, whole or not at all.
 
-    Failing is a warning.
+    The folder may be another user's, so all goes by descriptors. Failing is a warning.
     """
+    folder, base = os.path.split(name)
+    fresh = f"{base}.{os.getpid()}"  # node_exporter reads *.prom alone
     try:
-        before = ""
-        with contextlib.suppress(FileNotFoundError), open(name, "rb") as file:
-            before = file.read(1 << 24).decode(errors="replace")
-        fresh = f"{name}.{os.getpid()}"  # node_exporter reads *.prom alone
+        place = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY)
         try:
-            with open(fresh, "x", encoding="utf-8") as file:
+            before, opener = "", functools.partial(open_regular, place)
+            with contextlib.suppress(FileNotFoundError), open(base, "rb", opener=opener) as file:
+                before = file.read(1 << 24).decode(errors="replace")
+            with contextlib.suppress(FileNotFoundError):  # of a killed run with the same number
+                os.unlink(fresh, dir_fd=place)
+            with open(fresh, "x", encoding="utf-8", opener=opener) as file:
+                # node_exporter is another user, and has no secrets to see here
+                os.fchmod(file.fileno(), 0o644)
                 file.write(make(before))
-            os.chmod(fresh, 0o644)  # node_exporter is another user, and has no secrets to see here
-            os.replace(fresh, name)
-        except BaseException:
+            os.replace(fresh, base, src_dir_fd=place, dst_dir_fd=place)
+        finally:
             with contextlib.suppress(OSError):
-                os.unlink(fresh)
-            raise
+                os.unlink(fresh, dir_fd=place)
+            os.close(place)
     except OSError as error:
-        log.warning("--metrics-file %s: %s; nothing else depends on it", name, one_line(error))
+        why = "it is a link" if error.errno == errno.ELOOP else one_line(error)
+        log.warning("--metrics-file %s: %s; nothing else depends on it", name, why)
+
+
+def open_regular(place: int, name: str, flags: int) -> int:
+    """A descriptor of a regular file in a folder, which waits for nobody. Raises OSError."""
+    descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=place)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is no regular file")
+    return descriptor
 
 
 # ------------------------------------------------ looking: what else decides on a host
@@ -5938,7 +5955,8 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     # a short run makes much and drops little: not to look for cycles often saves time
     gc.set_threshold(100_000)
-    ends = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    # of which a quit would leave the memory, keys too, in a file
+    ends = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
     for number in ends:
         if signal.getsignal(number) == signal.SIG_DFL:  # not if it is to be ignored, as of nohup
             signal.signal(number, signal.default_int_handler)

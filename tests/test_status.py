@@ -534,7 +534,7 @@ def test_a_failed_run_says_so_and_keeps_the_time_of_the_last_success(lab: Lab) -
 
 
 @once
-@pytest.mark.parametrize("name", ["/nowhere/epok.prom", "/run", "/proc/epok.prom"])
+@pytest.mark.parametrize("name", ["/nowhere/epok.prom", "/run", "/proc/epok.prom", "/dev/null"])
 def test_metrics_that_cannot_be_written_are_a_warning_and_no_failure(lab: Lab, name: str) -> None:
     done = lab.epok(*LOCAL, "--metrics-file", name, snapshot=lab.cluster(MAIL))
     assert done.returncode == 0
@@ -544,16 +544,46 @@ def test_metrics_that_cannot_be_written_are_a_warning_and_no_failure(lab: Lab, n
 
 
 @once
-def test_a_reader_never_finds_half_a_file_and_a_link_is_not_followed(lab: Lab) -> None:
-    lab.host.run(["sh", "-c", "echo secret >/run/secret; ln -s /run/secret /run/link.prom"], check=True)
-    run(lab, MAIL, args=(*LOCAL, "--metrics-file", "/run/link.prom"))
-    assert lab.host.run(["cat", "/run/secret"]).stdout == "secret\n"
-    assert read(lab, "/run/link.prom")["epok_success"] == {("this host",): 1}
-    file = lab.host.root / "run" / "link.prom"
+def test_a_reader_never_finds_half_a_file(lab: Lab) -> None:
+    lab.host.run(["sh", "-c", "umask 077; echo old >/run/epok.prom"], check=True)
+    file = lab.host.root / "run" / "epok.prom"
+    run(lab, MAIL, args=METRICS)
+    assert file.stat().st_mode & 0o777 == 0o644
     with file.open() as old:
-        run(lab, MAIL, WEB, args=(*LOCAL, "--metrics-file", "/run/link.prom"))
+        run(lab, MAIL, WEB, args=METRICS)
         assert metrics(old.read())["epok_forwards"] == {("this host",): 1}
     assert metrics(file.read_text())["epok_forwards"] == {("this host",): 2}
+
+
+@once
+@pytest.mark.parametrize(("made", "why"), [("ln -s /run/secret", "a link"), ("mkfifo", "no regular file")])
+def test_who_owns_the_folder_of_the_metrics_gets_no_file_of_roots_and_holds_no_run_up(
+    lab: Lab, made: str, why: str
+) -> None:
+    folder = "rm -rf /run/theirs; install -d -o 65534 /run/theirs; echo secret >/run/secret; chmod 600 /run/secret"
+    theirs = "/run/theirs/epok.prom"
+    lab.host.run(["sh", "-ec", f"{folder}; setpriv --reuid 65534 --clear-groups {made} {theirs}"], check=True)
+    log = run(lab, MAIL, args=(*LOCAL, "--timeout", str(stretched(5)), "--metrics-file", theirs))
+    [line] = [line for line in log.splitlines() if line.startswith("warning: ")]
+    assert line == f"warning: --metrics-file {theirs}: it is {why}; nothing else depends on it"
+    assert lab.host.run(["sh", "-c", "cat /run/secret; stat -c %a /run/secret; ls /run/theirs"]).stdout == (
+        "secret\n600\nepok.prom\n"
+    )
+
+
+@once
+def test_links_that_come_while_the_metrics_are_written_are_not_followed(lab: Lab) -> None:
+    """As fast as a user of the host can put them there."""
+    lab.host.run(["sh", "-ec", "install -d -o 65534 /run/race; echo secret >/run/secret; chmod 600 /run/secret"])
+    plant = "while :; do for f in epok.prom.*; do ln -sf /run/secret $f; ln -sf /run/secret epok.prom; done; done"
+    racing = lab.host.popen(["setpriv", "--reuid", "65534", "--clear-groups", "sh", "-c", f"cd /run/race; {plant}"])
+    try:
+        for _ in range(5):
+            run(lab, MAIL, args=(*LOCAL, "--metrics-file", "/run/race/epok.prom"))
+    finally:
+        racing.kill()
+        racing.wait()
+    assert lab.host.run(["sh", "-c", "cat /run/secret; stat -c %a /run/secret"]).stdout == "secret\n600\n"
 
 
 @once
