@@ -4001,6 +4001,19 @@ class Facts(NamedTuple):
     def addresses(self) -> list[Address]:
         return [address for addresses in self.interfaces.values() for address in addresses]
 
+    def named(self, *, common: bool) -> dict[Address, str]:
+        """The interfaces of its own addresses, or of those that many machines have alike."""
+        return {
+            address: name
+            for name, addresses in self.interfaces.items()
+            for address in addresses
+            if bool(COMMON.fullmatch(name)) == common
+        }
+
+
+# bridges of Docker, libvirt, podman, LXC and Kubernetes' network plugins
+COMMON = re.compile("docker0|docker_gwbridge|br-[0-9a-f]{12}|(virbr|cni|podman|cni-podman|lxcbr)0")
+
 
 def read_facts(host: Host, deadline: Deadline) -> Facts:
     links = host.run(Command.ADDRESSES.argv(host.sudo), "", deadline)
@@ -4355,6 +4368,17 @@ def rendered(plan: Plan, options: Options) -> Wanted:
     return {family.version: render(plan.forwards, family, options) for family in FAMILIES}
 
 
+class View(NamedTuple):
+    """What a host's addresses make of the nodes.
+
+    `own` are the names of those that it is itself; `hidden` are addresses of nodes that do not lead
+    to them from there, since the host has them too.
+    """
+
+    own: Set[str]
+    hidden: Set[Address]
+
+
 class Planner:
     """Makes the tables for each host from one snapshot; one that is itself a node has others."""
 
@@ -4364,37 +4388,75 @@ class Planner:
         with timed(self.seconds, "cluster"):
             self.reader = Reader(options, deadline)
             self.snapshot = self.reader.snapshot(options.explain)
-        self.plans: dict[Set[str], Plan] = {}
-        self.rulesets: dict[Set[str], Wanted] = {}
+        self.plans: dict[View, Plan] = {}
+        self.rulesets: dict[View, Wanted] = {}
         self.untold: list[Event] = []
         self.lock = threading.Lock()
 
-    def own(self, facts: Facts) -> Set[str]:
-        """The names of the nodes that a host itself is."""
-        addresses = set(facts.addresses)
-        nodes = self.snapshot.nodes
-        return frozenset(node.name for node in nodes if not addresses.isdisjoint(node.addresses))
+    def view(self, facts: Facts) -> View:
+        own, common, nodes = (
+            facts.named(common=False),
+            facts.named(common=True),
+            self.snapshot.nodes,
+        )
+        names = frozenset(node.name for node in nodes if not own.keys().isdisjoint(node.addresses))
+        return View(names, frozenset(ip for node in nodes for ip in node.addresses if ip in common))
+
+    def taken(self, facts: Facts) -> str:
+        """The nodes that a host is taken for, and why; empty when it is none."""
+        own = facts.named(common=False)
+        known = {
+            node.name: f"{node.name} ({address} on {own[address]})"
+            for node in self.snapshot.nodes
+            for address in reversed(node.addresses)
+            if address in own
+        }
+        names = enumerated(known.values())
+        return f"the host is taken for node {names}, so forwards go to pods" if known else ""
+
+    def seen(self, facts: Facts) -> Snapshot:
+        """The cluster as a host sees it."""
+        hidden = self.view(facts).hidden
+        nodes = [
+            dataclasses.replace(
+                node, addresses=tuple(ip for ip in node.addresses if ip not in hidden)
+            )
+            for node in self.snapshot.nodes
+        ]
+        return dataclasses.replace(self.snapshot, nodes=tuple(nodes)) if hidden else self.snapshot
 
     def plan(self, facts: Facts) -> Plan:
         """What shall be forwarded. Raises Fatal."""
-        own, explain = self.own(facts), self.options.explain
+        view, explain = self.view(facts), self.options.explain
         with self.lock:
-            if own not in self.plans:
+            if view not in self.plans:
                 with timed(self.seconds, "plan"):
-                    self.snapshot = self.reader.with_endpoints(self.snapshot, bool(own), explain)
-                    self.plans[own] = make_plan(self.snapshot, self.options, own)
+                    on_node = bool(view.own)
+                    self.snapshot = self.reader.with_endpoints(self.snapshot, on_node, explain)
+                    plan = make_plan(self.seen(facts), self.options, view.own)
+                    plan.warnings += self.misleading(facts)
+                    self.plans[view] = plan
                 if not self.options.looks:
-                    self.announce(self.plans[own])
-            return self.plans[own]
+                    self.announce(self.plans[view])
+            return self.plans[view]
+
+    def misleading(self, facts: Facts) -> Iterator[str]:
+        """Warns about nodes with addresses that they share with the host and with many others."""
+        common = facts.named(common=True)
+        for node in self.snapshot.nodes:
+            for address in (each for each in node.addresses if each in common):
+                what = f"node {node.name} reports {address}, which the host has too, on "
+                what += f"{common[address]}, as many machines have"
+                yield f"{what}: nothing is sent there; let its kubelet report another (--node-ip)"
 
     def wanted(self, facts: Facts) -> Wanted:
         """The rules for it. Raises Fatal."""
-        plan, own = self.plan(facts), self.own(facts)
+        plan, view = self.plan(facts), self.view(facts)
         with self.lock:
-            if own not in self.rulesets:
+            if view not in self.rulesets:
                 with timed(self.seconds, "ruleset"):
-                    self.rulesets[own] = rendered(plan, self.options)
-            return self.rulesets[own]
+                    self.rulesets[view] = rendered(plan, self.options)
+            return self.rulesets[view]
 
     def announce(self, plan: Plan) -> None:
         for warning in plan.warnings:
@@ -4442,8 +4504,16 @@ def events_of(changes: Iterable[Change], machine: str) -> list[Event]:
 
 
 def report_swap(
-    prefix: str, before: Found, wanted: Wanted, inputs: Sequence[int], changes: Sequence[Change]
+    prefix: str,
+    before: Found,
+    wanted: Wanted,
+    inputs: Sequence[int],
+    changes: Sequence[Change],
+    taken: str = "",
 ) -> None:
+    """Says what a run did, and which nodes the host was taken for."""
+    if taken and inputs:
+        log.info("%s%s", prefix, taken)
     for change in changes:
         log.info("%s%s %s to %s", prefix, VERBS[change.sign], change.live, change.text)
     # each once, in both IP versions
@@ -4453,7 +4523,7 @@ def report_swap(
     if older:
         log.info("%sremoved %d %s of the older epok", prefix, older, plural(older, "rule"))
     if not inputs:
-        log.info("%sin sync, %s, nothing changed", prefix, total)
+        log.info("%sin sync, %s, nothing changed%s", prefix, total, taken and f"; {taken}")
     elif not changes and not older:
         lines = sum(inputs) - 2 * len(inputs)
         done = f"put right with {lines} {plural(lines, 'line')}"
@@ -5081,9 +5151,9 @@ class Visit:
 
     def look_around(self) -> None:
         """Learns what else is there. Raises Fatal."""
-        looking = self.looking or Background(read_surroundings, self.asker)
+        self.looking = self.looking or Background(read_surroundings, self.asker)
         doing = f"{self.host.name}: reading what else is there"
-        self.around = looking.result(self.asker.deadline, doing)
+        self.around = self.looking.result(self.asker.deadline, doing)
 
     @property
     def entries(self) -> list[str]:
@@ -5383,6 +5453,28 @@ def check_nodes(host: Host, forwards: Iterable[Forwarding], deadline: Deadline) 
         yield Check(what, problem, sure)
 
 
+def check_pods(visit: Visit, snapshot: Snapshot, own: Set[str]) -> Iterator[Check]:
+    """Whether a host that was taken for a node has a way to its pods, or is another machine."""
+    addresses = {ip for node in snapshot.nodes for ip in node.addresses}
+    pods = [each for some in snapshot.endpoints.values() for each in some]
+    inner = [pod for pod in pods if pod.address and pod.address not in addresses]
+    its = [pod for pod in inner if pod.node in own] or inner
+    some = [pod.address for pod in its if pod.address and pod.address.version == 4]
+    routes = visit.around.routes
+    if not own or not some or routes is None:
+        return
+    # the default one leads anywhere, and so does not tell
+    networks = [network for network, _ in routes if network.prefixlen]
+    lost = [pod for pod in some if not any(pod in network for network in networks)]
+    node, problem = enumerated(sorted(own)), ""
+    if len(lost) == len(some):
+        problem = f"{visit.host.name} has an address that node {node} reports, but no route to its "
+        problem += f"pods, like {lost[0]}: if it is another machine, let the kubelet of {node} "
+        problem += "report its own address (--node-ip; see kubectl get nodes -o wide); if it is "
+        problem += "that node, see to its network plugin"
+    yield Check(f"the pods of node {node}, for which the host is taken, have a route", problem)
+
+
 # ------------------------------------------------ showing: --dry-run, --status and --explain
 
 
@@ -5412,7 +5504,8 @@ class DryRun:
 class Status:
     """What a host does now, beside what the cluster wants, if that is known, and what was checked.
 
-    `pending` is what the next run would change; `key` the Service that all is about, if it is one.
+    `pending` is what the next run would change; `key` the Service that all is about, if it is one;
+    `taken` tells which nodes the host is taken for.
     """
 
     host: str
@@ -5421,6 +5514,7 @@ class Status:
     key: str = ""
     plan: Plan = field(default_factory=Plan)
     cluster: str = ""
+    taken: str = ""
     pending: list[Change] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
 
@@ -5442,6 +5536,7 @@ class Status:
         self.plan = planner.plan(visit.facts)
         self.pending = changes_between(self.tables, rendered(self.plan, visit.options))
         self.cluster = f"compared with {planner.reader.source.name}"
+        self.taken = planner.taken(visit.facts)
 
     def hooks(self, version: int) -> str:
         """Whether epok's hooks are there: "in place", "not used", or "missing in" some chain."""
@@ -5473,7 +5568,7 @@ class Status:
 
     def text(self) -> str:
         forwards = aligned(forward_rows(self.lives)) if self.lives else ["no forwards"]
-        lines = [self.title(), *forwards, *self.to_come()]
+        lines = [self.title(), *[self.taken] * bool(self.taken), *forwards, *self.to_come()]
         lines += [f"rejected: {rejection}" for rejection in self.rejections]
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines += [self.cluster, *(check.line for check in self.checks if check.problem)]
@@ -5487,6 +5582,7 @@ class Status:
             "hooks": {f"IPv{version}": self.hooks(version) for version in self.tables},
             "forwards": [live.document() for live in self.lives],
             "cluster": self.cluster,
+            "taken": self.taken,
             "pending": [change.document() for change in self.pending],
             "rejected": [rejection._asdict() for rejection in self.rejections],
             "warnings": self.warnings,
@@ -5519,12 +5615,11 @@ class Story(Status):
 
     max_nodes: int = 0
     snapshot: Snapshot | None = None
-    on_node: bool = False
 
     def compare(self, planner: Planner, visit: Visit) -> None:
         super().compare(planner, visit)
         self.pending = [change for change in self.pending if change.live.service == self.key]
-        self.snapshot, self.on_node = planner.snapshot, bool(planner.own(visit.facts))
+        self.snapshot = planner.seen(visit.facts)
 
     @property
     def service(self) -> Service | None:
@@ -5581,7 +5676,7 @@ class Story(Status):
         service, used = self.service, {place.name for place in self.plan.places if place.live}
         if not service or node.name in used:
             return ""
-        if self.on_node:
+        if self.taken:
             return "has no ready pod of the Service that the host, itself a node, may use"
         if node.excluded or not node.ready:
             return node.excluded or "not Ready"
@@ -5686,6 +5781,7 @@ class Story(Status):
             lines.append(f"loadBalancerSourceRanges: {enumerated(service.source_ranges)}")
         if self.pods():
             lines.append(f"pods: {self.pods()}")
+        lines += [self.taken] * bool(self.taken)
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines = [f"  {line}" for line in lines]
         if mappings := self.mappings():
@@ -5781,6 +5877,16 @@ def warn(visit: Visit, forwards: Sequence[Forward]) -> None:
         log.warning("%s; so what else may be in the way was not checked", error)
 
 
+def check_taken(visit: Visit, planner: Planner) -> None:
+    """Raises Fatal for a host that was taken for a node and has no way to its pods."""
+    if own := planner.view(visit.facts).own:
+        with contextlib.suppress(Fatal):  # that it does not tell is warned about later
+            visit.look_around()
+        for check in check_pods(visit, planner.seen(visit.facts), own):
+            if check.problem:
+                raise Fatal(f"{check.problem}; nothing was changed")
+
+
 def serve(visit: Visit, planner: Planner | None) -> Outcome:
     """Makes one host right, or says what would change. Raises Fatal."""
     host, options, deadline = visit.host, visit.options, visit.deadline
@@ -5791,6 +5897,7 @@ def serve(visit: Visit, planner: Planner | None) -> Outcome:
         facts = visit.facts
         if planner:
             wanted, forwards = planner.wanted(facts), planner.plan(facts).forwards
+            check_taken(visit, planner)
         found = visit.found
     if options.dry_run:
         warn(visit, forwards)
@@ -5801,7 +5908,8 @@ def serve(visit: Visit, planner: Planner | None) -> Outcome:
         inputs = converge(host, wanted, found, options, deadline)
     outcome.changes = changes_between(found, wanted) if inputs else []
     prefix = f"{host.name}: " if options.executor == "ssh" else ""
-    report_swap(prefix, found, wanted, inputs, outcome.changes)
+    taken = planner.taken(facts) if planner else ""
+    report_swap(prefix, found, wanted, inputs, outcome.changes, taken)
     warn(visit, forwards)
     flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
     try:
@@ -5846,9 +5954,10 @@ def look(visit: Visit, planning: Background) -> Outcome:
     if key:
         its = [live for live in lives if live.service == key]
         status = Story(host.name, found, its, key, max_nodes=options.max_nodes)
-    failed = bool(key)
+    failed, planner = bool(key), None
     try:
-        status.compare(planning.result(deadline, "reading the cluster"), visit)
+        planner = planning.result(deadline, "reading the cluster")
+        status.compare(planner, visit)
         failed = False
     except Fatal as error:
         status.cluster = f"not compared with the cluster: {error}"
@@ -5856,6 +5965,9 @@ def look(visit: Visit, planning: Background) -> Outcome:
         visit.look_around()
     except Fatal as error:
         visit.asker.blind.append(str(error))
+    if planner and status.taken:
+        own, seen = planner.view(visit.facts).own, planner.seen(visit.facts)
+        status.checks += check_pods(visit, seen, own)
     status.checks += check_host(visit, status.forwards)
     if key:
         status.checks += check_nodes(host, status.forwards, deadline)

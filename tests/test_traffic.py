@@ -454,6 +454,58 @@ def pods_at(lab: Lab, *asked: Any, **how: Any) -> set[tuple[str, int]]:
     return {lab.ask(*asked, **how)[::3] for _ in range(TRIES)}
 
 
+TAKEN = "the host is taken for node k3s (10.0.0.1 on eth1), so forwards go to pods"
+
+
+def test_each_run_says_that_the_host_is_taken_for_a_node(lab: Lab) -> None:
+    assert f"info: {TAKEN}\n" in forward_on_node(lab, mail(), *pod_slices("mail", "smtp")).stderr
+    log = forward_on_node(lab, mail(), *pod_slices("mail", "smtp")).stderr
+    assert log == f"info: in sync, 1 forward, nothing changed; {TAKEN}\n"
+    assert "taken" not in forward(lab, mail()).stderr
+
+
+def test_an_address_that_many_machines_have_makes_no_host_a_node(lab: Lab) -> None:
+    bridges = {"docker0": "172.17.0.1", "virbr0": "192.168.122.1", "cni0": "10.42.0.1", "br-0123456789ab": "172.18.0.1"}
+    for name, address in bridges.items():
+        lab.host.wire(f"link add {name} type bridge", f"addr add {address}/24 dev {name}", f"link set {name} up")
+    odd = [node(f"n{n}", address) for n, address in enumerate((*bridges.values(), "127.0.0.1"))]
+    try:
+        log = forward(lab, mail(), nodes=[*lab.node_objects(), *odd]).stderr
+    finally:
+        for name in bridges:
+            lab.host.wire(f"link del {name}")
+    assert "taken" not in log and who(lab, 25) == NODES
+    assert not [address for address in bridges.values() if address in lab.saved()]
+    assert "warning: node n0 reports 172.17.0.1, which the host has too, on docker0" in log
+    assert log.count("warning: ") == len(bridges), log
+
+
+def test_a_host_that_is_taken_for_a_node_but_has_no_route_to_its_pods_is_left_as_it_was(lab: Lab) -> None:
+    """A broken node that reports the gateway's own address, in a cluster of which the gateway knows no network."""
+    forward(lab, mail())
+    lab.host.wire(f"route add default via {CLIENT[0]}")
+    before = lab.saved()
+    far = endpoint_slice(
+        "mail", [endpoint("bad", "10.99.1.5"), endpoint("node2", "10.0.0.12")], [slice_port(1, "smtp")]
+    )
+    cluster = snapshot(*lab.node_objects(), node("bad", HOST), mail(families=("IPv4",)), far)
+    try:
+        done = lab.epok("-i", "eth0", "local", snapshot=cluster)
+        shown = [
+            lab.epok(what, "-i", "eth0", "local", snapshot=cluster) for what in ("--status", "--explain=default/mail")
+        ]
+    finally:
+        lab.host.wire(f"route del default via {CLIENT[0]}")
+    told = "this host has an address that node bad reports, but no route to its pods, like 10.99.1.5: if it is another"
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {told}") and done.stderr.count("\n") == 1
+    assert lab.saved() == before
+    for each in shown:
+        assert each.returncode == 0, each.stderr
+        assert f"the host is taken for node bad ({HOST} on eth0), so forwards go to pods\n" in each.stdout
+        assert f"FAILED  {told}" in each.stdout
+    assert f"Most likely: {told}" not in shown[0].stdout
+
+
 @pytest.mark.parametrize("to", [HOST, HOST6])
 @pytest.mark.parametrize(("number", "protocol"), [(25, "tcp"), (53, "udp"), (3868, "sctp")])
 def test_a_host_that_is_a_node_forwards_a_named_port_to_whatever_number_each_pod_listens_on(
