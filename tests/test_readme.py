@@ -43,6 +43,19 @@ class World:
         subprocess.run(argv, cwd=EPOK.parent, check=True)
         self.reader.environ = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
+    def has_a_small_role(self, file: str) -> None:
+        """It is root's alone, its account may do what epok does and no more, and it is the same when made again."""
+        host = self.lab.host
+        asked = ("list nodes", "create events", "get secrets", "list secrets", "create pods", "patch services")
+        may = [["--kubeconfig", file, "auth", "can-i", *words.split(), "-A"] for words in asked]
+        said = [host.run([self.server.programs["kubectl"], *words], check=False).stdout.strip() for words in may]
+        assert said == ["yes"] * 2 + ["no"] * 4
+        assert host.run(["stat", "-c", "%a %u", file]).stdout == "600 0\n"
+        before = host.run(["cat", file]).stdout
+        host.run(["ln", "-sf", "/etc/passwd", file])  # no link is followed
+        again = self.reader.shell(f"# on the host, as root, in a clone\ncron/kubeconfig {file}")
+        assert host.run(["cat", file]).stdout == before and again.count("unchanged") == 4, again
+
     def forwards(self) -> bool:
         try:
             return self.lab.ask(25).port == 2025
@@ -71,9 +84,9 @@ def test_all_tests_are_what_ci_runs(world: World) -> None:
 def test_by_systemd(world: World) -> None:
     host = world.lab.host
     copy_checkout(world.gateway.root / "opt" / "epok")
-    host.run(["mkdir", "-p", "/etc/rancher/k3s"])
-    host.run(["sh", "-c", "cat >/etc/rancher/k3s/k3s.yaml"], world.config)
+    world.server.fill_tokens()
     world.read(TIMER, 0)
+    world.has_a_small_role("/etc/epok/kubeconfig")
     wanted = host.run(["readlink", "-f", "/etc/systemd/system/timers.target.wants/epok.timer"]).stdout
     assert wanted == "/etc/systemd/system/epok.timer\n"
     # what the unit runs, with what it is given; that systemd does so is test_units.py's

@@ -127,6 +127,19 @@ class ApiServer:
         self.process = self.start_program("kube-apiserver", *(f"--{flag}={self.flags[flag]}" for flag in self.flags))
         until(self.ready, f"kube-apiserver is ready, see {self.folder}", 300)
 
+    def fill_tokens(self) -> None:
+        """Runs the controller that puts tokens into Secrets of accounts."""
+        self.programs["kube-controller-manager"] = asset("kube-controller-manager")
+        flags = {
+            "kubeconfig": self.kubeconfig("admin", certificate=self.admin),
+            "controllers": "serviceaccount-token-controller",
+            "leader-elect": "false",
+            "secure-port": "0",
+            "service-account-private-key-file": self.flags["service-account-signing-key-file"],
+            "root-ca-file": self.ca,
+        }
+        self.start_program("kube-controller-manager", *(f"--{flag}={text}" for flag, text in flags.items()))
+
     def ready(self) -> bool:
         assert self.process.poll() is None, (self.folder / "kube-apiserver.log").read_text()[-2000:]
         not_yet = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProtocolError, AssertionError)
