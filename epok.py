@@ -4249,6 +4249,13 @@ def read_changed(
     return after
 
 
+# the first dst and dport are a client's, the last src and sport those who answers; epok-gate leaves
+# out the rest of conntrack's line, which may also have no mark
+FLOW = re.compile(
+    r"\bdst=(\S+) .*?\bdport=(\d+) .*\bsrc=(\S+) .*?\bsport=(\d+)(?:.* mark=(\d+))?", re.ASCII
+)
+
+
 class Flow(NamedTuple):
     """A UDP flow to a port of the host: where its client sends to, and who answers from where."""
 
@@ -4257,18 +4264,6 @@ class Flow(NamedTuple):
     reply: Address
     reply_port: int
     mark: int
-
-    @classmethod
-    def read(cls, line: str) -> Flow | None:
-        """Reads a line of conntrack -L; epok-gate leaves the client out of it."""
-        shown = r"\bdst=(\S+) .*?\bdport=(\d+) .*\bsrc=(\S+) .*?\bsport=(\d+)(?:.* mark=(\d+))?"
-        if not (match := re.search(shown, line)):
-            return None
-        to, port, reply, reply_port, mark = match.groups("0")
-        address, answers = to_address(to), to_address(reply)
-        if not (address and answers):
-            return None
-        return cls(address, int(port), answers, int(reply_port), int(mark))
 
     def follows(self, routes: Iterable[Route]) -> bool:
         """Whether it goes where one of the forwards of its port goes."""
@@ -4286,19 +4281,23 @@ class StaleFlows:
         self, had: Iterable[Route], has: Iterable[Route], facts: Facts, options: Options
     ) -> None:
         self.had, self.has = by_port(had), by_port(has)
-        self.options, self.own = options, set(facts.addresses)
+        self.options, self.own = options, {str(own): own for own in facts.addresses}
         self.found: set[tuple[Address, int, Address]] = set()
 
     def take(self, pieces: Iterable[bytes]) -> str:
-        """Learns from an output while it comes, which may be long; nothing of it is kept."""
-        flows = (Flow.read(line) for line in lines_of(pieces))
-        self.found |= {flow[:3] for flow in flows if flow and self.is_stale(flow)}
+        """Learns from an output while it comes; of many flows that are alike one is kept."""
+        matches = (match for line in lines_of(pieces) if (match := FLOW.search(line)))
+        for to, port, source, number, mark in {
+            match.groups("0") for match in matches if match[1] in self.own
+        }:
+            reply = to_address(source)
+            flow = reply and Flow(self.own[to], int(port), reply, int(number), int(mark))
+            if flow and self.is_stale(flow):
+                self.found.add(flow[:3])
         return ""
 
     def is_stale(self, flow: Flow) -> bool:
         had, has = self.had.get(flow.port, ()), self.has.get(flow.port, ())
-        if flow.address not in self.own:
-            return False
         if flow.mark & self.options.mark.forwarded or flow.follows(had):
             return not flow.follows(has)
         if flow[:2] != flow[2:4] or not self.options.covers(flow.address):
