@@ -4003,14 +4003,11 @@ class Facts(NamedTuple):
     def addresses(self) -> list[Address]:
         return [address for addresses in self.interfaces.values() for address in addresses]
 
-    def named(self, *, common: bool) -> dict[Address, str]:
-        """The interfaces of its own addresses, or of those that many machines have alike."""
-        return {
-            address: name
-            for name, addresses in self.interfaces.items()
-            for address in addresses
-            if bool(COMMON.fullmatch(name)) == common
-        }
+    @property
+    def evidence(self) -> set[Address]:
+        """The addresses that tell which machine it is, since hardly another one has them."""
+        rare = [name for name in self.interfaces if not COMMON.fullmatch(name)]
+        return {address for name in rare for address in self.interfaces[name]}
 
 
 # bridges of Docker, libvirt, podman, LXC and Kubernetes' network plugins
@@ -4249,70 +4246,52 @@ def read_changed(
     return after
 
 
-# the first dst and dport are a client's, the last src and sport those who answers; epok-gate leaves
-# out the rest of conntrack's line, which may also have no mark
+# The first dst and dport are where a client sends to, the last src and sport who answers. epok-gate
+# leaves out most of the rest; not every kernel has a mark.
 FLOW = re.compile(
     r"\bdst=(\S+) .*?\bdport=(\d+) .*\bsrc=(\S+) .*?\bsport=(\d+)(?:.* mark=(\d+))?", re.ASCII
 )
+Flow = tuple[Address, int, Address]  # what a client sends to, address and port, and who answers
 
 
-class Flow(NamedTuple):
-    """A UDP flow to a port of the host: where its client sends to, and who answers from where."""
-
-    address: Address
-    port: int
-    reply: Address
-    reply_port: int
-    mark: int
-
-    def follows(self, routes: Iterable[Route]) -> bool:
-        """Whether it goes where one of the forwards of its port goes."""
-        return any(
-            (target.address, target.port - route.first) == (self.reply, self.reply_port - self.port)
-            for route in routes
-            for target in route.targets
-        )
-
-
-class StaleFlows:
-    """Which UDP flows no longer go where new ones do, by the forwards that were and that are."""
-
-    def __init__(
-        self, had: Iterable[Route], has: Iterable[Route], facts: Facts, options: Options
-    ) -> None:
-        self.had, self.has = by_port(had), by_port(has)
-        self.options, self.own = options, {str(own): own for own in facts.addresses}
-        self.found: set[tuple[Address, int, Address]] = set()
-
-    def take(self, pieces: Iterable[bytes]) -> str:
-        """Learns from an output while it comes; of many flows that are alike one is kept."""
-        matches = (match for line in lines_of(pieces) if (match := FLOW.search(line)))
-        for to, port, source, number, mark in {
-            match.groups("0") for match in matches if match[1] in self.own
-        }:
-            reply = to_address(source)
-            flow = reply and Flow(self.own[to], int(port), reply, int(number), int(mark))
-            if flow and self.is_stale(flow):
-                self.found.add(flow[:3])
-        return ""
-
-    def is_stale(self, flow: Flow) -> bool:
-        had, has = self.had.get(flow.port, ()), self.has.get(flow.port, ())
-        if flow.mark & self.options.mark.forwarded or flow.follows(had):
-            return not flow.follows(has)
-        if flow[:2] != flow[2:4] or not self.options.covers(flow.address):
-            return False
-        # it was answered by the host itself, before the port was forwarded
-        versions = {target.address.version for route in has for target in route.targets}
-        return flow.address.version in versions
-
-
-def by_port(routes: Iterable[Route]) -> dict[int, list[Route]]:
+def udp_routes(routes: Iterable[Route]) -> dict[int, list[Route]]:
+    """Those of UDP, by external port."""
     found: dict[int, list[Route]] = {}
     for route in routes:
-        for port in range(route.first, route.last + 1):
+        for port in range(route.first, route.last + 1) if route.protocol == "udp" else ():
             found.setdefault(port, []).append(route)
     return found
+
+
+def ends_of(routes: Iterable[Route], port: int, version: int) -> list[Target]:
+    """Where a port leads to."""
+    pairs = ((target, route.first) for route in routes for target in route.targets)
+    some = ((target, first) for target, first in pairs if target.address.version == version)
+    return [Target(target.address, target.port + port - first) for target, first in some]
+
+
+def stale_flows(
+    lines: Iterable[str],
+    had: Mapping[int, Sequence[Route]],
+    has: Mapping[int, Sequence[Route]],
+    facts: Facts,
+    options: Options,
+) -> Iterator[Flow]:
+    """Which flows do not go where new ones do, by the routes that were and that are."""
+    own = {str(address): address for address in facts.addresses}
+    matches = (match for line in lines if (match := FLOW.search(line)))
+    for to, port, source, number, mark in {m.groups("0") for m in matches if m[1] in own}:
+        address, asked, reply = own[to], int(port), to_address(source)
+        before, after = (
+            ends_of(each.get(asked, ()), asked, address.version) for each in (had, has)
+        )
+        end = reply and Target(reply, int(number))
+        if int(mark) & options.mark.forwarded or end in before:
+            stale = end not in after
+        else:  # the host itself answered, before the port was forwarded
+            stale = bool(after) and end == Target(address, asked) and options.covers(address)
+        if reply and stale:
+            yield address, asked, reply
 
 
 def end_stale_flows(
@@ -4327,18 +4306,22 @@ def end_stale_flows(
 
     All flows are looked at: the last run may have been killed between its swap and this.
     """
-    before = (change.before or change.live for change in changes if change.sign != "+")
-    had, has = ([each for each in some if each.protocol == "udp"] for some in (before, forwards))
-    targets = (target for route in (*had, *has) for target in route.targets)
-    stale = StaleFlows(had, has, facts, options)
-    both = {each.address.version for each in targets} & {own.version for own in facts.addresses}
-    for version in sorted(both):
+    had = udp_routes(change.before or change.live for change in changes if change.sign != "+")
+    has, stale = udp_routes(forwards), set[Flow]()
+
+    def take(pieces: Iterable[bytes]) -> str:
+        stale.update(stale_flows(lines_of(pieces), had, has, facts, options))
+        return ""
+
+    routes = itertools.chain(*had.values(), *has.values())
+    targets = {target.address.version for route in routes for target in route.targets}
+    for version in sorted(targets & {own.version for own in facts.addresses}):
         listing = Command.FLOWS if version == 4 else Command.FLOWS_6
-        if not track(host, listing.argv(host.sudo), deadline, stale.take):
+        if not track(host, listing.argv(host.sudo), deadline, take):
             return
-    for address, port, reply in sorted(stale.found, key=str):
-        ending = Command.END_FLOWS if address.version == 4 else Command.END_FLOWS_6
-        if not track(host, ending.argv(host.sudo, address, port, reply), deadline):
+    for flow in sorted(stale, key=str):
+        ending = Command.END_FLOWS if flow[0].version == 4 else Command.END_FLOWS_6
+        if not track(host, ending.argv(host.sudo, *flow), deadline):
             return
 
 
@@ -4369,17 +4352,6 @@ def rendered(plan: Plan, options: Options) -> Wanted:
     return {family.version: render(plan.forwards, family, options) for family in FAMILIES}
 
 
-class View(NamedTuple):
-    """What a host's addresses make of the nodes.
-
-    `own` are the names of those that it is itself; `hidden` are addresses of nodes that do not lead
-    to them from there, since the host has them too.
-    """
-
-    own: Set[str]
-    hidden: Set[Address]
-
-
 class Planner:
     """Makes the tables for each host from one snapshot; one that is itself a node has others."""
 
@@ -4389,75 +4361,42 @@ class Planner:
         with timed(self.seconds, "cluster"):
             self.reader = Reader(options, deadline)
             self.snapshot = self.reader.snapshot(options.explain)
-        self.plans: dict[View, Plan] = {}
-        self.rulesets: dict[View, Wanted] = {}
+        self.plans: dict[Set[str], Plan] = {}
+        self.rulesets: dict[Set[str], Wanted] = {}
         self.untold: list[Event] = []
         self.lock = threading.Lock()
 
-    def view(self, facts: Facts) -> View:
-        own, common, nodes = (
-            facts.named(common=False),
-            facts.named(common=True),
-            self.snapshot.nodes,
-        )
-        names = frozenset(node.name for node in nodes if not own.keys().isdisjoint(node.addresses))
-        return View(names, frozenset(ip for node in nodes for ip in node.addresses if ip in common))
+    def own(self, facts: Facts) -> Mapping[str, Address]:
+        """The nodes that a host itself is, by name, and its addresses that tell so."""
+        pairs = ((node.name, ip) for node in self.snapshot.nodes for ip in reversed(node.addresses))
+        evidence = facts.evidence
+        return {name: ip for name, ip in pairs if ip in evidence}
 
     def taken(self, facts: Facts) -> str:
-        """The nodes that a host is taken for, and why; empty when it is none."""
-        own = facts.named(common=False)
-        known = {
-            node.name: f"{node.name} ({address} on {own[address]})"
-            for node in self.snapshot.nodes
-            for address in reversed(node.addresses)
-            if address in own
-        }
-        names = enumerated(known.values())
-        return f"the host is taken for node {names}, so forwards go to pods" if known else ""
-
-    def seen(self, facts: Facts) -> Snapshot:
-        """The cluster as a host sees it."""
-        hidden = self.view(facts).hidden
-        nodes = [
-            dataclasses.replace(
-                node, addresses=tuple(ip for ip in node.addresses if ip not in hidden)
-            )
-            for node in self.snapshot.nodes
-        ]
-        return dataclasses.replace(self.snapshot, nodes=tuple(nodes)) if hidden else self.snapshot
+        """What the host is taken for, if it is a node."""
+        names = enumerated(f"{name} ({ip})" for name, ip in self.own(facts).items())
+        return f"the host is taken for node {names}, so forwards go to pods" if names else ""
 
     def plan(self, facts: Facts) -> Plan:
         """What shall be forwarded. Raises Fatal."""
-        view, explain = self.view(facts), self.options.explain
+        own, explain = frozenset(self.own(facts)), self.options.explain
         with self.lock:
-            if view not in self.plans:
+            if own not in self.plans:
                 with timed(self.seconds, "plan"):
-                    on_node = bool(view.own)
-                    self.snapshot = self.reader.with_endpoints(self.snapshot, on_node, explain)
-                    plan = make_plan(self.seen(facts), self.options, view.own)
-                    plan.warnings += self.misleading(facts)
-                    self.plans[view] = plan
+                    self.snapshot = self.reader.with_endpoints(self.snapshot, bool(own), explain)
+                    self.plans[own] = make_plan(self.snapshot, self.options, own)
                 if not self.options.looks:
-                    self.announce(self.plans[view])
-            return self.plans[view]
-
-    def misleading(self, facts: Facts) -> Iterator[str]:
-        """Warns about nodes with addresses that they share with the host and with many others."""
-        common = facts.named(common=True)
-        for node in self.snapshot.nodes:
-            for address in (each for each in node.addresses if each in common):
-                what = f"node {node.name} reports {address}, which the host has too, on "
-                what += f"{common[address]}, as many machines have"
-                yield f"{what}: nothing is sent there; let its kubelet report another (--node-ip)"
+                    self.announce(self.plans[own])
+            return self.plans[own]
 
     def wanted(self, facts: Facts) -> Wanted:
         """The rules for it. Raises Fatal."""
-        plan, view = self.plan(facts), self.view(facts)
+        plan, own = self.plan(facts), frozenset(self.own(facts))
         with self.lock:
-            if view not in self.rulesets:
+            if own not in self.rulesets:
                 with timed(self.seconds, "ruleset"):
-                    self.rulesets[view] = rendered(plan, self.options)
-            return self.rulesets[view]
+                    self.rulesets[own] = rendered(plan, self.options)
+            return self.rulesets[own]
 
     def announce(self, plan: Plan) -> None:
         for warning in plan.warnings:
@@ -5265,6 +5204,7 @@ def check_host(visit: Visit, forwards: Sequence[Forwarding]) -> Iterator[Check]:
     if not visit.options.looks:
         # one for each protocol is enough: what drops them all is what a run can be sure of
         some = list({forward.protocol: forward for forward in forwards}.values())
+    yield check_targets(visit, some)
     yield from check_replies(visit, some)
     yield from check_paths(visit, some)
     yield from check_listeners(visit, forwards)
@@ -5272,6 +5212,17 @@ def check_host(visit: Visit, forwards: Sequence[Forwarding]) -> Iterator[Check]:
     for reason in dict.fromkeys(visit.asker.blind):
         problem = f"{visit.host.name} does not tell all that matters: {reason}"
         yield Check("the host tells all that matters", problem, False)
+
+
+def check_targets(visit: Visit, forwards: Iterable[Forwarding]) -> Check:
+    """Whether no forward leads back: an address that many machines have makes the host no node."""
+    targets = {each.address for some in forwards if not some.direct for each in some.targets}
+    own, problem = sorted(targets & {*visit.facts.addresses}, key=str), ""
+    if own:
+        problem = f"{visit.host.name} has the address {enumerated(map(str, own))} itself, which a "
+        problem += "node reports, so what is forwarded there comes back: let kubelet report the "
+        problem += "node's own address (--node-ip; see kubectl get nodes -o wide)"
+    return Check("no node has an address of the host", problem)
 
 
 def check_forwarding(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
@@ -5454,26 +5405,25 @@ def check_nodes(host: Host, forwards: Iterable[Forwarding], deadline: Deadline) 
         yield Check(what, problem, sure)
 
 
-def check_pods(visit: Visit, snapshot: Snapshot, own: Set[str]) -> Iterator[Check]:
-    """Whether a host that was taken for a node has a way to its pods, or is another machine."""
-    addresses = {ip for node in snapshot.nodes for ip in node.addresses}
-    pods = [each for some in snapshot.endpoints.values() for each in some]
-    inner = [pod for pod in pods if pod.address and pod.address not in addresses]
-    its = [pod for pod in inner if pod.node in own] or inner
-    some = [pod.address for pod in its if pod.address and pod.address.version == 4]
-    routes = visit.around.routes
-    if not own or not some or routes is None:
+def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
+    """Whether a host that is taken for a node has a route to its pods, or is another machine."""
+    own, snapshot, routes = planner.own(visit.facts), planner.snapshot, visit.around.routes
+    nodes = {ip for node in snapshot.nodes for ip in node.addresses}
+    pods = [(each.node, each.address) for some in snapshot.endpoints.values() for each in some]
+    inner = [(name, ip) for name, ip in pods if ip and ip.version == 4 and ip not in nodes]
+    its = [ip for name, ip in inner if name in own] or [ip for _, ip in inner]
+    if not own or not its or routes is None:
         return
     # the default one leads anywhere, and so does not tell
     networks = [network for network, _ in routes if network.prefixlen]
-    lost = [pod for pod in some if not any(pod in network for network in networks)]
-    node, problem = enumerated(sorted(own)), ""
-    if len(lost) == len(some):
-        problem = f"{visit.host.name} has an address that node {node} reports, but no route to its "
-        problem += f"pods, like {lost[0]}: if it is another machine, let the kubelet of {node} "
-        problem += "report its own address (--node-ip; see kubectl get nodes -o wide); if it is "
-        problem += "that node, see to its network plugin"
-    yield Check(f"the pods of node {node}, for which the host is taken, have a route", problem)
+    names, problem = enumerated(own), ""
+    if not any(ip in network for ip in its for network in networks):
+        address = enumerated(map(str, own.values()))
+        problem = f"{visit.host.name} has the address {address}, which node {names} reports, but "
+        problem += f"no route to its pods, like {its[0]}: if it is another machine, let kubelet "
+        problem += "report the node's own address (--node-ip; see kubectl get nodes -o wide); "
+        problem += "if it is that node, see to its network plugin"
+    yield Check(f"a route to the pods of node {names}, which the host is taken for", problem)
 
 
 # ------------------------------------------------ showing: --dry-run, --status and --explain
@@ -5620,7 +5570,7 @@ class Story(Status):
     def compare(self, planner: Planner, visit: Visit) -> None:
         super().compare(planner, visit)
         self.pending = [change for change in self.pending if change.live.service == self.key]
-        self.snapshot = planner.seen(visit.facts)
+        self.snapshot = planner.snapshot
 
     @property
     def service(self) -> Service | None:
@@ -5879,13 +5829,12 @@ def warn(visit: Visit, forwards: Sequence[Forward]) -> None:
 
 
 def check_taken(visit: Visit, planner: Planner) -> None:
-    """Raises Fatal for a host that was taken for a node and has no way to its pods."""
-    if own := planner.view(visit.facts).own:
-        with contextlib.suppress(Fatal):  # that it does not tell is warned about later
-            visit.look_around()
-        for check in check_pods(visit, planner.seen(visit.facts), own):
-            if check.problem:
-                raise Fatal(f"{check.problem}; nothing was changed")
+    """Raises Fatal for a host that is taken for a node and has no route to its pods."""
+    with contextlib.suppress(Fatal):  # that it does not tell is warned about later
+        visit.look_around()
+    for check in check_pods(visit, planner):
+        if check.problem:
+            raise Fatal(f"{check.problem}; nothing was changed")
 
 
 def serve(visit: Visit, planner: Planner | None) -> Outcome:
@@ -5898,7 +5847,8 @@ def serve(visit: Visit, planner: Planner | None) -> Outcome:
         facts = visit.facts
         if planner:
             wanted, forwards = planner.wanted(facts), planner.plan(facts).forwards
-            check_taken(visit, planner)
+            if planner.own(facts):
+                check_taken(visit, planner)
         found = visit.found
     if options.dry_run:
         warn(visit, forwards)
@@ -5966,9 +5916,8 @@ def look(visit: Visit, planning: Background) -> Outcome:
         visit.look_around()
     except Fatal as error:
         visit.asker.blind.append(str(error))
-    if planner and status.taken:
-        own, seen = planner.view(visit.facts).own, planner.seen(visit.facts)
-        status.checks += check_pods(visit, seen, own)
+    if planner:
+        status.checks += check_pods(visit, planner)
     status.checks += check_host(visit, status.forwards)
     if key:
         status.checks += check_nodes(host, status.forwards, deadline)

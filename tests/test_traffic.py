@@ -454,7 +454,7 @@ def pods_at(lab: Lab, *asked: Any, **how: Any) -> set[tuple[str, int]]:
     return {lab.ask(*asked, **how)[::3] for _ in range(TRIES)}
 
 
-TAKEN = "the host is taken for node k3s (10.0.0.1 on eth1), so forwards go to pods"
+TAKEN = "the host is taken for node k3s (10.0.0.1), so forwards go to pods"
 
 
 def test_each_run_says_that_the_host_is_taken_for_a_node(lab: Lab) -> None:
@@ -470,14 +470,15 @@ def test_an_address_that_many_machines_have_makes_no_host_a_node(lab: Lab) -> No
         lab.host.wire(f"link add {name} type bridge", f"addr add {address}/24 dev {name}", f"link set {name} up")
     odd = [node(f"n{n}", address) for n, address in enumerate((*bridges.values(), "127.0.0.1"))]
     try:
-        log = forward(lab, mail(), nodes=[*lab.node_objects(), *odd]).stderr
+        first, second = (forward(lab, mail(), nodes=[*lab.node_objects(), *odd]).stderr for _ in range(2))
     finally:
         for name in bridges:
             lab.host.wire(f"link del {name}")
-    assert "taken" not in log and who(lab, 25) == NODES
-    assert not [address for address in bridges.values() if address in lab.saved()]
-    assert "warning: node n0 reports 172.17.0.1, which the host has too, on docker0" in log
-    assert log.count("warning: ") == len(bridges), log
+    assert "(NodePort 2025) on 7 nodes\n" in first and "taken" not in first + second
+    addresses = "10.42.0.1, 172.17.0.1, 172.18.0.1, 192.168.122.1"
+    for log in (first, second):
+        [warning] = [line for line in log.splitlines() if line.startswith("warning: ")]
+        assert warning.startswith(f"warning: this host has the address {addresses} itself, which a node reports")
 
 
 def test_a_host_that_is_taken_for_a_node_but_has_no_route_to_its_pods_is_left_as_it_was(lab: Lab) -> None:
@@ -496,12 +497,14 @@ def test_a_host_that_is_taken_for_a_node_but_has_no_route_to_its_pods_is_left_as
         ]
     finally:
         lab.host.wire(f"route del default via {CLIENT[0]}")
-    told = "this host has an address that node bad reports, but no route to its pods, like 10.99.1.5: if it is another"
+    told = (
+        f"this host has the address {HOST}, which node bad reports, but no route to its pods, like 10.99.1.5: if it is"
+    )
     assert done.returncode == 1 and done.stderr.startswith(f"error: {told}") and done.stderr.count("\n") == 1
     assert lab.saved() == before
     for each in shown:
         assert each.returncode == 0, each.stderr
-        assert f"the host is taken for node bad ({HOST} on eth0), so forwards go to pods\n" in each.stdout
+        assert f"the host is taken for node bad ({HOST}), so forwards go to pods\n" in each.stdout
         assert f"FAILED  {told}" in each.stdout
     assert f"Most likely: {told}" not in shown[0].stdout
 
