@@ -3436,11 +3436,7 @@ class Command(enum.Enum):
     # what a run does
     SAVE = "TOOL-save -t TABLE", True, "what is there"
     RESTORE = "TOOL-restore --noflush --wait 5", True, "the swap, with the changes as its input"
-    FLOWS = (
-        "conntrack -L -p udp",
-        True,
-        "UDP flows, which would go on to what is no target any more",
-    )
+    FLOWS = "conntrack -L -p udp", True, "UDP flows, which may go on to what is no target now"
     FLOWS_6 = f"{FLOWS[0]} -f ipv6", True, "the same of IPv6"
     END_FLOWS = (
         "conntrack -D -p udp --orig-dst ADDRESS --orig-port-dst PORT --reply-src ADDRESS",
@@ -4278,7 +4274,7 @@ def stale_flows(
     options: Options,
 ) -> Iterator[Flow]:
     """Which flows do not go where new ones do, by the routes that were and that are."""
-    own = {str(address): address for address in facts.addresses}
+    own = {str(address): address for address in facts.addresses}  # never of 127.0.0.0/8
     matches = (match for line in lines if (match := FLOW.search(line)))
     for to, port, source, number, mark in {m.groups("0") for m in matches if m[1] in own}:
         address, asked, reply = own[to], int(port), to_address(source)
@@ -5411,7 +5407,7 @@ def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
     nodes = {ip for node in snapshot.nodes for ip in node.addresses}
     pods = [(each.node, each.address) for some in snapshot.endpoints.values() for each in some]
     inner = [(name, ip) for name, ip in pods if ip and ip.version == 4 and ip not in nodes]
-    its = [ip for name, ip in inner if name in own] or [ip for _, ip in inner]
+    its = ([ip for name, ip in inner if name in own] or [ip for _, ip in inner])[:100]
     if not own or not its or routes is None:
         return
     # the default one leads anywhere, and so does not tell
@@ -5867,7 +5863,9 @@ def serve(visit: Visit, planner: Planner | None) -> Outcome:
         changes = outcome.changes
         persist(flows, end_stale_flows, host, forwards, changes, facts, options, flows)
     except Fatal as error:
-        log.warning("%s; UDP clients from before stay where they were until the next run", error)
+        log.warning(
+            "%s; UDP clients from before may stay where they were until the next run", error
+        )
     if planner:
         planner.tell(events_of(outcome.changes, host.machine))
     if options.metrics_file:
