@@ -1915,10 +1915,8 @@ class Cluster:
             advice = f": no credentials were sent, since {self.access.origin} has none"
         elif answer.status == 401:
             advice = f": the {self.access.shows} is not accepted; renew it"
-            if self.access.kubectl and self.access.shows == "token":
-                advice += "; on a host of the cluster, cron/kubeconfig FILE makes another"
-            elif self.access.kubectl:
-                advice += "; k3s: copy /etc/rancher/k3s/k3s.yaml anew; "
+            if self.access.kubectl:
+                advice += "; cron/kubeconfig makes one for epok alone; k3s: copy /etc/rancher/k3s/k3s.yaml anew; "
                 advice += "kubeadm: kubeadm certs renew admin.conf"
         elif answer.status == 403:
             allow = (
