@@ -44,8 +44,8 @@ def environment(made: Object, secret: Mapping[str, str]) -> dict[str, str]:
     """That of a container, as the kubelet makes it with the Secret epok-ssh."""
 
     def value(variable: Object) -> str:
-        if "value" in variable:
-            return variable["value"]
+        if "valueFrom" not in variable:
+            return variable.get("value", "")  # the API server drops an empty one
         key = variable["valueFrom"]["secretKeyRef"]
         assert key["name"] == "epok-ssh"
         return secret[key["key"]]
