@@ -215,7 +215,9 @@ MAX_RULES = 200_000  # of an IP version, for all Services
 MAIL_PORTS = (25, 465, 587)
 CONNECT_SECONDS = 5  # to each address of an API server: of several, the first may drop all packets
 LOOK_SECONDS = 10  # that --status and --explain wait for the cluster, or for the nodes
-ANSWER_LIMIT = 1 << 27  # bytes; a page has 500 objects, and each may have 256 KiB of annotations
+PAGE_OBJECTS = 500  # of a list at once; fewer, where they would be more bytes than
+PAGE_LIMIT = 1 << 23
+ANSWER_LIMIT = 1 << 26  # bytes of any other answer, and of a page of one object
 RACES = 6  # tries where another writer may have come between, or the kernel refuses for good
 EVENT_SECONDS = 5  # for all Events of a run, so that many rejections cannot make it a long one
 
@@ -388,8 +390,10 @@ class Background(threading.Thread):
 
 # a foreign comment may have any bytes, and they must come back as they were
 CODING = ("utf-8", "surrogateescape")
-OUTPUT_LIMIT = 1 << 28  # bytes: a host that sends without end must not fill the memory
 PIECE = 1 << 16  # bytes, or characters, that are handed on at once
+PIECES = 64  # that wait to be taken
+TEXT_LIMIT = 1 << 24  # bytes of an output that is kept as it is
+RULES_LIMIT, RULES_LINES = 1 << 25, 300_000  # bytes and lines of a host's rules, an IP version
 
 
 class Result(NamedTuple):
@@ -407,8 +411,21 @@ class Result(NamedTuple):
 Take = Callable[[Iterable[bytes]], str]  # makes of the pieces of an output what Result.out shall be
 
 
-def decoded(pieces: Iterable[bytes]) -> str:
-    return b"".join(pieces).decode(*CODING)
+class Meter:
+    """Lets so many bytes and lines pass, of one output or several, so that no memory is filled."""
+
+    def __init__(self, what: str, size: int, lines: int) -> None:
+        self.left = [size, lines]
+        self.complaint = f"{what}: more than {size >> 20} MiB, or {lines:,} lines"
+
+    def passing(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Raises Fatal when it is too much."""
+        for piece in pieces:
+            self.left[0] -= len(piece)
+            self.left[1] -= piece.count(b"\n")
+            if min(self.left) < 0:
+                raise Fatal(self.complaint)
+            yield piece
 
 
 def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
@@ -423,21 +440,17 @@ def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
     yield b"".join(begun).decode(*CODING)
 
 
-def collect(read: Callable[[int], bytes], doing: str, take: Take = decoded) -> Background:
-    """Takes what a command prints, while it comes. Raises Fatal in result() when it has no end.
+def collect(read: Callable[[int], bytes], doing: str, take: Take | None = None) -> Background:
+    """Takes what a command prints, while it comes; without `take` all of it, as text.
 
-    It is read by a thread of its own: who takes it may be slow, and an output without end must be
-    known as such soon.
+    Raises Fatal in result() when it has no end. It is read by a thread of its own, a little ahead
+    of who takes it.
     """
-    ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    ready: queue.Queue[bytes] = queue.Queue(PIECES)
 
     def work() -> None:
-        size = 0
         try:
             while piece := read(PIECE):
-                size += len(piece)
-                if size > OUTPUT_LIMIT:
-                    raise Fatal(f"{doing}: it prints more than {OUTPUT_LIMIT >> 20} MiB")
                 ready.put(piece)
         finally:
             ready.put(b"")
@@ -451,7 +464,12 @@ def collect(read: Callable[[int], bytes], doing: str, take: Take = decoded) -> B
         if reading.error:
             raise reading.error
 
-    return Background(lambda: take(pieces()))
+    def text() -> str:
+        if take:
+            return take(pieces())
+        return b"".join(Meter(doing, TEXT_LIMIT, TEXT_LIMIT).passing(pieces())).decode(*CODING)
+
+    return Background(text)
 
 
 def feed(write: Callable[[bytes], object], close: Callable[[], object], text: str) -> Background:
@@ -484,7 +502,7 @@ def execute(
     doing: str,
     group: bool = False,
     terminal: bool = False,
-    take: Take = decoded,
+    take: Take | None = None,
 ) -> Result:
     """Runs a program with an input, or at the terminal; at the deadline Fatal, and it is killed.
 
@@ -505,7 +523,7 @@ def execute(
     # not communicate(), which takes whatever comes
     if child.stdin:
         feed(child.stdin.write, child.stdin.close, text)
-    pairs = [(child.stdout, take), (child.stderr, decoded)]
+    pairs = [(child.stdout, take), (child.stderr, None)]
     taking = [collect(file.read1, doing, each) for file, each in pairs if file]
     try:
         texts = [each.result(deadline, doing, 0) for each in taking]
@@ -1857,9 +1875,10 @@ class Cluster:
     def all_pages(self, kind: Kind, selector: str) -> list[Any]:
         kept: list[Any] = []
         versions: set[str] = set()
-        query = {"limit": "500", **({"labelSelector": selector} if selector else {})}
+        query: dict[str, Any] = {"labelSelector": selector} if selector else {}
+        query["limit"] = PAGE_OBJECTS
         while page := persist(self.deadline, self.page, kind, query, self.deadline):
-            objects, meta = page
+            objects, meta, query["limit"] = page
             versions.add(meta.resource_version or "")
             if len(versions) > 1:  # what has moved to a page that was read before would be missing
                 raise Transient(f"{self.name}: the list of {kind.path} changed between two pages")
@@ -1870,11 +1889,21 @@ class Cluster:
         raise Transient(f"{self.name}: the list of {kind.path} expired between two pages")
 
     def page(
-        self, kind: Kind, query: Mapping[str, str], deadline: Deadline
-    ) -> tuple[list[Any], ListMetadata] | None:
-        """What matters of one page, and its metadata; None when its continue token has expired."""
+        self, kind: Kind, query: Mapping[str, Any], deadline: Deadline
+    ) -> tuple[list[Any], ListMetadata, int] | None:
+        """What matters of one page, its metadata, and how many objects the next one should have.
+
+        None when its continue token has expired.
+        """
         words = urllib.parse.urlencode(query, quote_via=urllib.parse.quote, safe="/")
-        answer = self.request("GET", kind.path, deadline, f"?{words}")
+        limit = query.get("limit", 1)
+        most = ANSWER_LIMIT if limit == 1 else PAGE_LIMIT
+        answer = self.request("GET", kind.path, deadline, f"?{words}", most=most)
+        if len(answer.data) > most:
+            if limit > 1:
+                return self.page(kind, {**query, "limit": -(-limit // 8)}, deadline)
+            what = f"more than {ANSWER_LIMIT >> 20} MiB in one answer"
+            raise Fatal(f"{self.name}: {what}; nothing was changed")
         if answer.status == 410:
             return None
         if answer.status != 200:
@@ -1884,7 +1913,9 @@ class Cluster:
         if (page.api_version, page.kind) != (version, name) or page.items is None:
             told = quoted(status_message(answer.data))
             raise Fatal(f"{self.name} answers no {name} of {version} in JSON, but {told}")
-        return needed(kind, page.items), page.metadata or ListMetadata()
+        fitting = len(page.items) * PAGE_LIMIT // (2 * len(answer.data))
+        following = max(1, min(fitting, PAGE_OBJECTS))
+        return needed(kind, page.items), page.metadata or ListMetadata(), following
 
     def decode(self, body: bytes, form: type[T], what: str) -> T:
         """A whole answer as the struct. Raises Fatal."""
@@ -1899,9 +1930,18 @@ class Cluster:
             ) from None
 
     def request(
-        self, method: str, path: str, deadline: Deadline, query: str = "", body: Any = None
+        self,
+        method: str,
+        path: str,
+        deadline: Deadline,
+        query: str = "",
+        body: Any = None,
+        most: int = PAGE_LIMIT,
     ) -> Answer:
-        """The answer, whatever its status; PATCH merges the body in. Raises Transient or Fatal."""
+        """The answer, whatever its status, cut off where it has more than `most` bytes.
+
+        PATCH merges the body in. Raises Transient or Fatal.
+        """
         import urllib3
 
         # as UTF-8, which Go sends; http.client makes latin-1 of it
@@ -1916,7 +1956,7 @@ class Cluster:
         url = f"{self.access.server}{path}{query}"
         try:
             answer = self.pool.request(method, url, headers=headers, json=body, **how)
-            content = self.body_of(answer)
+            content = self.body_of(answer, most)
         except urllib3.exceptions.SSLError as error:
             what = f"{self.name}: {one_line(error)}"
             if "EOF" in str(error):  # a load balancer, say, whose API server is about to come back
@@ -1943,15 +1983,15 @@ class Cluster:
             why = "user:password@ in its address is missing or wrong"
         return Fatal(f"{self.name}: the proxy {what}: {why}; see proxy-url, or HTTPS_PROXY")
 
-    def body_of(self, answer: Any) -> bytes:
-        """All of a body, unpacked. Raises OSError if it breaks off, Fatal if it does not end."""
+    @staticmethod
+    def body_of(answer: Any, most: int) -> bytes:
+        """A body, unpacked, or a byte more than the most of it. Raises OSError if it breaks off."""
         try:
-            body: bytes = answer.read(ANSWER_LIMIT)
+            body: bytes = answer.read(most + 1)
         except ValueError as error:  # the length of a chunk is less than nothing, say
             raise OSError(one_line(error)) from None
-        if len(body) == ANSWER_LIMIT:
-            what = f"more than {ANSWER_LIMIT >> 20} MiB in one answer"
-            raise Fatal(f"{self.name}: {what}; nothing was changed")
+        if len(body) > most:
+            answer.close()
         return body
 
     def refusal(self, answer: Answer, verb: str, resource: str, group: str = "") -> Exception:
@@ -3330,8 +3370,9 @@ class Saved:
     messages: how it begins, and what nft says of rules that it cannot print.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, meter: Meter | None = None) -> None:
         self.name, self.table, self.said = name, Table(), ""
+        self.meter = meter or Meter("rules", RULES_LIMIT, RULES_LINES)
         self.others: dict[str, list[str]] = {}
         self.policies: dict[str, str] = {}
         self.seen = self.inside = self.broken = self.foremost = False
@@ -3344,7 +3385,7 @@ class Saved:
 
     def take(self, pieces: Iterable[bytes]) -> str:
         """Reads all that a command prints; returns what a message needs of it."""
-        return self.read(lines_of(pieces)).said
+        return self.read(lines_of(self.meter.passing(pieces))).said
 
     def read(self, lines: Iterable[str]) -> Saved:
         parts = (found for line in lines if (found := SAVED_LINE.match(line)))
@@ -3604,7 +3645,7 @@ class LocalHost:
         return bool(ambient and int(ambient[1], 16) >> 12 & 1)
 
     def run(
-        self, argv: Sequence[str], text: str, deadline: Deadline, take: Take = decoded
+        self, argv: Sequence[str], text: str, deadline: Deadline, take: Take | None = None
     ) -> Result:
         path = os.pathsep.join(
             filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin", "/usr/bin", "/bin"))
@@ -3650,7 +3691,7 @@ class SshHost:
         return "" if result.status == 0 else result.said.rpartition(": ")[2]
 
     def run(
-        self, argv: Sequence[str], text: str, deadline: Deadline, take: Take = decoded
+        self, argv: Sequence[str], text: str, deadline: Deadline, take: Take | None = None
     ) -> Result:
         """Runs a command over the one connection, which is made when there is none.
 
@@ -3681,7 +3722,7 @@ class SshHost:
             raise kind(f"{doing}: {one_line(error)}") from None
 
     def talk(
-        self, channel: Any, argv: Sequence[str], text: str, deadline: Deadline, take: Take
+        self, channel: Any, argv: Sequence[str], text: str, deadline: Deadline, take: Take | None
     ) -> Result:
         """Runs a command in a session of its own."""
         command = shlex.join(argv)
@@ -4152,8 +4193,10 @@ def read_tables(
     host: Host, family: Family, names: Sequence[str], deadline: Deadline, counted: bool = False
 ) -> Tables | None:
     """epok's part of some tables, None when the host has no such IP version. Raises Fatal."""
+    meter = Meter(f"{host.name}: {family.tool}-save", RULES_LIMIT, RULES_LINES)
+    how = meter, deadline, counted
     reading = [
-        (name, Background(persist, deadline, read_table, host, family, name, deadline, counted))
+        (name, Background(persist, deadline, read_table, host, family, name, *how))
         for name in names
     ]
     tables = {}
@@ -4165,17 +4208,17 @@ def read_tables(
 
 
 def read_table(
-    host: Host, family: Family, name: str, deadline: Deadline, counted: bool
+    host: Host, family: Family, name: str, meter: Meter, deadline: Deadline, counted: bool
 ) -> Table | None:
     """epok's part of a table, None when the host lacks the IP version. Raises Transient, Fatal."""
     argv = asked = Command.SAVE.argv(host.sudo, family.tool, name)
     if counted and name == "nat":
         asked = Command.COUNTS.argv(host.sudo, family.tool)
-    saved = Saved(name)
+    saved = Saved(name, meter)
     result = host.run(asked, "", deadline, saved.take)
     if asked != argv and result.status not in (0, 127):  # of an older gate, or sudoers
         log.debug("%s: %s: %s; so there are no counts", host.name, shlex.join(asked), result.said)
-        return read_table(host, family, name, deadline, counted=False)
+        return read_table(host, family, name, meter, deadline, counted=False)
     lacking = r"command not found|Address family not supported|Table does not exist"
     if family.version == 6 and (
         result.status == 127 or (result.status != 0 and re.search(lacking, result.err))
