@@ -134,6 +134,12 @@ def test_the_readme_says_each_command_and_no_other() -> None:
     assert told == expected
 
 
+def test_the_policy_has_the_annotations_that_epok_reads_and_no_other() -> None:
+    text = (EPOK.parent / "cron/policy.yaml").read_text()
+    names = re.findall(r'"((?:epok\.)?getbetter\.ro/[a-z-]+)"', text)
+    assert sorted(set(names) - {"getbetter.ro/epok"}) == sorted(epok.SERVICE_ANNOTATIONS)
+
+
 def test_no_command_stands_beside_the_table() -> None:
     beginnings = {tuple(form.split()[:2]) for form in FORMS}
     for node in ast.walk(ast.parse(SOURCE)):
