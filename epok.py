@@ -386,7 +386,8 @@ CODING = ("utf-8", "surrogateescape")
 PIECE = 1 << 16  # bytes, or characters, that are handed on at once
 PIECES = 64  # that wait to be taken
 TEXT_LIMIT = 1 << 24  # bytes of an output that is kept as it is
-RULES_LIMIT, RULES_LINES = 1 << 25, 300_000  # bytes and lines of a host's rules, an IP version
+RULES_LIMIT, RULES_LINES = 1 << 26, 300_000  # bytes and lines of a host's rules, an IP version
+OTHERS = 100_000  # rules in a table that are not epok's, and may be before its own
 
 
 class Result(NamedTuple):
@@ -2722,15 +2723,17 @@ def shared(texts: tuple[str, ...]) -> tuple[str, ...]:
 class Rules(Sequence[str]):
     """The rules of a chain.
 
-    What they have before their last ":", most leaves have alike: it is in memory once.
+    What they have before their last ":", most leaves have alike: it is in memory once, as is what
+    comes behind the network of a client.
     """
 
     __slots__ = ("ends", "starts")
 
-    def __init__(self, rules: Iterable[str]) -> None:
-        parts = [rule.rpartition(":") for rule in rules]
-        self.starts = shared(tuple(start + colon for start, colon, _ in parts))
-        self.ends = tuple(sys.intern(end) for *_, end in parts)
+    def __init__(self, rules: Sequence[str]) -> None:
+        sourced = rules[:1] and rules[0].startswith("-s ")
+        cuts = [rule.find(" -m ") if sourced else rule.rfind(":") + 1 for rule in rules]
+        self.starts = shared(tuple(rule[:cut] for rule, cut in zip(rules, cuts, strict=True)))
+        self.ends = tuple(sys.intern(rule[cut:]) for rule, cut in zip(rules, cuts, strict=True))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -3237,10 +3240,12 @@ def same(one: Dispatch, other: Dispatch) -> bool:
 # ------------------------------------------------ transaction: iptables-save -> iptables-restore
 
 
-@functools.cache
+OWNED = re.compile(rf"{ROOT}(-[^\x00-\x20\"'\\\x7f]*)?")
+
+
 def owned(chain: str) -> bool:
     """Whether a chain is epok's, by its name: without a quote, or it could not be deleted."""
-    return bool(re.fullmatch(rf"{ROOT}(-[^\x00-\x20\"'\\\x7f]*)?", chain))
+    return bool(OWNED.fullmatch(chain))
 
 
 OLDER_COMMENT = re.compile(r"epok_rule_id\b|.*\bepok_rule_id\b\W{0,3}\w")
@@ -3259,6 +3264,7 @@ class Saved:
         self.name, self.table, self.said = name, Table(), ""
         self.meter = meter or Meter("rules", RULES_LIMIT, RULES_LINES)
         self.others: dict[str, list[str]] = {}
+        self.count = 0  # of these
         self.policies: dict[str, str] = {}
         self.seen = self.inside = self.broken = self.foremost = False
         [(self.first, self.hook), *_] = HOOKS[name].items()
@@ -3279,7 +3285,7 @@ class Saved:
                 for found in group:
                     self.read_line(found[5])
             elif self.inside and owned(chain):
-                self.read_own(chain, list(group))
+                self.read_own(chain, group)
             elif self.inside:
                 for found in group:
                     self.read_other(*found.groups()[1:4])
@@ -3311,17 +3317,26 @@ class Saved:
                 self.policies[chain] = policy.split(" ")[0]
         self.broken |= odd
 
-    def read_own(self, chain: str, found: Sequence[re.Match[str]]) -> None:
-        rules = [*self.table.chains.get(chain, ()), *(rule[4] for rule in found)]
+    def read_own(self, chain: str, found: Iterable[re.Match[str]]) -> None:
+        if chain not in self.table.chains:  # iptables-save names all chains first
+            self.broken = True
+            return
+        rules = list(self.table.chains[chain])
+        for rule in found:
+            rules.append(rule[4])
+            if rule[1]:
+                self.table.counts.setdefault(chain, []).append(int(rule[1]))
         self.table.chains[chain] = Rules(rules)
-        if counts := [int(rule[1]) for rule in found if rule[1]]:
-            self.table.counts.setdefault(chain, []).extend(counts)
 
     def read_other(self, line: str, chain: str, rule: str) -> None:
         if chain == self.first and chain not in self.others and rule == self.hook:
             self.foremost, self.others = True, {}
         if not self.foremost:
             self.others.setdefault(chain, []).append(line)
+            self.count += 1
+        if self.count > OTHERS:
+            log.info("table %s has more than %d rules of others: not looked at", self.name, OTHERS)
+            self.foremost, self.others, self.count = True, {}, 0
         words = split(rule) if ROOT in rule or "epok_rule_id" in rule else []
         pairs = list(itertools.pairwise(words))
         targets = [value for option, value in pairs if option in ("-j", "-g") and owned(value)]
