@@ -2200,7 +2200,7 @@ class Forward(Route):
 
     masquerade: bool
     internal: bool
-    sources: tuple[Network, ...] | None
+    sources: Sequence[Network] | None
     known: tuple[Address, ...] = ()
 
 
@@ -2407,7 +2407,23 @@ def nearest(name: str) -> str:
     return max(same_prefix, key=likeness)
 
 
-def allowed_sources(service: Service) -> tuple[Network, ...] | None:
+@dataclass(frozen=True, slots=True)
+class Networks(Sequence[Network]):
+    """Networks as one text, which takes a tenth of the memory that they take themselves."""
+
+    text: str
+
+    def __len__(self) -> int:
+        return len(self.text.split())
+
+    def __getitem__(self, number: Any) -> Any:
+        return list(self)[number]
+
+    def __iter__(self) -> Iterator[Network]:
+        return map(ipaddress.ip_network, self.text.split())
+
+
+def allowed_sources(service: Service) -> Networks | None:
     """The networks that may use it, None for everybody. Raises ValueError: in doubt nobody may."""
     given = [name for name in ALLOW_ANNOTATIONS if name in service.annotations]
     if len({service.annotations[name] for name in given}) > 1:
@@ -2426,7 +2442,7 @@ def allowed_sources(service: Service) -> tuple[Network, ...] | None:
         raise ValueError(f"{name}: {error}; until then nobody may") from None
     if not networks:
         raise ValueError(f"{name} is empty; name the clients, or remove it to let everybody in")
-    return networks
+    return Networks(" ".join(map(str, networks)))
 
 
 def choose_nodes(nodes: Iterable[Node], plan: Plan) -> list[Node]:
@@ -2640,7 +2656,7 @@ def forward_of(
     service: Service,
     claim: Claim,
     places: Sequence[Place],
-    sources: tuple[Network, ...] | None,
+    sources: Sequence[Network] | None,
     options: Options,
     direct: bool,
 ) -> Forward:
@@ -3124,6 +3140,17 @@ def ways_in(tables: Tables) -> list[tuple[str, str]]:
     return ways
 
 
+# the same objects for the same words, which many rules have
+number_in = functools.lru_cache(maxsize=100)(int)
+address_in = functools.lru_cache(maxsize=1000)(to_address)
+
+
+@functools.lru_cache(maxsize=1000)
+def target_in(address: str, port: str) -> Target | None:
+    there = address_in(address)
+    return Target(there, number_in(port)) if there else None
+
+
 def read_forward(key: Key, dispatch: Dispatch, nat: Table, version: int) -> Live:
     """The forward that a rule leads to."""
     (first, last, protocol, service), (match, ways) = key, dispatch
@@ -3138,8 +3165,7 @@ def read_forward(key: Key, dispatch: Dispatch, nat: Table, version: int) -> Live
     met: dict[Target, int] = {}
     for rule, count in zip(rules, itertools.chain(counts, itertools.repeat(0)), strict=False):
         place = TARGET.search(rule)
-        if place and (address := to_address(place[1])):
-            target = Target(address, int(place[2]))
+        if place and (target := target_in(place[1], place[2])):
             met[target] = met.get(target, 0) + count
     marks = re.search(r"--set-xmark (\w+)/(\w+)", next(iter(rules), ""))
     return Live(
@@ -5926,7 +5952,19 @@ def main(argv: Sequence[str]) -> int:
         return 1
 
 
+def share_heap() -> None:
+    """Lets all threads have one heap: what one of them has dropped, others use again.
+
+    Only the C library of GNU has one for each.
+    """
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
+
+
 if __name__ == "__main__":
+    share_heap()
     # a short run makes much and drops little: not to look for cycles often saves time
     gc.set_threshold(100_000)
     ends = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
