@@ -42,6 +42,9 @@ Options (the command line wins, then the environment, then the default):
   --masquerade=<when>          Whether nodes see the host's address instead of the client's: always,
                                never or auto, which is all but Services with externalTrafficPolicy
                                Local; auto unless given. [EPOK_MASQUERADE]
+  --ports=<ports>              External ports that Services may take, like
+                               "25,80,443,8000-8999/tcp,53/udp"; all but tcp/22 unless given. Over
+                               SSH never the port that epok logs in by. [EPOK_PORTS]
   --mark=<bits>                Two bits of the connection mark for epok alone, 0x30000000 unless
                                given. [EPOK_MARK]
   --kubeconfig=<file>          Which cluster. Without it the account of the pod that epok runs in,
@@ -201,10 +204,14 @@ EXCLUDE_LABEL = "epok_exclude"
 STANDARD_EXCLUDE_LABEL = "node.kubernetes.io/exclude-from-external-load-balancers"
 AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 PROTOCOLS = ("tcp", "udp", "sctp")
+ALL_BUT_SSH = "1-21,22/udp,22/sctp,23-65535"
 MAX_STRANGE = 10  # annotations of one Service that epok does not know
+MAX_REASONS = 10  # told of one Service's rejected mappings; then how many more there are
+MAX_LINES = 100  # of the log about what is wrong in the cluster, in one run
 MAX_NAME = 63  # characters of an annotation's name, behind the slash
 MAX_MAPPINGS = 1000  # of one Service, so that none can keep the others waiting
 MAX_SOURCES = 50_000  # of one Service, in the rules of all its ports
+MAX_RULES = 200_000  # of an IP version, for all Services
 MAIL_PORTS = (25, 465, 587)
 CONNECT_SECONDS = 5  # to each address of an API server: of several, the first may drop all packets
 LOOK_SECONDS = 10  # that --status and --explain wait for the cluster, or for the nodes
@@ -566,6 +573,16 @@ class Mark(NamedTuple):
     masquerade: int
 
 
+class Range(NamedTuple):
+    """Ports, both ends included."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
+
+
 class Login(NamedTuple):
     """Where and as whom to log in over SSH."""
 
@@ -624,6 +641,45 @@ def to_mark(text: str) -> Mark:
 def items(text: str) -> list[str]:
     """What stands between the commas, without white space and empty ones."""
     return [item for part in re.findall("[^,]+", text) if (item := part.strip(" \t\r\n"))]
+
+
+def to_range(text: str) -> Range | None:
+    """Reads "25" or "8000-8010", None if it is neither. Raises ValueError if it is no port."""
+    # no leading zeros: to some programs, iptables among them, they mean an octal number
+    match = re.fullmatch(r"(0|[1-9][0-9]*)(?:[ \t]*-[ \t]*(0|[1-9][0-9]*))?", text)
+    if not match:
+        return None
+    ends = [match[1], match[2] or match[1]]
+    if any(len(end) > 5 or not 1 <= int(end) <= 65535 for end in ends):
+        raise ValueError(f"{quoted(text)} is out of range; ports are 1 to 65535")
+    if int(ends[0]) > int(ends[1]):
+        raise ValueError(f"{quoted(text)} runs backwards; write the lower port first")
+    return Range(int(ends[0]), int(ends[1]))
+
+
+class Allowed(NamedTuple):
+    """External ports that Services may take: of a protocol, or of all where that is empty."""
+
+    ports: Range
+    protocol: str
+
+    def __str__(self) -> str:
+        return f"{self.ports}{self.protocol and '/'}{self.protocol}"
+
+    def has(self, protocol: str, port: int) -> bool:
+        return self.protocol in ("", protocol) and self.ports.first <= port <= self.ports.last
+
+
+def to_ports(text: str) -> tuple[Allowed, ...]:
+    allowed = []
+    for item in items(text) or [text]:
+        external, slash, protocol = (part.strip(" \t\r\n") for part in item.lower().partition("/"))
+        ports = to_range(external)
+        if not ports or (slash and protocol not in PROTOCOLS):
+            accepted = "accepted are ones like 25, 8000-8999/tcp, 53/udp"
+            raise ValueError(f"{quoted(item)} is no port; {accepted}")
+        allowed.append(Allowed(ports, protocol))
+    return tuple(dict.fromkeys(allowed))
 
 
 def to_interfaces(text: str) -> tuple[str, ...]:
@@ -713,6 +769,7 @@ class Options:
     )
     max_nodes: int = setting("EPOK_MAX_NODES", "16", number_of("a number of nodes above zero"))
     masquerade: str = setting("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
+    ports: tuple[Allowed, ...] = setting("EPOK_PORTS", ALL_BUT_SSH, to_ports)
     mark: Mark = setting("EPOK_MARK", "0x30000000", to_mark)
     kubeconfig: str = setting("KUBECONFIG", "", str)
     context: str = setting("EPOK_CONTEXT", "", str)
@@ -2205,11 +2262,17 @@ class Forward(Route):
 
 
 class Rejection(NamedTuple):
-    """A mapping, or with an empty `mapping` a whole Service, that cannot stand, and why."""
+    """A mapping, or with an empty `mapping` a whole Service, that cannot stand, and why.
+
+    It may stand for a `number` of them. `told` is the reason in words for the Service's own
+    namespace, which name no other.
+    """
 
     service: str
     mapping: str
     reason: str
+    told: str = ""
+    number: int = 1
 
     def __str__(self) -> str:
         return f"{self.service}: {self.message}"
@@ -2218,42 +2281,41 @@ class Rejection(NamedTuple):
     def message(self) -> str:
         return f"{self.mapping and quoted(self.mapping) + ': '}{self.reason}"
 
+    def event(self, name: str) -> Event:
+        message = self._replace(reason=self.told or self.reason).message
+        return Event(self.service, "Warning", name, message)
 
-def brief(rejections: Iterable[Rejection]) -> Iterator[Rejection]:
-    """The first ten of each Service, and how many more there are."""
-    for service, group in itertools.groupby(rejections, lambda rejection: rejection.service):
-        its = list(group)
-        yield from its[:10]
-        if len(its) > 10:
-            yield Rejection(service, "", f"{len(its) - 10} more mappings")
+    def document(self) -> dict[str, str]:
+        return {"service": self.service, "mapping": self.mapping, "reason": self.reason}
 
 
 @dataclass
 class Plan:
     """What shall be forwarded, what cannot be, and what a person should know.
 
-    `unknown` are annotations that stop nothing; `claims` and `places` are for --explain.
+    `unknown` are annotations that stop nothing; `claims` and `places` are of the Service that is
+    `explained`, of which all reasons are kept.
     """
 
+    explained: str = ""
     forwards: list[Forward] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     unknown: list[Rejection] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
+    numbers: dict[str, int] = field(default_factory=dict)  # of rejections, by Service
 
-    def reject(self, service: Service, why: object, mapping: str = "") -> None:
-        self.rejections.append(Rejection(service.key, mapping, str(why)))
-
-
-class Range(NamedTuple):
-    """Ports, both ends included."""
-
-    first: int
-    last: int
-
-    def __str__(self) -> str:
-        return f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
+    def reject(self, service: Service, why: object, mapping: str = "", told: str = "") -> None:
+        """Notes why; of a Service with many reasons the first ones, and how many more there are."""
+        made = Rejection(service.key, mapping, str(why), told)
+        number = self.numbers[service.key] = self.numbers.get(service.key, 0) + 1
+        more = 0 if service.key == self.explained else number - MAX_REASONS
+        if more > 0:
+            made = Rejection(service.key, "", f"{more} more {plural(more, 'mapping')}", number=more)
+        if more > 1:
+            self.rejections.pop()  # how many more there were so far
+        self.rejections.append(made)
 
 
 class PortMapping(NamedTuple):
@@ -2262,20 +2324,6 @@ class PortMapping(NamedTuple):
     external: Range
     target: Range | str | None
     protocol: str
-
-
-def to_range(text: str) -> Range | None:
-    """Reads "25" or "8000-8010", None if it is neither. Raises ValueError if it is no port."""
-    # no leading zeros: to some programs, iptables among them, they mean an octal number
-    match = re.fullmatch(r"(0|[1-9][0-9]*)(?:[ \t]*-[ \t]*(0|[1-9][0-9]*))?", text)
-    if not match:
-        return None
-    ends = [match[1], match[2] or match[1]]
-    if any(len(end) > 5 or not 1 <= int(end) <= 65535 for end in ends):
-        raise ValueError(f"{quoted(text)} is out of range; ports are 1 to 65535")
-    if int(ends[0]) > int(ends[1]):
-        raise ValueError(f"{quoted(text)} runs backwards; write the lower port first")
-    return Range(int(ends[0]), int(ends[1]))
 
 
 def to_mapping(text: str) -> PortMapping:
@@ -2576,15 +2624,22 @@ def places_of(
     return [place for family in families for place in highest(service.key, family, most)]
 
 
-def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset()) -> Plan:
-    """Decides what is forwarded; `own` are the names of the nodes that the host itself is."""
-    plan = Plan()
+def make_plan(
+    snapshot: Snapshot, options: Options, own: Set[str] = frozenset(), login_port: int = 0
+) -> Plan:
+    """Decides what is forwarded.
+
+    `own` are the names of the nodes that the host itself is, `login_port` is that of Facts.
+    """
+    plan = Plan(options.explain)
+    left = dict.fromkeys((4, 6), MAX_RULES)
     chosen = [] if own else choose_nodes(snapshot.nodes, plan)
     candidates = node_places(snapshot.nodes, chosen)
     nodes = Nodes(candidates, each_address_once(candidates))
     taken: dict[tuple[str, int], tuple[str, int]] = {}
     if options.executor == "ssh":
-        taken = {("tcp", login.port): ("", 0) for login in options.host}
+        logins = {login_port, *(login.port for login in options.host)}
+        taken = {("tcp", port): ("", 0) for port in logins}
     # the older Service wins a port that two ask for
     for service in sorted(snapshot.services, key=lambda each: (each.created or "~", each.key)):
         try:
@@ -2593,7 +2648,7 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
         except ValueError as error:
             plan.reject(service, error)
             continue
-        claims = list(granted(service, taken, plan))
+        claims = list(granted(service, taken, options, plan))
         places = places_of(service, snapshot, nodes, own, options)
         if service.key == options.explain:
             plan.claims, plan.places = claims, places
@@ -2606,10 +2661,63 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
         if len(merged) * len(sources or ()) > MAX_SOURCES:
             what = f"{len(merged)} external ports for {len(sources or ())} networks"
             plan.reject(service, f"{what} make more than {MAX_SOURCES} rules; ask for fewer")
-        else:
-            plan.forwards += merged
+            continue
+        costs = rule_counts(service, places, sources)
+        plan.forwards += affordable(service, merged, claims, costs, left, plan)
     plan.forwards.sort(key=lambda forward: (forward.first, forward.protocol))
     return plan
+
+
+def rule_counts(
+    service: Service, places: Iterable[Place], sources: tuple[Network, ...] | None
+) -> dict[int, int]:
+    """How many rules each forward of a Service takes, by IP version."""
+    counts: dict[int, int] = {}
+    for version in sorted({place.address.version for place in places if place.live}):
+        its = [place for place in places if place.address.version == version]
+        live = sum(place.live for place in its)
+        picks = live
+        if service.sticky and live > 1:
+            picks = 2 * bucket_count(sum(not place.stand_in for place in its))
+        networks = sum(network.version == version for network in sources or ())
+        if sources is None or networks:
+            counts[version] = picks + networks + 2  # the mark, and what leads there
+    return counts
+
+
+def affordable(
+    service: Service,
+    forwards: Iterable[Forward],
+    claims: Sequence[Claim],
+    costs: Mapping[int, int],
+    left: dict[int, int],
+    plan: Plan,
+) -> Iterator[Forward]:
+    """Those of a Service's forwards for which there are rules left; it rejects the others."""
+    for forward in forwards:
+        lacking = [version for version in costs if costs[version] > left[version]]
+        if not lacking:
+            left.update({version: left[version] - cost for version, cost in costs.items()})
+            yield forward
+            continue
+        what = f"external port {Range(forward.first, forward.last)} ({forward.protocol})"
+        rules = (
+            f"{costs[lacking[0]]} rules, more than are left of {MAX_RULES:,} for IPv{lacking[0]}"
+        )
+        why = f"{what} would take {rules}, which older Services get first"
+        its = [
+            each
+            for each in claims
+            if each.port.protocol == forward.protocol
+            and forward.first <= each.external <= forward.last
+        ]
+        for mapping in dict.fromkeys(claim.mapping for claim in its):
+            plan.reject(service, f"{why}; ask for fewer ports or networks", mapping)
+
+
+def bucket_count(known: int) -> int:
+    """Into how many parts clients are divided that are shared out over so many places."""
+    return max(64, 1 << (4 * known - 1).bit_length())
 
 
 def nowhere(
@@ -2626,23 +2734,32 @@ def nowhere(
 
 
 def granted(
-    service: Service, taken: dict[tuple[str, int], tuple[str, int]], plan: Plan
+    service: Service, taken: dict[tuple[str, int], tuple[str, int]], options: Options, plan: Plan
 ) -> Iterator[Claim]:
     """The claims of a Service that nobody made before; `taken` learns them."""
-    refused: dict[tuple[str, str], list[Claim]] = {}
+    refused: dict[tuple[str, str, str], list[Claim]] = {}
     for claim in claims_of(service, plan):
         key, wish = (claim.port.protocol, claim.external), (service.key, claim.port.node_port)
-        if key not in taken:
+        if key not in taken and any(allowed.has(*key) for allowed in options.ports):
             taken[key] = wish
             yield claim
-        if (owner := taken[key]) == wish:  # a mapping given twice counts once
             continue
-        reason = f"taken by {owner[0]}" if owner[0] else "the host's own SSH port, kept for epok"
-        refused.setdefault((claim.mapping, reason), []).append(claim)
-    for (mapping, reason), claims in refused.items():
+        owner, port = taken.get(key, (None, 0))
+        if (owner, port) == wish:  # a mapping given twice counts once
+            continue
+        reason = told = "the host's own SSH port, kept for epok"
+        if owner is None:
+            reason = told = f"not in --ports ({enumerated(map(str, options.ports))})"
+        elif owner:
+            reason, told = f"taken by {owner}", "taken by an older Service"
+            if owner == service.key:
+                told = "taken by another mapping of this Service"
+        refused.setdefault((claim.mapping, reason, told), []).append(claim)
+    for (mapping, reason, told), claims in refused.items():
         ports = spans({claim.external for claim in claims})
         protocols = ", ".join(sorted({claim.port.protocol for claim in claims}))
-        plan.reject(service, f"external port {ports} ({protocols}) is {reason}", mapping)
+        what = f"external port {ports} ({protocols}) is "
+        plan.reject(service, what + reason, mapping, what + told)
 
 
 def spans(ports: Iterable[int]) -> str:
@@ -2990,9 +3107,7 @@ def buckets_of(known: tuple[str, ...], live: tuple[str, ...]) -> list[int]:
     2016); a bucket whose owner is not live goes to the live name that likes it best. So a client
     is with its own node whenever that is there.
     """
-    count = 64
-    while count < 4 * len(known):
-        count *= 2
+    count = bucket_count(len(known))
     wishes = {}
     for name in known:
         wishes[name] = iter(sorted(range(count), key=likings(name, count).__getitem__))
@@ -3521,6 +3636,7 @@ class Command(enum.Enum):
         "whether the host forwards packets",
     )
     ADDRESSES = "ip -br addr", False, "the interfaces, and whether the host is itself a node"
+    CONNECTION = "printenv SSH_CONNECTION", False, "the port that epok logs in by, seen from there"
     # what only looks
     COUNTS = "TOOL-save -c -t nat", True, "how many connections came: to show, and as metrics"
     NETCONF = "ip netconf", False, "whether rp_filter drops what comes"
@@ -3537,7 +3653,7 @@ class Command(enum.Enum):
     def argv(self, sudo: Sequence[str], *values: object) -> tuple[str, ...]:
         """The command, behind `sudo` where it takes root, with values in place of the capitals."""
         left = map(str, values)
-        words = (re.sub("[A-Z]{2,}", lambda _: next(left), word) for word in self.text.split())
+        words = (re.sub(r"\b[A-Z]{2,}\b", lambda _: next(left), word) for word in self.text.split())
         return (*(sudo if self.as_root else ()), *words)
 
 
@@ -4061,10 +4177,15 @@ Host = LocalHost | SshHost
 
 
 class Facts(NamedTuple):
-    """Interfaces of a host with their addresses, and by IP version whether it forwards packets."""
+    """Interfaces of a host with their addresses, and by IP version whether it forwards packets.
+
+    `login_port` is where its SSH server has epok's connection, which a router may have brought
+    there from another port; 0 where that is not known.
+    """
 
     interfaces: Mapping[str, Sequence[Address]]
     forwarding: Mapping[int, bool]
+    login_port: int = 0
 
     @property
     def addresses(self) -> list[Address]:
@@ -4086,7 +4207,20 @@ def read_facts(host: Host, deadline: Deadline) -> Facts:
         interfaces[words[0].split("@")[0]] = [address for address in addresses if address]
     values = host.run(Command.FORWARDING.argv(host.sudo), "", deadline).out.split()
     forwarding = {version: value != "0" for version, value in zip((4, 6), values, strict=False)}
-    return Facts(interfaces, forwarding)
+    return Facts(interfaces, forwarding, login_port(host, deadline))
+
+
+def login_port(host: Host, deadline: Deadline) -> int:
+    """The port of a host that epok has logged in by, as the host itself sees it; 0 if unknown."""
+    if isinstance(host, LocalHost) or host.options.clean:
+        return 0
+    result = host.run(Command.CONNECTION.argv(host.sudo), "", deadline)
+    if port := re.fullmatch(r"\S+ [0-9]+ \S+ ([0-9]{1,5})\n", result.out):
+        return int(port[1])
+    told = f"{host.name}: {Command.CONNECTION.text}: {result.said}; so epok keeps for itself only"
+    told += f" port {host.login.port}, and not the one that a router may have brought it to"
+    log.warning("%s%s", told, ANOTHER_GATE * (result.status != 127))
+    return 0
 
 
 def read_all_tables(host: Host, deadline: Deadline, counted: bool = False) -> Found:
@@ -4364,6 +4498,21 @@ def rendered(plan: Plan, options: Options) -> Wanted:
     return {family.version: render(plan.forwards, family, options) for family in FAMILIES}
 
 
+def in_turn(remarks: Iterable[T], name: Callable[[T], str]) -> list[T]:
+    """One of each namespace, then another of each, and so on: none keeps the others from a hearing.
+
+    `name` begins with it.
+    """
+    turns: dict[str, int] = {}
+
+    def turn(remark: T) -> int:
+        namespace = name(remark).partition("/")[0]
+        turns[namespace] = turns.get(namespace, 0) + 1
+        return turns[namespace]
+
+    return sorted(remarks, key=turn)
+
+
 class Planner:
     """Makes the tables for each host from one snapshot; one that is itself a node has others."""
 
@@ -4373,9 +4522,10 @@ class Planner:
         with timed(self.seconds, "cluster"):
             self.reader = Reader(options, deadline)
             self.snapshot = self.reader.snapshot(options.explain)
-        self.plans: dict[Set[str], Plan] = {}
-        self.rulesets: dict[Set[str], Wanted] = {}
-        self.untold: list[Event] = []
+        self.plans: dict[tuple[Set[str], int], Plan] = {}
+        self.rulesets: dict[tuple[Set[str], int], Wanted] = {}
+        self.announced: set[str] = set()
+        self.untold: dict[Event, None] = {}
         self.lock = threading.Lock()
 
     def own(self, facts: Facts) -> Set[str]:
@@ -4384,39 +4534,48 @@ class Planner:
         nodes = self.snapshot.nodes
         return frozenset(node.name for node in nodes if not addresses.isdisjoint(node.addresses))
 
+    def key(self, facts: Facts) -> tuple[Set[str], int]:
+        """What hosts that get the same have alike: the nodes that they are, and a port to keep."""
+        dialed = {login.port for login in self.options.host}
+        return self.own(facts), 0 if facts.login_port in dialed else facts.login_port
+
     def plan(self, facts: Facts) -> Plan:
         """What shall be forwarded. Raises Fatal."""
-        own, explain = self.own(facts), self.options.explain
+        key, explain = self.key(facts), self.options.explain
         with self.lock:
-            if own not in self.plans:
+            if key not in self.plans:
                 with timed(self.seconds, "plan"):
-                    self.snapshot = self.reader.with_endpoints(self.snapshot, bool(own), explain)
-                    self.plans[own] = make_plan(self.snapshot, self.options, own)
+                    self.snapshot = self.reader.with_endpoints(self.snapshot, bool(key[0]), explain)
+                    self.plans[key] = make_plan(self.snapshot, self.options, *key)
                 if not self.options.looks:
-                    self.announce(self.plans[own])
-            return self.plans[own]
+                    self.announce(self.plans[key])
+            return self.plans[key]
 
     def wanted(self, facts: Facts) -> Wanted:
         """The rules for it. Raises Fatal."""
-        plan, own = self.plan(facts), self.own(facts)
+        plan, key = self.plan(facts), self.key(facts)
         with self.lock:
-            if own not in self.rulesets:
+            if key not in self.rulesets:
                 with timed(self.seconds, "ruleset"):
-                    self.rulesets[own] = rendered(plan, self.options)
-            return self.rulesets[own]
+                    self.rulesets[key] = rendered(plan, self.options)
+            return self.rulesets[key]
 
     def announce(self, plan: Plan) -> None:
-        for warning in plan.warnings:
-            log.warning("%s", warning)
-        for remark in plan.unknown:
-            log.warning("%s", remark)
-            self.note("UnknownAnnotation", remark)
-        for rejection in brief(plan.rejections):
-            log.warning("rejected: %s", rejection)
-            self.note("ExternalPortRejected", rejection)
-
-    def note(self, reason: str, remark: Rejection) -> None:
-        self.untold.append(Event(remark.service, "Warning", reason, remark.message))
+        """Logs what is wrong in the cluster, and keeps it for Events; what has been said, once."""
+        lines = [*plan.warnings, *map(str, plan.unknown)]
+        lines += [f"rejected: {rejection}" for rejection in plan.rejections]
+        lines = [line for line in lines if line not in self.announced]
+        self.announced.update(lines)
+        more = len(lines) - MAX_LINES
+        if more > 0:
+            lines = in_turn(lines, lambda line: line.removeprefix("rejected: "))[:MAX_LINES]
+        for line in lines:
+            log.warning("%s", line)
+        if more > 0:
+            log.warning("%d more warnings like these; --status shows all of them", more)
+        events = [each.event("UnknownAnnotation") for each in plan.unknown]
+        events += [each.event("ExternalPortRejected") for each in plan.rejections]
+        self.untold |= dict.fromkeys(events)
 
     def tell(self, news: Iterable[Event]) -> None:
         """Writes Events about a host, then those about rejections, which the first host takes.
@@ -4424,8 +4583,10 @@ class Planner:
         That they cannot be written is a warning, since the host is right without them.
         """
         with self.lock:
-            # in any order: where the time does not suffice for all, each gets its turn
-            events, self.untold = [*news, *random.sample(self.untold, len(self.untold))], []
+            untold, self.untold = [*self.untold], {}
+        # in any order: where the time does not suffice for all, each gets its turn
+        events = [*news, *random.sample(untold, len(untold))]
+        events = in_turn(events, lambda event: event.service)
         source = self.reader.source
         if not events or not isinstance(source, Cluster):
             return
@@ -4530,7 +4691,7 @@ def metrics_text(
     if planner:
         samples += step_samples("", planner.seconds)
         rejections = {rejection for plan in planner.plans.values() for rejection in plan.rejections}
-        samples.append(("rejections", len(rejections), {}))
+        samples.append(("rejections", sum(each.number for each in rejections), {}))
     samples.append(("duration_seconds", seconds, {}))
     metrics: dict[str, str] = {}
     for name, value, labels in samples:
@@ -5488,7 +5649,7 @@ class Status:
             "forwards": [live.document() for live in self.lives],
             "cluster": self.cluster,
             "pending": [change.document() for change in self.pending],
-            "rejected": [rejection._asdict() for rejection in self.rejections],
+            "rejected": [each.document() for each in self.rejections],
             "warnings": self.warnings,
             "checks": [check.document() for check in self.checks],
         }

@@ -13,8 +13,8 @@ ACCOUNT = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding")
 
 
 def manifests(namespace: str = "kube-system", image: str = "epok", interfaces: str = "eth0") -> list[Object]:
-    """All objects. Raises KeyError or ValueError at a $ that stands for none of the three variables."""
-    values = {"EPOK_NS": namespace, "EPOK_IMAGE": image, "EPOK_INTERFACES": interfaces}
+    """All objects. Raises KeyError or ValueError at a $ that stands for none of these variables."""
+    values = {"EPOK_NS": namespace, "EPOK_IMAGE": image, "EPOK_INTERFACES": interfaces, "EPOK_PORTS": ""}
     text = string.Template((CRON / "cronjob.yaml").read_text()).substitute(values)
     return list(yaml.safe_load_all(text))
 
@@ -44,8 +44,8 @@ def environment(made: Object, secret: Mapping[str, str]) -> dict[str, str]:
     """That of a container, as the kubelet makes it with the Secret epok-ssh."""
 
     def value(variable: Object) -> str:
-        if "value" in variable:
-            return variable["value"]
+        if "valueFrom" not in variable:
+            return variable.get("value", "")  # the API server drops an empty one
         key = variable["valueFrom"]["secretKeyRef"]
         assert key["name"] == "epok-ssh"
         return secret[key["key"]]
