@@ -134,6 +134,22 @@ def test_the_readme_says_each_command_and_no_other() -> None:
     assert told == expected
 
 
+def test_the_policy_has_the_annotations_that_epok_reads_and_no_other() -> None:
+    text = (EPOK.parent / "cron/policy.yaml").read_text()
+    names = re.findall(r'"((?:epok\.)?getbetter\.ro/[a-z-]+)"', text)
+    assert sorted(set(names) - {"getbetter.ro/epok"}) == sorted(epok.SERVICE_ANNOTATIONS)
+
+
+def test_the_readme_names_the_limits() -> None:
+    text = " ".join((EPOK.parent / "README.md").read_text().split())
+    for limit in (
+        f"{epok.MAX_MAPPINGS:,} mappings a Service, {epok.MAX_SOURCES:,} rules for the networks of its",
+        f"{epok.MAX_RULES:,} rules for each IP version",
+        f"at most {epok.MAX_LINES} lines",
+    ):
+        assert limit in text, limit
+
+
 def test_no_command_stands_beside_the_table() -> None:
     beginnings = {tuple(form.split()[:2]) for form in FORMS}
     for node in ast.walk(ast.parse(SOURCE)):
