@@ -47,6 +47,7 @@ ROWS = [
     Row("--batch-size", "", "EPOK_BATCH_SIZE", "2000000", 2_000_000, "1000000"),
     Row("--max-nodes", "", "EPOK_MAX_NODES", "3", 3, "100"),
     Row("--masquerade", "", "EPOK_MASQUERADE", "always", "always", "never"),
+    Row("--publish", "", "EPOK_PUBLISH", "192.0.2.1, 2001:DB8::1", ("192.0.2.1", "2001:db8::1"), "gw.example.org"),
     Row("--mark", "", "EPOK_MARK", "0x3", (1, 2), "12"),
     Row("--kubeconfig", "", "KUBECONFIG", "/etc/k3s.yaml", "/etc/k3s.yaml", "/other"),
     Row("--context", "", "EPOK_CONTEXT", "home", "home", "work"),
@@ -144,9 +145,9 @@ def test_the_command_line_beats_the_environment_good_or_bad(row: Row, broken: bo
 DEFAULTS = {
     "executor": "local", "dry_run": False, "clean": False, "log_level": "info", "interfaces": ("eth0",),
     "external_interface": "", "addresses": (), "batch_commands": "true", "batch_size": 1_677_722, "max_nodes": 16,
-    "masquerade": "auto", "mark": (0x10000000, 0x20000000), "kubeconfig": "", "context": "", "snapshot": "",
-    "timeout": 50, "status": False, "explain": "", "output": "text", "metrics_file": "", "host": (), "port": 22,
-    "key": "", "known_hosts": "", "host_key": (),
+    "masquerade": "auto", "publish": (), "mark": (0x10000000, 0x20000000), "kubeconfig": "", "context": "",
+    "snapshot": "", "timeout": 50, "status": False, "explain": "", "output": "text", "metrics_file": "", "host": (),
+    "port": 22, "key": "", "known_hosts": "", "host_key": (),
 }  # fmt: skip
 
 
@@ -241,6 +242,10 @@ def test_clean_needs_no_interfaces(argv: list[str]) -> None:
     ("--addresses", "192.0.2.9/255.255.255.0", networks("192.0.2.0/24")),
     ("--masquerade", "NEVER", "never"),
     ("--masquerade", "auto", "auto"),
+    ("--publish", "auto", ("auto",)),
+    ("--publish", "NONE", ()),
+    ("--publish", "gw.example.ORG", ("gw.example.org",)),
+    ("--publish", "203.0.113.5,2001:DB8:0::5 ,203.0.113.5", ("203.0.113.5", "2001:db8::5")),
     ("--mark", "3", (1, 2)),
     ("--mark", "0X80000001", (1, 1 << 31)),
     ("--mark", "3221225472", (1 << 30, 1 << 31)),
@@ -299,6 +304,10 @@ BAD = {  # option: what its message shows of what is accepted, and texts that ar
     "--host-key": ("SHA256:", [
         "none", "ANY", "SHA256:", "SHA256:short", PIN + "A", PIN + "==", "sha256:" + "A" * 43, "MD5:00:11", "AAAA",
         "ssh-ed25519", "ssh-ed25519 AA*A", "ssh-ed25519 AAAA===", "any,none", "SHA256:" + "\u00e9" * 43, "x" * 10_000]),
+    "--publish": ("IP addresses", [
+        "192.0.2.1,gw.example.org", "a.example.org,b.example.org", "auto,192.0.2.1", "none,auto", "192.0.2.256",
+        "1.2.3", "127.0.0.1", "0.0.0.0", "fe80::1", "::1", "ff02::1", "::ffff:192.0.2.1", "192.0.2.0/24", "gw_1", "-gw",
+        "gw.", "http://gw", "gw:80", "[2001:db8::1]", " ", ",", "g\u00e9", "x" * 64, "a." * 127 + "a", "x" * 10_000]),
     "--explain": ("namespace/name", [
         "mail", "default/", "/mail", "a/b/c", "default/mail ", "default mail", "default/m\u00e9l", "$(x)/y", "-/;",
         " ", "a/" + "b" * 254]),
