@@ -42,9 +42,9 @@ Options (the command line wins, then the environment, then the default):
   --masquerade=<when>          Whether nodes see the host's address instead of the client's: always,
                                never or auto, which is all but Services with externalTrafficPolicy
                                Local; auto unless given. [EPOK_MASQUERADE]
-  --publish=<addresses>        What the world calls the host: IP addresses, or one host name, to be
-                               written as the EXTERNAL-IP of Services of class getbetter.ro/epok.
-                               auto: the global addresses of the interfaces; none unless given.
+  --publish=<addresses>        What goes into status.loadBalancer of Services of class
+                               getbetter.ro/epok: IP addresses, or one host name, or auto, which
+                               is the global addresses of the interfaces; none unless given.
                                [EPOK_PUBLISH]
   --mark=<bits>                Two bits of the connection mark for epok alone, 0x30000000 unless
                                given. [EPOK_MARK]
