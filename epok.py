@@ -4527,6 +4527,8 @@ class Publisher:
     def add(self, facts: Facts) -> list[Publication]:
         """What is to be written now that one more host is right."""
         self.right.append(facts)
+        if not self.services:
+            return []
         made, every = [], set()
         forwards = [grouped(self.plan(facts).forwards) for facts in self.right]
         for service in self.services.values():
@@ -4546,7 +4548,7 @@ class Publisher:
             every |= known
             if after != before:
                 made.append(Publication(service, before, after))
-        if self.options.publish and self.services and not every:
+        if self.options.publish and not every:
             where = f"-i {','.join(self.options.interfaces)}"
             log.warning("--publish auto: no global address on %s; give the addresses", where)
         return made
@@ -4567,8 +4569,8 @@ class Publisher:
                 return
             self.failed = True
             if not isinstance(self.source, Cluster):
-                raise Fatal(f"{self.source.name} is a file; no EXTERNAL-IP was written")
-            writing = Background(self.source.write_all, "EXTERNAL-IP", tasks, deadline)
+                raise Fatal(f"{self.source.name} is a file; no new EXTERNAL-IP was written")
+            writing = Background(self.source.write_all, "new EXTERNAL-IP", tasks, deadline)
             writing.result(deadline, f"{self.source.name}: writing the status of Services")
             self.failed = False
 
