@@ -4509,11 +4509,11 @@ class Publisher:
         """What the world calls a host, of the names that are to be published."""
         options = self.options
         if options.publish != ("auto",):
-            own, of_any = ({str(ip) for each in some for ip in each.addresses}
-                           for some in ([facts], self.right))  # fmt: skip
+            own = {*map(str, facts.addresses)}
+            others = {str(address) for each in self.right for address in each.addresses}
             # what is no host's own, like a router's address, is everybody's
             shared = self.all_right or own.isdisjoint(options.publish)
-            return [n for n in options.publish if n in own or (shared and n not in of_any)]
+            return [n for n in options.publish if n in own or (shared and n not in others)]
         internal = not service.annotations.keys().isdisjoint(INTERNAL_ANNOTATIONS)
         closed = options.external_interface * internal
         return [
@@ -4526,19 +4526,20 @@ class Publisher:
 
     def add(self, facts: Facts) -> list[Publication]:
         """What is to be written now that one more host is right."""
+        if not self.services or (self.options.publish == ("auto",) and not facts.interfaces):
+            return []  # a host that does not tell its addresses keeps what was written
         self.right.append(facts)
-        if not self.services:
-            return []
         made, every = [], set()
-        forwards = [grouped(self.plan(facts).forwards) for facts in self.right]
+        plans = [self.plan(each) for each in self.right]
+        forwards = [grouped(plan.forwards) for plan in plans]
         for service in self.services.values():
             before = service.balanced.ingress if service.balanced else []
             entries: dict[str, Ingress] = {}
             known: set[str] = set()
-            for facts, its in zip(self.right, forwards, strict=True):
-                names = self.names(facts, service)
+            for host, plan, its in zip(self.right, plans, forwards, strict=True):
+                names = self.names(host, service)
                 known.update(names)
-                for entry in ingress_of(service, its.get(service.key, ()), self.plan(facts), names):
+                for entry in ingress_of(service, its.get(service.key, ()), plan, names):
                     other = entries.setdefault(entry.name, entry)
                     for one, two in zip(other.ports, entry.ports, strict=True):
                         one.error = one.error or two.error

@@ -1143,6 +1143,12 @@ def test_an_internal_service_has_no_address_of_the_external_interface() -> None:
     assert after(publisher("auto", words, balancer()).add(LEFT)) == ["10.0.0.1", "192.0.2.1"]
 
 
+def test_a_host_that_does_not_tell_its_addresses_keeps_what_was_written() -> None:
+    both = publisher("auto", "-i eth0", balancer(), before=["192.0.2.2", "198.51.100.9"])
+    assert both.add(facts()) == []
+    assert after(both.add(LEFT)) == ["192.0.2.1", "192.0.2.2", "198.51.100.9"]
+
+
 def test_what_kubernetes_before_1_30_keeps_is_what_was_written() -> None:
     """It knows no ipMode."""
     one = publisher("192.0.2.1", "-i eth0", balancer())
