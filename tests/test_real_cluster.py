@@ -36,6 +36,18 @@ pytestmark = pytest.mark.long
 IMAGE, ECHO_IMAGE = f"{REGISTRY}/epok:1.0.0", f"{REGISTRY}/echo:1"
 SECRET = f"/api/v1/namespaces/{NAMESPACE}/secrets/epok-ssh"
 JOBS, CRONJOB = (f"/apis/batch/v1/namespaces/{NAMESPACE}/{name}" for name in ("jobs", "cronjobs/epok"))
+# The lab has a bridge for a switch: packets to the gateway itself go by its IP.
+BRIDGED = "/proc/sys/net/bridge/bridge-nf-call-iptables"
+ASK = f"""
+import socket
+answered = 0
+for _ in range(10):
+    try:
+        answered += bool(socket.create_connection(("{HOST}", 8080), 3).recv(99))
+    except OSError:
+        pass
+print(answered)
+"""
 SHOP = "/api/v1/namespaces/default/services/shop"
 BASH = ("bash", "--norc", "--noprofile", "--noediting")
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted pod-security.kubernetes.io/warn=restricted"
@@ -442,26 +454,26 @@ def test_a_chart_that_waits_for_its_load_balancer_is_ready_and_reached_end_to_en
 def test_pods_reach_a_published_address_through_the_host_whatever_kube_proxy_does(world: World, mode: str) -> None:
     """It would take what has another ipMode."""
     world.suspend(True)
+    world.cluster.host.run(["sh", "-c", f"[ ! -e {BRIDGED} ] || echo 0 >{BRIDGED}"])
     for node in world.cluster.machines.values():
         node.start_proxy(mode)
-    until(lambda: through_the_host(world, 10) == 10, "all goes through the host", 60, 0.3)
+    until(lambda: through_the_host(world) == (10, 10), "all goes through the host", 60, 0.3)
     [ingress] = world.server.request("GET", SHOP)["status"]["loadBalancer"]["ingress"]
     status = {"status": {"loadBalancer": {"ingress": [ingress | {"ipMode": "VIP"}]}}}
     world.server.request("PATCH", f"{SHOP}/status", status, "application/merge-patch+json")
-    until(lambda: through_the_host(world, 10) == 0, "kube-proxy takes it", 60, 0.3)
+    until(lambda: through_the_host(world) == (10, 0), "kube-proxy takes it", 60, 0.3)
     assert f"default/shop: EXTERNAL-IP {HOST} (tcp/8080)" in world.run_now(f"mended-{mode}").log
-    until(lambda: through_the_host(world, 10) == 10, "all goes through the host again", 60, 0.3)
+    until(lambda: through_the_host(world) == (10, 10), "all goes through the host again", 60, 0.3)
     for node in world.cluster.machines.values():
         node.start_proxy("iptables")
     world.suspend(False)
 
 
-def through_the_host(world: World, times: int) -> int:
-    """How many of so many connections of a pod to the published address the gateway has forwarded."""
-    ask = f"import socket\nfor _ in range({times}): socket.create_connection(('{HOST}', 8080), 5).recv(99)"
+def through_the_host(world: World) -> tuple[int, int]:
+    """How many of ten connections of a pod to the published address are answered, and were the gateway's."""
     before = counted(world)
-    world.kubectl("exec", "deploy/shop", "--", "python3", "-I", "-c", ask)
-    return counted(world) - before
+    answered = world.kubectl("exec", "deploy/shop", "--", "python3", "-I", "-c", ASK)
+    return int(answered), counted(world) - before
 
 
 def counted(world: World) -> int:
