@@ -42,6 +42,9 @@ Options (the command line wins, then the environment, then the default):
   --masquerade=<when>          Whether nodes see the host's address instead of the client's: always,
                                never or auto, which is all but Services with externalTrafficPolicy
                                Local; auto unless given. [EPOK_MASQUERADE]
+  --ports=<ports>              External ports that Services may take, like
+                               "25,80,443,8000-8999/tcp,53/udp"; all but tcp/22 unless given. Over
+                               SSH never the port that epok logs in by. [EPOK_PORTS]
   --publish=<addresses>        What goes into status.loadBalancer of Services of class
                                getbetter.ro/epok: IP addresses, or one host name, or auto, which
                                is the global addresses of the interfaces; none unless given.
@@ -209,14 +212,20 @@ EXCLUDE_LABEL = "epok_exclude"
 STANDARD_EXCLUDE_LABEL = "node.kubernetes.io/exclude-from-external-load-balancers"
 AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 PROTOCOLS = ("tcp", "udp", "sctp")
+ALL_BUT_SSH = "1-21,22/udp,22/sctp,23-65535"
 MAX_STRANGE = 10  # annotations of one Service that epok does not know
+MAX_REASONS = 10  # told of one Service's rejected mappings; then how many more there are
+MAX_LINES = 100  # of the log about what is wrong in the cluster, in one run
 MAX_NAME = 63  # characters of an annotation's name, behind the slash
 MAX_MAPPINGS = 1000  # of one Service, so that none can keep the others waiting
 MAX_SOURCES = 50_000  # of one Service, in the rules of all its ports
+MAX_RULES = 200_000  # of an IP version, for all Services
 MAIL_PORTS = (25, 465, 587)
 CONNECT_SECONDS = 5  # to each address of an API server: of several, the first may drop all packets
 LOOK_SECONDS = 10  # that --status and --explain wait for the cluster, or for the nodes
-ANSWER_LIMIT = 1 << 27  # bytes; a page has 500 objects, and each may have 256 KiB of annotations
+PAGE_OBJECTS = 500  # of a list at once; fewer, where they would be more bytes than
+PAGE_LIMIT = 1 << 23
+ANSWER_LIMIT = 1 << 26  # bytes of any other answer, and of a page of one object
 RACES = 6  # tries where another writer may have come between, or the kernel refuses for good
 EVENT_SECONDS = 5  # for all Events of a run, so that many rejections cannot make it a long one
 STATUS_SECONDS = 15  # the same for the status of Services, which people and programs wait for
@@ -390,8 +399,10 @@ class Background(threading.Thread):
 
 # a foreign comment may have any bytes, and they must come back as they were
 CODING = ("utf-8", "surrogateescape")
-OUTPUT_LIMIT = 1 << 28  # bytes: a host that sends without end must not fill the memory
 PIECE = 1 << 16  # bytes, or characters, that are handed on at once
+PIECES = 64  # that wait to be taken
+TEXT_LIMIT = 1 << 24  # bytes of an output that is kept as it is
+RULES_LIMIT, RULES_LINES = 1 << 25, 300_000  # bytes and lines of a host's rules, an IP version
 
 
 class Result(NamedTuple):
@@ -409,8 +420,21 @@ class Result(NamedTuple):
 Take = Callable[[Iterable[bytes]], str]  # makes of the pieces of an output what Result.out shall be
 
 
-def decoded(pieces: Iterable[bytes]) -> str:
-    return b"".join(pieces).decode(*CODING)
+class Meter:
+    """Lets so many bytes and lines pass, of one output or several, so that no memory is filled."""
+
+    def __init__(self, what: str, size: int, lines: int) -> None:
+        self.left = [size, lines]
+        self.complaint = f"{what}: more than {size >> 20} MiB, or {lines:,} lines"
+
+    def passing(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Raises Fatal when it is too much."""
+        for piece in pieces:
+            self.left[0] -= len(piece)
+            self.left[1] -= piece.count(b"\n")
+            if min(self.left) < 0:
+                raise Fatal(self.complaint)
+            yield piece
 
 
 def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
@@ -425,21 +449,17 @@ def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
     yield b"".join(begun).decode(*CODING)
 
 
-def collect(read: Callable[[int], bytes], doing: str, take: Take = decoded) -> Background:
-    """Takes what a command prints, while it comes. Raises Fatal in result() when it has no end.
+def collect(read: Callable[[int], bytes], doing: str, take: Take | None = None) -> Background:
+    """Takes what a command prints, while it comes; without `take` all of it, as text.
 
-    It is read by a thread of its own: who takes it may be slow, and an output without end must be
-    known as such soon.
+    Raises Fatal in result() when it has no end. It is read by a thread of its own, a little ahead
+    of who takes it.
     """
-    ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    ready: queue.Queue[bytes] = queue.Queue(PIECES)
 
     def work() -> None:
-        size = 0
         try:
             while piece := read(PIECE):
-                size += len(piece)
-                if size > OUTPUT_LIMIT:
-                    raise Fatal(f"{doing}: it prints more than {OUTPUT_LIMIT >> 20} MiB")
                 ready.put(piece)
         finally:
             ready.put(b"")
@@ -453,7 +473,12 @@ def collect(read: Callable[[int], bytes], doing: str, take: Take = decoded) -> B
         if reading.error:
             raise reading.error
 
-    return Background(lambda: take(pieces()))
+    def text() -> str:
+        if take:
+            return take(pieces())
+        return b"".join(Meter(doing, TEXT_LIMIT, TEXT_LIMIT).passing(pieces())).decode(*CODING)
+
+    return Background(text)
 
 
 def feed(write: Callable[[bytes], object], close: Callable[[], object], text: str) -> Background:
@@ -486,7 +511,7 @@ def execute(
     doing: str,
     group: bool = False,
     terminal: bool = False,
-    take: Take = decoded,
+    take: Take | None = None,
 ) -> Result:
     """Runs a program with an input, or at the terminal; at the deadline Fatal, and it is killed.
 
@@ -507,7 +532,7 @@ def execute(
     # not communicate(), which takes whatever comes
     if child.stdin:
         feed(child.stdin.write, child.stdin.close, text)
-    pairs = [(child.stdout, take), (child.stderr, decoded)]
+    pairs = [(child.stdout, take), (child.stderr, None)]
     taking = [collect(file.read1, doing, each) for file, each in pairs if file]
     try:
         texts = [each.result(deadline, doing, 0) for each in taking]
@@ -554,6 +579,16 @@ class Mark(NamedTuple):
 
     forwarded: int
     masquerade: int
+
+
+class Range(NamedTuple):
+    """Ports, both ends included."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
 
 
 class Login(NamedTuple):
@@ -614,6 +649,45 @@ def to_mark(text: str) -> Mark:
 def items(text: str) -> list[str]:
     """What stands between the commas, without white space and empty ones."""
     return [item for part in re.findall("[^,]+", text) if (item := part.strip(" \t\r\n"))]
+
+
+def to_range(text: str) -> Range | None:
+    """Reads "25" or "8000-8010", None if it is neither. Raises ValueError if it is no port."""
+    # no leading zeros: to some programs, iptables among them, they mean an octal number
+    match = re.fullmatch(r"(0|[1-9][0-9]*)(?:[ \t]*-[ \t]*(0|[1-9][0-9]*))?", text)
+    if not match:
+        return None
+    ends = [match[1], match[2] or match[1]]
+    if any(len(end) > 5 or not 1 <= int(end) <= 65535 for end in ends):
+        raise ValueError(f"{quoted(text)} is out of range; ports are 1 to 65535")
+    if int(ends[0]) > int(ends[1]):
+        raise ValueError(f"{quoted(text)} runs backwards; write the lower port first")
+    return Range(int(ends[0]), int(ends[1]))
+
+
+class Allowed(NamedTuple):
+    """External ports that Services may take: of a protocol, or of all where that is empty."""
+
+    ports: Range
+    protocol: str
+
+    def __str__(self) -> str:
+        return f"{self.ports}{self.protocol and '/'}{self.protocol}"
+
+    def has(self, protocol: str, port: int) -> bool:
+        return self.protocol in ("", protocol) and self.ports.first <= port <= self.ports.last
+
+
+def to_ports(text: str) -> tuple[Allowed, ...]:
+    allowed = []
+    for item in items(text) or [text]:
+        external, slash, protocol = (part.strip(" \t\r\n") for part in item.lower().partition("/"))
+        ports = to_range(external)
+        if not ports or (slash and protocol not in PROTOCOLS):
+            accepted = "accepted are ones like 25, 8000-8999/tcp, 53/udp"
+            raise ValueError(f"{quoted(item)} is no port; {accepted}")
+        allowed.append(Allowed(ports, protocol))
+    return tuple(dict.fromkeys(allowed))
 
 
 def to_interfaces(text: str) -> tuple[str, ...]:
@@ -727,6 +801,7 @@ class Options:
     )
     max_nodes: int = setting("EPOK_MAX_NODES", "16", number_of("a number of nodes above zero"))
     masquerade: str = setting("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
+    ports: tuple[Allowed, ...] = setting("EPOK_PORTS", ALL_BUT_SSH, to_ports)
     publish: tuple[str, ...] = setting("EPOK_PUBLISH", "none", to_published)
     mark: Mark = setting("EPOK_MARK", "0x30000000", to_mark)
     kubeconfig: str = setting("KUBECONFIG", "", str)
@@ -1900,9 +1975,10 @@ class Cluster:
     def all_pages(self, kind: Kind, selector: str) -> list[Any]:
         kept: list[Any] = []
         versions: set[str] = set()
-        query = {"limit": "500", **({"labelSelector": selector} if selector else {})}
+        query: dict[str, Any] = {"labelSelector": selector} if selector else {}
+        query["limit"] = PAGE_OBJECTS
         while page := persist(self.deadline, self.page, kind, query, self.deadline):
-            objects, meta = page
+            objects, meta, query["limit"] = page
             versions.add(meta.resource_version or "")
             if len(versions) > 1:  # what has moved to a page that was read before would be missing
                 raise Transient(f"{self.name}: the list of {kind.path} changed between two pages")
@@ -1913,11 +1989,21 @@ class Cluster:
         raise Transient(f"{self.name}: the list of {kind.path} expired between two pages")
 
     def page(
-        self, kind: Kind, query: Mapping[str, str], deadline: Deadline
-    ) -> tuple[list[Any], ListMetadata] | None:
-        """What matters of one page, and its metadata; None when its continue token has expired."""
+        self, kind: Kind, query: Mapping[str, Any], deadline: Deadline
+    ) -> tuple[list[Any], ListMetadata, int] | None:
+        """What matters of one page, its metadata, and how many objects the next one should have.
+
+        None when its continue token has expired.
+        """
         words = urllib.parse.urlencode(query, quote_via=urllib.parse.quote, safe="/")
-        answer = self.request("GET", kind.path, deadline, f"?{words}")
+        limit = query.get("limit", 1)
+        most = ANSWER_LIMIT if limit == 1 else PAGE_LIMIT
+        answer = self.request("GET", kind.path, deadline, f"?{words}", most=most)
+        if len(answer.data) > most:
+            if limit > 1:
+                return self.page(kind, {**query, "limit": -(-limit // 8)}, deadline)
+            what = f"more than {ANSWER_LIMIT >> 20} MiB in one answer"
+            raise Fatal(f"{self.name}: {what}; nothing was changed")
         if answer.status == 410:
             return None
         if answer.status != 200:
@@ -1927,7 +2013,9 @@ class Cluster:
         if (page.api_version, page.kind) != (version, name) or page.items is None:
             told = quoted(status_message(answer.data))
             raise Fatal(f"{self.name} answers no {name} of {version} in JSON, but {told}")
-        return needed(kind, page.items), page.metadata or ListMetadata()
+        fitting = len(page.items) * PAGE_LIMIT // (2 * len(answer.data))
+        following = max(1, min(fitting, PAGE_OBJECTS))
+        return needed(kind, page.items), page.metadata or ListMetadata(), following
 
     def decode(self, body: bytes, form: type[T], what: str) -> T:
         """A whole answer as the struct. Raises Fatal."""
@@ -1942,9 +2030,18 @@ class Cluster:
             ) from None
 
     def request(
-        self, method: str, path: str, deadline: Deadline, query: str = "", body: Any = None
+        self,
+        method: str,
+        path: str,
+        deadline: Deadline,
+        query: str = "",
+        body: Any = None,
+        most: int = PAGE_LIMIT,
     ) -> Answer:
-        """The answer, whatever its status; PATCH merges the body in. Raises Transient or Fatal."""
+        """The answer, whatever its status, cut off where it has more than `most` bytes.
+
+        PATCH merges the body in. Raises Transient or Fatal.
+        """
         import urllib3
 
         # as UTF-8, which Go sends; http.client makes latin-1 of it
@@ -1959,7 +2056,7 @@ class Cluster:
         url = f"{self.access.server}{path}{query}"
         try:
             answer = self.pool.request(method, url, headers=headers, json=body, **how)
-            content = self.body_of(answer)
+            content = self.body_of(answer, most)
         except urllib3.exceptions.SSLError as error:
             what = f"{self.name}: {one_line(error)}"
             if "EOF" in str(error):  # a load balancer, say, whose API server is about to come back
@@ -1986,15 +2083,15 @@ class Cluster:
             why = "user:password@ in its address is missing or wrong"
         return Fatal(f"{self.name}: the proxy {what}: {why}; see proxy-url, or HTTPS_PROXY")
 
-    def body_of(self, answer: Any) -> bytes:
-        """All of a body, unpacked. Raises OSError if it breaks off, Fatal if it does not end."""
+    @staticmethod
+    def body_of(answer: Any, most: int) -> bytes:
+        """A body, unpacked, or a byte more than the most of it. Raises OSError if it breaks off."""
         try:
-            body: bytes = answer.read(ANSWER_LIMIT)
+            body: bytes = answer.read(most + 1)
         except ValueError as error:  # the length of a chunk is less than nothing, say
             raise OSError(one_line(error)) from None
-        if len(body) == ANSWER_LIMIT:
-            what = f"more than {ANSWER_LIMIT >> 20} MiB in one answer"
-            raise Fatal(f"{self.name}: {what}; nothing was changed")
+        if len(body) > most:
+            answer.close()
         return body
 
     def refusal(self, answer: Answer, verb: str, resource: str, group: str = "") -> Exception:
@@ -2300,11 +2397,17 @@ class Forward(Route):
 
 
 class Rejection(NamedTuple):
-    """A mapping, or with an empty `mapping` a whole Service, that cannot stand, and why."""
+    """A mapping, or with an empty `mapping` a whole Service, that cannot stand, and why.
+
+    It may stand for a `number` of them. `told` is the reason in words for the Service's own
+    namespace, which name no other.
+    """
 
     service: str
     mapping: str
     reason: str
+    told: str = ""
+    number: int = 1
 
     def __str__(self) -> str:
         return f"{self.service}: {self.message}"
@@ -2313,25 +2416,24 @@ class Rejection(NamedTuple):
     def message(self) -> str:
         return f"{self.mapping and quoted(self.mapping) + ': '}{self.reason}"
 
+    def event(self, name: str) -> Event:
+        message = self._replace(reason=self.told or self.reason).message
+        return Event(self.service, "Warning", name, message)
 
-def brief(rejections: Iterable[Rejection]) -> Iterator[Rejection]:
-    """The first ten of each Service, and how many more there are."""
-    for service, group in itertools.groupby(rejections, lambda rejection: rejection.service):
-        its = list(group)
-        yield from its[:10]
-        if len(its) > 10:
-            yield Rejection(service, "", f"{len(its) - 10} more mappings")
+    def document(self) -> dict[str, str]:
+        return {"service": self.service, "mapping": self.mapping, "reason": self.reason}
 
 
 @dataclass
 class Plan:
     """What shall be forwarded, what cannot be, and what a person should know.
 
-    `unknown` are annotations that stop nothing; `claims` and `places` are for --explain. `fates`
-    tell of the ports of Services of epok's class, each by its own number, what keeps it from being
-    forwarded from that, or that nothing does.
+    `unknown` are annotations that stop nothing; `claims` and `places` are of the Service that is
+    `explained`, of which all reasons are kept. `fates` tell of the ports of Services of epok's
+    class, each by its own number, what keeps it from being forwarded from that, or nothing.
     """
 
+    explained: str = ""
     forwards: list[Forward] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -2339,9 +2441,18 @@ class Plan:
     claims: list[Claim] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
     fates: dict[tuple[str, str, int], str] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)  # of rejections, by Service
 
-    def reject(self, service: Service, why: object, mapping: str = "") -> None:
-        self.rejections.append(Rejection(service.key, mapping, str(why)))
+    def reject(self, service: Service, why: object, mapping: str = "", told: str = "") -> None:
+        """Notes why; of a Service with many reasons the first ones, and how many more there are."""
+        made = Rejection(service.key, mapping, str(why), told)
+        number = self.numbers[service.key] = self.numbers.get(service.key, 0) + 1
+        more = 0 if service.key == self.explained else number - MAX_REASONS
+        if more > 0:
+            made = Rejection(service.key, "", f"{more} more {plural(more, 'mapping')}", number=more)
+        if more > 1:
+            self.rejections.pop()  # how many more there were so far
+        self.rejections.append(made)
 
     def decide(self, service: Service, claim: Claim, error: str = "") -> None:
         """Notes the fate of a Service's port, for its status."""
@@ -2352,36 +2463,12 @@ class Plan:
             self.fates.setdefault(key, "OtherPort")
 
 
-class Range(NamedTuple):
-    """Ports, both ends included."""
-
-    first: int
-    last: int
-
-    def __str__(self) -> str:
-        return f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
-
-
 class PortMapping(NamedTuple):
     """A mapping as written; `target` is a NodePort range, the name of a port, or None."""
 
     external: Range
     target: Range | str | None
     protocol: str
-
-
-def to_range(text: str) -> Range | None:
-    """Reads "25" or "8000-8010", None if it is neither. Raises ValueError if it is no port."""
-    # no leading zeros: to some programs, iptables among them, they mean an octal number
-    match = re.fullmatch(r"(0|[1-9][0-9]*)(?:[ \t]*-[ \t]*(0|[1-9][0-9]*))?", text)
-    if not match:
-        return None
-    ends = [match[1], match[2] or match[1]]
-    if any(len(end) > 5 or not 1 <= int(end) <= 65535 for end in ends):
-        raise ValueError(f"{quoted(text)} is out of range; ports are 1 to 65535")
-    if int(ends[0]) > int(ends[1]):
-        raise ValueError(f"{quoted(text)} runs backwards; write the lower port first")
-    return Range(int(ends[0]), int(ends[1]))
 
 
 def to_mapping(text: str) -> PortMapping:
@@ -2673,15 +2760,22 @@ def places_of(
     return [place for family in families for place in highest(service.key, family, most)]
 
 
-def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset()) -> Plan:
-    """Decides what is forwarded; `own` are the names of the nodes that the host itself is."""
-    plan = Plan()
+def make_plan(
+    snapshot: Snapshot, options: Options, own: Set[str] = frozenset(), login_port: int = 0
+) -> Plan:
+    """Decides what is forwarded.
+
+    `own` are the names of the nodes that the host itself is, `login_port` is that of Facts.
+    """
+    plan = Plan(options.explain)
+    left = dict.fromkeys((4, 6), MAX_RULES)
     chosen = [] if own else choose_nodes(snapshot.nodes, plan)
     candidates = node_places(snapshot.nodes, chosen)
     nodes = Nodes(candidates, each_address_once(candidates))
     taken: dict[tuple[str, int], tuple[str, int]] = {}
     if options.executor == "ssh":
-        taken = {("tcp", login.port): ("", 0) for login in options.host}
+        logins = {login_port, *(login.port for login in options.host)}
+        taken = {("tcp", port): ("", 0) for port in logins}
     # the older Service wins a port that two ask for
     for service in sorted(snapshot.services, key=lambda each: (each.created or "~", each.key)):
         try:
@@ -2690,7 +2784,7 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
         except ValueError as error:
             plan.reject(service, error)
             continue
-        claims = list(granted(service, taken, plan))
+        claims = list(granted(service, taken, options, plan))
         places = places_of(service, snapshot, nodes, own, options)
         if service.key == options.explain:
             plan.claims, plan.places = claims, places
@@ -2703,10 +2797,63 @@ def make_plan(snapshot: Snapshot, options: Options, own: Set[str] = frozenset())
         if len(merged) * len(sources or ()) > MAX_SOURCES:
             what = f"{len(merged)} external ports for {len(sources or ())} networks"
             plan.reject(service, f"{what} make more than {MAX_SOURCES} rules; ask for fewer")
-        else:
-            plan.forwards += merged
+            continue
+        costs = rule_counts(service, places, sources)
+        plan.forwards += affordable(service, merged, claims, costs, left, plan)
     plan.forwards.sort(key=lambda forward: (forward.first, forward.protocol))
     return plan
+
+
+def rule_counts(
+    service: Service, places: Iterable[Place], sources: tuple[Network, ...] | None
+) -> dict[int, int]:
+    """How many rules each forward of a Service takes, by IP version."""
+    counts: dict[int, int] = {}
+    for version in sorted({place.address.version for place in places if place.live}):
+        its = [place for place in places if place.address.version == version]
+        live = sum(place.live for place in its)
+        picks = live
+        if service.sticky and live > 1:
+            picks = 2 * bucket_count(sum(not place.stand_in for place in its))
+        networks = sum(network.version == version for network in sources or ())
+        if sources is None or networks:
+            counts[version] = picks + networks + 2  # the mark, and what leads there
+    return counts
+
+
+def affordable(
+    service: Service,
+    forwards: Iterable[Forward],
+    claims: Sequence[Claim],
+    costs: Mapping[int, int],
+    left: dict[int, int],
+    plan: Plan,
+) -> Iterator[Forward]:
+    """Those of a Service's forwards for which there are rules left; it rejects the others."""
+    for forward in forwards:
+        lacking = [version for version in costs if costs[version] > left[version]]
+        if not lacking:
+            left.update({version: left[version] - cost for version, cost in costs.items()})
+            yield forward
+            continue
+        what = f"external port {Range(forward.first, forward.last)} ({forward.protocol})"
+        rules = (
+            f"{costs[lacking[0]]} rules, more than are left of {MAX_RULES:,} for IPv{lacking[0]}"
+        )
+        why = f"{what} would take {rules}, which older Services get first"
+        its = [
+            each
+            for each in claims
+            if each.port.protocol == forward.protocol
+            and forward.first <= each.external <= forward.last
+        ]
+        for mapping in dict.fromkeys(claim.mapping for claim in its):
+            plan.reject(service, f"{why}; ask for fewer ports or networks", mapping)
+
+
+def bucket_count(known: int) -> int:
+    """Into how many parts clients are divided that are shared out over so many places."""
+    return max(64, 1 << (4 * known - 1).bit_length())
 
 
 def nowhere(
@@ -2723,25 +2870,35 @@ def nowhere(
 
 
 def granted(
-    service: Service, taken: dict[tuple[str, int], tuple[str, int]], plan: Plan
+    service: Service, taken: dict[tuple[str, int], tuple[str, int]], options: Options, plan: Plan
 ) -> Iterator[Claim]:
     """The claims of a Service that nobody made before; `taken` learns them."""
-    refused: dict[tuple[str, str], list[Claim]] = {}
+    refused: dict[tuple[str, str, str], list[Claim]] = {}
     for claim in claims_of(service, plan):
         key, wish = (claim.port.protocol, claim.external), (service.key, claim.port.node_port)
-        if key not in taken:
+        if key not in taken and any(allowed.has(*key) for allowed in options.ports):
             taken[key] = wish
             plan.decide(service, claim)
             yield claim
-        if (owner := taken[key]) == wish:  # a mapping given twice counts once
             continue
-        reason = f"taken by {owner[0]}" if owner[0] else "the host's own SSH port, kept for epok"
-        plan.decide(service, claim, "PortTaken" if owner[0] else "PortReserved")
-        refused.setdefault((claim.mapping, reason), []).append(claim)
-    for (mapping, reason), claims in refused.items():
+        owner, port = taken.get(key, (None, 0))
+        if (owner, port) == wish:  # a mapping given twice counts once
+            continue
+        reason = told = "the host's own SSH port, kept for epok"
+        if owner is None:
+            reason = told = f"not in --ports ({enumerated(map(str, options.ports))})"
+        elif owner:
+            reason, told = f"taken by {owner}", "taken by an older Service"
+            if owner == service.key:
+                told = "taken by another mapping of this Service"
+        error = {None: "PortNotAllowed", "": "PortReserved"}.get(owner, "PortTaken")
+        plan.decide(service, claim, error)
+        refused.setdefault((claim.mapping, reason, told), []).append(claim)
+    for (mapping, reason, told), claims in refused.items():
         ports = spans({claim.external for claim in claims})
         protocols = ", ".join(sorted({claim.port.protocol for claim in claims}))
-        plan.reject(service, f"external port {ports} ({protocols}) is {reason}", mapping)
+        what = f"external port {ports} ({protocols}) is "
+        plan.reject(service, what + reason, mapping, what + told)
 
 
 def spans(ports: Iterable[int]) -> str:
@@ -3116,9 +3273,7 @@ def buckets_of(known: tuple[str, ...], live: tuple[str, ...]) -> list[int]:
     2016); a bucket whose owner is not live goes to the live name that likes it best. So a client
     is with its own node whenever that is there.
     """
-    count = 64
-    while count < 4 * len(known):
-        count *= 2
+    count = bucket_count(len(known))
     wishes = {}
     for name in known:
         wishes[name] = iter(sorted(range(count), key=likings(name, count).__getitem__))
@@ -3400,8 +3555,9 @@ class Saved:
     messages: how it begins, and what nft says of rules that it cannot print.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, meter: Meter | None = None) -> None:
         self.name, self.table, self.said = name, Table(), ""
+        self.meter = meter or Meter("rules", RULES_LIMIT, RULES_LINES)
         self.others: dict[str, list[str]] = {}
         self.policies: dict[str, str] = {}
         self.seen = self.inside = self.broken = self.foremost = False
@@ -3414,7 +3570,7 @@ class Saved:
 
     def take(self, pieces: Iterable[bytes]) -> str:
         """Reads all that a command prints; returns what a message needs of it."""
-        return self.read(lines_of(pieces)).said
+        return self.read(lines_of(self.meter.passing(pieces))).said
 
     def read(self, lines: Iterable[str]) -> Saved:
         parts = (found for line in lines if (found := SAVED_LINE.match(line)))
@@ -3624,6 +3780,7 @@ class Command(enum.Enum):
         "whether the host forwards packets",
     )
     ADDRESSES = "ip -br addr", False, "the interfaces, and whether the host is itself a node"
+    CONNECTION = "printenv SSH_CONNECTION", False, "the port that epok logs in by, seen from there"
     # what only looks
     COUNTS = "TOOL-save -c -t nat", True, "how many connections came: to show, and as metrics"
     NETCONF = "ip netconf", False, "whether rp_filter drops what comes"
@@ -3640,7 +3797,7 @@ class Command(enum.Enum):
     def argv(self, sudo: Sequence[str], *values: object) -> tuple[str, ...]:
         """The command, behind `sudo` where it takes root, with values in place of the capitals."""
         left = map(str, values)
-        words = (re.sub("[A-Z]{2,}", lambda _: next(left), word) for word in self.text.split())
+        words = (re.sub(r"\b[A-Z]{2,}\b", lambda _: next(left), word) for word in self.text.split())
         return (*(sudo if self.as_root else ()), *words)
 
 
@@ -3673,7 +3830,7 @@ class LocalHost:
         return bool(ambient and int(ambient[1], 16) >> 12 & 1)
 
     def run(
-        self, argv: Sequence[str], text: str, deadline: Deadline, take: Take = decoded
+        self, argv: Sequence[str], text: str, deadline: Deadline, take: Take | None = None
     ) -> Result:
         path = os.pathsep.join(
             filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin", "/usr/bin", "/bin"))
@@ -3719,7 +3876,7 @@ class SshHost:
         return "" if result.status == 0 else result.said.rpartition(": ")[2]
 
     def run(
-        self, argv: Sequence[str], text: str, deadline: Deadline, take: Take = decoded
+        self, argv: Sequence[str], text: str, deadline: Deadline, take: Take | None = None
     ) -> Result:
         """Runs a command over the one connection, which is made when there is none.
 
@@ -3750,7 +3907,7 @@ class SshHost:
             raise kind(f"{doing}: {one_line(error)}") from None
 
     def talk(
-        self, channel: Any, argv: Sequence[str], text: str, deadline: Deadline, take: Take
+        self, channel: Any, argv: Sequence[str], text: str, deadline: Deadline, take: Take | None
     ) -> Result:
         """Runs a command in a session of its own."""
         command = shlex.join(argv)
@@ -4164,10 +4321,15 @@ Host = LocalHost | SshHost
 
 
 class Facts(NamedTuple):
-    """Interfaces of a host with their addresses, and by IP version whether it forwards packets."""
+    """Interfaces of a host with their addresses, and by IP version whether it forwards packets.
+
+    `login_port` is where its SSH server has epok's connection, which a router may have brought
+    there from another port; 0 where that is not known.
+    """
 
     interfaces: Mapping[str, Sequence[Address]]
     forwarding: Mapping[int, bool]
+    login_port: int = 0
 
     @property
     def addresses(self) -> list[Address]:
@@ -4189,7 +4351,20 @@ def read_facts(host: Host, deadline: Deadline) -> Facts:
         interfaces[words[0].split("@")[0]] = [address for address in addresses if address]
     values = host.run(Command.FORWARDING.argv(host.sudo), "", deadline).out.split()
     forwarding = {version: value != "0" for version, value in zip((4, 6), values, strict=False)}
-    return Facts(interfaces, forwarding)
+    return Facts(interfaces, forwarding, login_port(host, deadline))
+
+
+def login_port(host: Host, deadline: Deadline) -> int:
+    """The port of a host that epok has logged in by, as the host itself sees it; 0 if unknown."""
+    if isinstance(host, LocalHost) or host.options.clean:
+        return 0
+    result = host.run(Command.CONNECTION.argv(host.sudo), "", deadline)
+    if port := re.fullmatch(r"\S+ [0-9]+ \S+ ([0-9]{1,5})\n", result.out):
+        return int(port[1])
+    told = f"{host.name}: {Command.CONNECTION.text}: {result.said}; so epok keeps for itself only"
+    told += f" port {host.login.port}, and not the one that a router may have brought it to"
+    log.warning("%s%s", told, ANOTHER_GATE * (result.status != 127))
+    return 0
 
 
 def read_all_tables(host: Host, deadline: Deadline, counted: bool = False) -> Found:
@@ -4203,8 +4378,10 @@ def read_tables(
     host: Host, family: Family, names: Sequence[str], deadline: Deadline, counted: bool = False
 ) -> Tables | None:
     """epok's part of some tables, None when the host has no such IP version. Raises Fatal."""
+    meter = Meter(f"{host.name}: {family.tool}-save", RULES_LIMIT, RULES_LINES)
+    how = meter, deadline, counted
     reading = [
-        (name, Background(persist, deadline, read_table, host, family, name, deadline, counted))
+        (name, Background(persist, deadline, read_table, host, family, name, *how))
         for name in names
     ]
     tables = {}
@@ -4216,17 +4393,17 @@ def read_tables(
 
 
 def read_table(
-    host: Host, family: Family, name: str, deadline: Deadline, counted: bool
+    host: Host, family: Family, name: str, meter: Meter, deadline: Deadline, counted: bool
 ) -> Table | None:
     """epok's part of a table, None when the host lacks the IP version. Raises Transient, Fatal."""
     argv = asked = Command.SAVE.argv(host.sudo, family.tool, name)
     if counted and name == "nat":
         asked = Command.COUNTS.argv(host.sudo, family.tool)
-    saved = Saved(name)
+    saved = Saved(name, meter)
     result = host.run(asked, "", deadline, saved.take)
     if asked != argv and result.status not in (0, 127):  # of an older gate, or sudoers
         log.debug("%s: %s: %s; so there are no counts", host.name, shlex.join(asked), result.said)
-        return read_table(host, family, name, deadline, counted=False)
+        return read_table(host, family, name, meter, deadline, counted=False)
     lacking = r"command not found|Address family not supported|Table does not exist"
     if family.version == 6 and (
         result.status == 127 or (result.status != 0 and re.search(lacking, result.err))
@@ -4598,6 +4775,21 @@ def grouped(forwards: Iterable[Forward]) -> dict[str, list[Forward]]:
     return by_service
 
 
+def in_turn(remarks: Iterable[T], name: Callable[[T], str]) -> list[T]:
+    """One of each namespace, then another of each, and so on: none keeps the others from a hearing.
+
+    `name` begins with it.
+    """
+    turns: dict[str, int] = {}
+
+    def turn(remark: T) -> int:
+        namespace = name(remark).partition("/")[0]
+        turns[namespace] = turns.get(namespace, 0) + 1
+        return turns[namespace]
+
+    return sorted(remarks, key=turn)
+
+
 class Planner:
     """Makes the tables for each host from one snapshot; one that is itself a node has others."""
 
@@ -4611,9 +4803,10 @@ class Planner:
         if options.publish:
             services = self.snapshot.services
             self.publisher = Publisher(options, self.reader.source, services, self.plan)
-        self.plans: dict[Set[str], Plan] = {}
-        self.rulesets: dict[Set[str], Wanted] = {}
-        self.untold: list[Event] = []
+        self.plans: dict[tuple[Set[str], int], Plan] = {}
+        self.rulesets: dict[tuple[Set[str], int], Wanted] = {}
+        self.announced: set[str] = set()
+        self.untold: dict[Event, None] = {}
         self.lock = threading.Lock()
 
     def own(self, facts: Facts) -> Set[str]:
@@ -4622,39 +4815,48 @@ class Planner:
         nodes = self.snapshot.nodes
         return frozenset(node.name for node in nodes if not addresses.isdisjoint(node.addresses))
 
+    def key(self, facts: Facts) -> tuple[Set[str], int]:
+        """What hosts that get the same have alike: the nodes that they are, and a port to keep."""
+        dialed = {login.port for login in self.options.host}
+        return self.own(facts), 0 if facts.login_port in dialed else facts.login_port
+
     def plan(self, facts: Facts) -> Plan:
         """What shall be forwarded. Raises Fatal."""
-        own, explain = self.own(facts), self.options.explain
+        key, explain = self.key(facts), self.options.explain
         with self.lock:
-            if own not in self.plans:
+            if key not in self.plans:
                 with timed(self.seconds, "plan"):
-                    self.snapshot = self.reader.with_endpoints(self.snapshot, bool(own), explain)
-                    self.plans[own] = make_plan(self.snapshot, self.options, own)
+                    self.snapshot = self.reader.with_endpoints(self.snapshot, bool(key[0]), explain)
+                    self.plans[key] = make_plan(self.snapshot, self.options, *key)
                 if not self.options.looks:
-                    self.announce(self.plans[own])
-            return self.plans[own]
+                    self.announce(self.plans[key])
+            return self.plans[key]
 
     def wanted(self, facts: Facts) -> Wanted:
         """The rules for it. Raises Fatal."""
-        plan, own = self.plan(facts), self.own(facts)
+        plan, key = self.plan(facts), self.key(facts)
         with self.lock:
-            if own not in self.rulesets:
+            if key not in self.rulesets:
                 with timed(self.seconds, "ruleset"):
-                    self.rulesets[own] = rendered(plan, self.options)
-            return self.rulesets[own]
+                    self.rulesets[key] = rendered(plan, self.options)
+            return self.rulesets[key]
 
     def announce(self, plan: Plan) -> None:
-        for warning in plan.warnings:
-            log.warning("%s", warning)
-        for remark in plan.unknown:
-            log.warning("%s", remark)
-            self.note("UnknownAnnotation", remark)
-        for rejection in brief(plan.rejections):
-            log.warning("rejected: %s", rejection)
-            self.note("ExternalPortRejected", rejection)
-
-    def note(self, reason: str, remark: Rejection) -> None:
-        self.untold.append(Event(remark.service, "Warning", reason, remark.message))
+        """Logs what is wrong in the cluster, and keeps it for Events; what has been said, once."""
+        lines = [*plan.warnings, *map(str, plan.unknown)]
+        lines += [f"rejected: {rejection}" for rejection in plan.rejections]
+        lines = [line for line in lines if line not in self.announced]
+        self.announced.update(lines)
+        more = len(lines) - MAX_LINES
+        if more > 0:
+            lines = in_turn(lines, lambda line: line.removeprefix("rejected: "))[:MAX_LINES]
+        for line in lines:
+            log.warning("%s", line)
+        if more > 0:
+            log.warning("%d more warnings like these; --status shows all of them", more)
+        events = [each.event("UnknownAnnotation") for each in plan.unknown]
+        events += [each.event("ExternalPortRejected") for each in plan.rejections]
+        self.untold |= dict.fromkeys(events)
 
     def tell(self, news: Iterable[Event]) -> None:
         """Writes Events about a host, then those about rejections, which the first host takes.
@@ -4662,8 +4864,10 @@ class Planner:
         That they cannot be written is a warning, since the host is right without them.
         """
         with self.lock:
-            # in any order: where the time does not suffice for all, each gets its turn
-            events, self.untold = [*news, *random.sample(self.untold, len(self.untold))], []
+            untold, self.untold = [*self.untold], {}
+        # in any order: where the time does not suffice for all, each gets its turn
+        events = [*news, *random.sample(untold, len(untold))]
+        events = in_turn(events, lambda event: event.service)
         source = self.reader.source
         if not events or not isinstance(source, Cluster):
             return
@@ -4769,7 +4973,7 @@ def metrics_text(
     if planner:
         samples += step_samples("", planner.seconds)
         rejections = {rejection for plan in planner.plans.values() for rejection in plan.rejections}
-        samples.append(("rejections", len(rejections), {}))
+        samples.append(("rejections", sum(each.number for each in rejections), {}))
     samples.append(("duration_seconds", seconds, {}))
     metrics: dict[str, str] = {}
     for name, value, labels in samples:
@@ -5722,7 +5926,7 @@ class Status:
             "forwards": [live.document() for live in self.lives],
             "cluster": self.cluster,
             "pending": [change.document() for change in self.pending],
-            "rejected": [rejection._asdict() for rejection in self.rejections],
+            "rejected": [each.document() for each in self.rejections],
             "warnings": self.warnings,
             "published": msgspec.to_builtins(self.published),
             "checks": [check.document() for check in self.checks],

@@ -371,7 +371,7 @@ def test_an_answer_without_end_does_not_fill_the_memory(
 ) -> None:
     api.misbehave("services", behaviour)
     done = run(lab, "--kubeconfig", config, through=LITTLE)
-    assert_failed(lab, done, before, "more than 128 MiB")
+    assert_failed(lab, done, before, "more than 64 MiB in one answer")
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

@@ -152,6 +152,11 @@ def test_whatever_epok_does_gets_through(lab: Lab, client: Client) -> None:
     restore(lab, "*filter\n-F\n-X MINE\n:FORWARD ACCEPT [0:0]\nCOMMIT\n*nat\n-F\n-X MINE\nCOMMIT\n")
 
 
+def test_it_tells_the_port_that_epok_logs_in_by(client: Client) -> None:
+    answer = client.ssh("printenv SSH_CONNECTION")
+    assert answer.status == 0 and re.fullmatch(rf"\S+ \d+ {HOST} 22\n", answer.out), answer
+
+
 def test_udp_clients_of_before_are_sent_the_new_way(lab: Lab, client: Client) -> None:
     assert client.epok(services=(DNS,)).status == 0
     other = service("dns", "53:30080", [port(53, 30080, protocol="UDP")], families=("IPv4", "IPv6"))
@@ -1020,7 +1025,8 @@ def test_sudo_lets_nothing_through_that_only_resembles_epoks_words(
 LATER_IN_THE_GATE = {
     'SAVE = "ip6?tables(?:-save -t (?:nat|filter)|-save -c -t nat|-(?:legacy|nft)-save)"':
         'SAVE = "ip6?tables-save -t (?:nat|filter)"',
-    '    "ip netconf",\n    "ip route",\n    "ss -Hltun",\n    "nft -j list chains",\n': "",
+    '    "ip netconf",\n    "ip route",\n    "ss -Hltun",\n': "",
+    '    "printenv SSH_CONNECTION",\n    "nft -j list chains",\n': "",
     '    f"nft -j list chain (?:ip|ip6|inet) {NFT_NAME} {NFT_NAME}",\n': "",
     'f"nc -nvz ': 'f"no nc ',
 }  # fmt: skip
@@ -1049,14 +1055,16 @@ def test_an_older_gate_or_sudoers_lets_runs_go_on_and_says_what_cannot_be_seen(
 ) -> None:
     somebody = operator(lab, bare, args, tmp_path)
     make_older(bare, args)
-    for more, lines in (((), 1), (("--metrics-file", str(tmp_path / "epok.prom")), 3)):
+    port = r"printenv SSH_CONNECTION: epok-gate: refused.* run cron/setup-host of this epok on the host"
+    for more, lines in (((), 2), (("--metrics-file", str(tmp_path / "epok.prom")), 4)):
         before = len(bare.logged("epok-gate"))
         done = somebody.epok(*more)
-        assert done.status == 0 and "warning" not in done.err, done.err
+        assert done.status == 0 and done.err.count("warning: ") == (not args), done.err
+        assert bool(re.search(port, done.err)) == (not args), done.err
         logged = [line for line in bare.logged("epok-gate")[before:] if "refused" in line]
         assert len(logged) == (0 if args else lines), logged  # sudo -n logs no refusal
     status = somebody.epok("--status")
-    assert status.status == 0 and "warning" not in status.err, status.err
+    assert status.status == 0 and status.err.count("warning: ") == (not args), status.err
     assert re.search(r"CONNECTIONS\ntcp/25 .* \?\n", status.out), status.out
     unseen = "sudo -n nft -j list chains: sudo: a password is required" if args else "ip netconf: epok-gate: refused"
     lines = [line for line in status.out.splitlines() if line.startswith("maybe")]

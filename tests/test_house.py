@@ -84,7 +84,7 @@ VALUES = {
 
 def forms(command: epok.Command) -> list[str]:
     """What epok may send of a command, without sudo."""
-    names = re.findall("[A-Z]{2,}", command.text)
+    names = re.findall(r"\b[A-Z]{2,}\b", command.text)
     every = [command.argv((), *values) for values in itertools.product(*(VALUES[name] for name in names))]
     flows = command in (epok.Command.END_FLOWS, epok.Command.END_FLOWS_6)
     own = VALUES["ADDRESS"][command is not epok.Command.END_FLOWS]
@@ -127,7 +127,7 @@ def test_the_readme_says_each_command_and_no_other() -> None:
     short = {"TOOL": ("iptables",), "BACKEND": VALUES["BACKEND"], "TABLE": VALUES["TABLE"]}
     expected = {}
     for command in epok.Command:
-        names = re.findall("[A-Z]{2,}", command.text)
+        names = re.findall(r"\b[A-Z]{2,}\b", command.text)
         given = {"FAMILY": ("FAMILY",), **short, **({"TABLE": ("TABLE",)} if "FAMILY" in names else {})}
         every = itertools.product(*(given.get(name, (name,)) for name in names))
         expected |= {" ".join(command.argv((), *values)): command.as_root for values in every if command is not flows}

@@ -47,6 +47,7 @@ ROWS = [
     Row("--batch-size", "", "EPOK_BATCH_SIZE", "2000000", 2_000_000, "1000000"),
     Row("--max-nodes", "", "EPOK_MAX_NODES", "3", 3, "100"),
     Row("--masquerade", "", "EPOK_MASQUERADE", "always", "always", "never"),
+    Row("--ports", "", "EPOK_PORTS", "25, 80 - 90/TCP", (((25, 25), ""), ((80, 90), "tcp")), "1-65535"),
     Row("--publish", "", "EPOK_PUBLISH", "192.0.2.1, 2001:DB8::1", ("192.0.2.1", "2001:db8::1"), "gw.example.org"),
     Row("--mark", "", "EPOK_MARK", "0x3", (1, 2), "12"),
     Row("--kubeconfig", "", "KUBECONFIG", "/etc/k3s.yaml", "/etc/k3s.yaml", "/other"),
@@ -145,6 +146,7 @@ def test_the_command_line_beats_the_environment_good_or_bad(row: Row, broken: bo
 DEFAULTS = {
     "executor": "local", "dry_run": False, "clean": False, "log_level": "info", "interfaces": ("eth0",),
     "external_interface": "", "addresses": (), "batch_commands": "true", "batch_size": 1_677_722, "max_nodes": 16,
+    "ports": (((1, 21), ""), ((22, 22), "udp"), ((22, 22), "sctp"), ((23, 65535), "")),
     "masquerade": "auto", "publish": (), "mark": (0x10000000, 0x20000000), "kubeconfig": "", "context": "",
     "snapshot": "", "timeout": 50, "status": False, "explain": "", "output": "text", "metrics_file": "", "host": (),
     "port": 22, "key": "", "known_hosts": "", "host_key": (),
@@ -242,6 +244,8 @@ def test_clean_needs_no_interfaces(argv: list[str]) -> None:
     ("--addresses", "192.0.2.9/255.255.255.0", networks("192.0.2.0/24")),
     ("--masquerade", "NEVER", "never"),
     ("--masquerade", "auto", "auto"),
+    ("--ports", ",25,\n53/ UDP , 25", (((25, 25), ""), ((53, 53), "udp"))),
+    ("--ports", "1-65535/sctp", (((1, 65535), "sctp"),)),
     ("--publish", "auto", ("auto",)),
     ("--publish", "NONE", ()),
     ("--publish", "gw.example.ORG", ("gw.example.org",)),
@@ -288,6 +292,9 @@ BAD = {  # option: what its message shows of what is accepted, and texts that ar
     "--batch-size": ("bytes", [
         "0", "-1", "+1", "1M", "1e6", "1.5", "1_000_000", "0x100000", "\u0661" * 7, " ", "9" * 5_000]),
     "--masquerade": ("auto, always, never", ["yes", "true", "0", "au", "auto,never", " ", "auto\n", "x" * 101]),
+    "--ports": ("8000-8999/tcp|1 to 65535|lower port first", [
+        "0", "65536", "smtp", "25:tcp", "25/", "25/icmp", "/tcp", "9-8", "1-", "all", "025", "25/tcp/udp", "\u0662",
+        "25,x", "-22", "!22", "*", "25 26", ",", " ", "9" * 5_000, "x" * 10_000]),
     "--mark": ("0x30000000", [
         "0", "1", "7", "0x1", "0xffffffff", "0x300000000", "0x100000003", "0x", "-3", "+3", "3.0", "3_0", "010",
         "0000000003", "0b11", "0o3", "three", "0x3/0x3", "\u0663", " ", "0x3 ", "9" * 5_000, "0x" + "f" * 5_000]),

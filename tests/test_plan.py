@@ -32,13 +32,13 @@ PORTS = [
 ]  # fmt: skip
 
 
-def planned(*objects: Object, argv: Sequence[str] = LOCAL, own: Sequence[str] = ()) -> epok.Plan:
+def planned(*objects: Object, argv: Sequence[str] = LOCAL, own: Sequence[str] = (), login_port: int = 0) -> epok.Plan:
     """The plan for a cluster of these objects, with one good node when they name none; `own` nodes are the host."""
-    return planned_for(*objects, argv=argv, own=own)[0]
+    return planned_for(*objects, argv=argv, own=own, login_port=login_port)[0]
 
 
 def planned_for(
-    *objects: Object, argv: Sequence[str] = LOCAL, own: Sequence[str] = ()
+    *objects: Object, argv: Sequence[str] = LOCAL, own: Sequence[str] = (), login_port: int = 0
 ) -> tuple[epok.Plan, list[epok.Service]]:
     """And the Services of epok's class."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -48,7 +48,7 @@ def planned_for(
         options = epok.parse_options(["--snapshot", file.name, *argv], {})
         reader = epok.Reader(options, epok.Deadline(50))
         read = reader.with_endpoints(reader.snapshot(), bool(own))
-        plan = epok.make_plan(read, options, frozenset(own))
+        plan = epok.make_plan(read, options, frozenset(own), login_port)
         return plan, [each for each in read.services if each.balanced]
 
 
@@ -517,14 +517,14 @@ def test_the_first_mapping_wins_inside_one_service() -> None:
 
 
 @pytest.mark.parametrize(("argv", "annotation", "expected", "rejected"), [
-    ("local", "22:2025", ["tcp 22 all 2025"], 0),
     ("ssh -H a@h", "22:2025", [], 1),
     ("ssh -H a@h", "22:30053", ["udp 22 all 30053"], 1),
     ("ssh -H a@h", "22:30123", ["udp 22 all 30123"], 0),
     ("ssh -H a@h", "21-23:30000-30002", ["tcp 21 all 30000", "tcp 23 all 30002"], 1),
-    ("ssh -H a@h:2222", "22:2025,2222:2025", ["tcp 22 all 2025"], 1),
-    ("ssh -H a@h -p 2222", "22:2025,2222:2025", ["tcp 22 all 2025"], 1),
-    ("ssh -H a@h:2222,a@i -p 24", "22-24:30000-30002,2222:2025", ["tcp 22-23 all 30000-30001"], 2),
+    ("--ports 22 ssh -H a@h", "22:2025", [], 1),
+    ("ssh -H a@h:2222", "21:2025,2222:2025", ["tcp 21 all 2025"], 1),
+    ("ssh -H a@h -p 2222 --ports 22-2222", "22:2025,2222:2025", ["tcp 22 all 2025"], 1),
+    ("ssh -H a@h:2222,a@i -p 26", "24-26:30000-30002,2222:2025", ["tcp 24-25 all 30000-30001"], 2),
 ])  # fmt: skip
 def test_the_port_that_epok_logs_in_by_is_never_taken(
     argv: str, annotation: str, expected: list[str], rejected: int
@@ -533,6 +533,98 @@ def test_the_port_that_epok_logs_in_by_is_never_taken(
     assert forwards(plan) == expected
     assert len(plan.rejections) == rejected
     assert all("SSH" in each.reason for each in plan.rejections)
+
+
+def test_of_a_host_behind_a_router_the_port_that_it_sees_is_not_taken_either() -> None:
+    argv = ["-i", "eth0", "--ports", "1-65535", "ssh", "-H", "a@h:2222"]
+    plan = planned(service("all", "22:2025,2022:2025,25:2025", PORTS), argv=argv, login_port=2022)
+    assert forwards(plan) == ["tcp 22 all 2025", "tcp 25 all 2025"]
+    assert reasons(plan) == [
+        'default/all: "2022:2025": external port 2022 (tcp) is the host\'s own SSH port, kept for epok'
+    ]
+
+
+@pytest.mark.parametrize(("ports", "annotation", "expected", "refused"), [
+    ("", "22:2025,22:30123,22:30132,25", ["sctp 22 all 30132", "tcp 25 all 2025", "udp 22 all 30123"], ["22 (tcp)"]),
+    ("", "21-23:30000-30002", ["tcp 21 all 30000", "tcp 23 all 30002"], ["22 (tcp)"]),
+    ("22", "22:2025,25", ["tcp 22 all 2025"], ["25 (tcp)"]),
+    ("53/udp", "53", ["udp 53 all 30053"], ["53 (tcp)"]),
+    ("53/UDP, 24 - 26 / tcp", "53,25", ["tcp 25 all 2025", "udp 53 all 30053"], ["53 (tcp)"]),
+    ("8001-8002/tcp", "8000-8003", ["tcp 8001-8002 all 30001-30002"], ["8000, 8003 (tcp)"]),
+    ("1-65535", "22:2025,65535:2025", ["tcp 22 all 2025", "tcp 65535 all 2025"], []),
+])  # fmt: skip
+def test_a_port_outside_of_those_that_services_may_take_is_rejected(
+    ports: str, annotation: str, expected: list[str], refused: list[str]
+) -> None:
+    plan = planned(service("all", annotation, PORTS), argv=[*LOCAL, *(["--ports", ports] if ports else [])])
+    assert forwards(plan) == expected
+    assert re.findall(r"external port (\S.*) is not in --ports \(\S", " ".join(reasons(plan))) == refused
+
+
+def test_that_a_port_is_taken_by_another_namespace_is_told_there_without_its_name() -> None:
+    claims = [
+        service("mail", "25", [port(25, 30025)], namespace="secret", created=YEARS[0]),
+        service("mail", "25,25:30026", [port(25, 30025), port(26, 30026)], namespace="curious", created=YEARS[1]),
+        service("web", "80:30080,80:30081", [port(80, 30080), port(81, 30081)], namespace="curious", created=YEARS[1]),
+    ]
+    plan = planned(*claims)
+    assert sorted({each.reason.partition(" is ")[2] for each in plan.rejections}) == [
+        "taken by curious/web", "taken by secret/mail"]  # fmt: skip
+    told = {each.event("Rejected").message.partition(" is ")[2] for each in plan.rejections}
+    assert told == {"taken by an older Service", "taken by another mapping of this Service"}
+    assert "secret" not in repr([each.event("Rejected") for each in plan.rejections])
+
+
+# ------------------------------------------------ how much
+
+
+def webs_of(name: str, annotation: str, year: int, **annotations: str) -> Object:
+    ports = [port(n, 30000 + n, f"p{n}") for n in range(80, 90, 2)]
+    return service(name, annotation, ports, created=YEARS[year], annotations=annotations)
+
+
+def test_older_services_get_the_rules_that_there_are_and_the_rest_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epok, "MAX_RULES", 40)
+    networks = ",".join(f"10.0.{n}.0/24" for n in range(20))
+    plan = planned(
+        webs_of("z", "280:30080,282:30082,284:30084", 1),  # three rules each, and 8 are left
+        webs_of("greedy", "180:30080, 182-182:30082", 1, **{ALLOW: networks}),  # 23 each: one fits
+        webs_of("first", "80,82,84", 0),  # three each
+    )
+    assert forwards(plan) == [
+        "tcp 180 greedy 30080", "tcp 280 z 30080", "tcp 282 z 30082",
+        "tcp 80 first 30080", "tcp 82 first 30082", "tcp 84 first 30084"]  # fmt: skip
+    assert [(each.service, each.mapping) for each in plan.rejections] == [
+        ("default/greedy", "182-182:30082"), ("default/z", "284:30084")]  # fmt: skip
+    why = "external port 182 (tcp) would take 23 rules, more than are left of 40 for IPv4"
+    assert plan.rejections[0].reason == f"{why}, which older Services get first; ask for fewer ports or networks"
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"policy": "Local"}, {"sessionAffinity": "ClientIP"}, {"families": ("IPv4", "IPv6")},
+    {"annotations": {ALLOW: "192.0.2.0/24,198.51.100.0/24,2001:db8::/32"}, "families": ("IPv4", "IPv6")},
+    {"annotations": {ALLOW: "2001:db8::/32"}},
+], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("count", [1, 2, 17])
+def test_the_rules_that_are_counted_are_those_that_are_made(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], count: int
+) -> None:
+    nodes = [node(f"n{n}", f"10.0.0.{n}", f"2001:db8::{n}") for n in range(1, count + 1)]
+    pods = endpoint_slice("all", [endpoint(f"n{n}", f"10.42.{n}.5") for n in range(1, count + 1)])
+    cluster = [service("all", "25,53,8000-8002", PORTS, **more), pods, *nodes]
+
+    def rejections(most: int) -> int:
+        monkeypatch.setattr(epok, "MAX_RULES", most)
+        return len(planned(*cluster).rejections)
+
+    options, made = epok.parse_options(LOCAL, {}), 0
+    for family in epok.FAMILIES:
+        chains = epok.render(planned(*cluster).forwards, family, options)["nat"].chains
+        rules = [rule for name, chain in chains.items() if re.match("EPOK-(tcp|udp)", name) for rule in chain]
+        # what leads to a smaller chain of ports has no comment
+        made = max(made, sum("--comment" in rule or "--dport" not in rule for rule in rules))
+    assert rejections(made) == 0
+    assert rejections(made - 1) == bool(made)
 
 
 # ------------------------------------------------ nodes
@@ -831,9 +923,9 @@ def test_any_text_in_an_annotation_leaves_other_services_alone(text: str, ranges
     plan = planned(
         nasty,
         service("web", "80", [port(80, 30080)]),
-        service("mail", "20-23:31020-31023", [port(n, 31000 + n, f"p{n}") for n in (20, 21, 22, 23)]),
+        service("mail", "24-27:31024-31027", [port(n, 31000 + n, f"p{n}") for n in (24, 25, 26, 27)]),
     )
-    assert set(forwards(plan)) >= {"tcp 20-23 mail 31020-31023", "tcp 80 web 30080"}
+    assert set(forwards(plan)) >= {"tcp 24-27 mail 31024-31027", "tcp 80 web 30080"}
     assert {each.service for each in plan.rejections} <= {"default/nasty"}
 
 
@@ -1043,10 +1135,12 @@ def test_a_port_that_is_not_forwarded_by_its_own_number_has_an_error(case: str) 
     assert statuses(balancer(externalport=text), *others)["mail"] == [f"203.0.113.5 ({expected})"]
 
 
-def test_the_port_that_epok_logs_in_by_has_an_error() -> None:
+def test_ports_that_no_service_may_take_have_an_error() -> None:
     ports = [port(22, 30022, "ssh"), PAIR[1]]
     found = statuses(balancer(ports=ports), argv=["-i", "eth0", "ssh", "-H", "root@h"])
     assert found == {"mail": ["203.0.113.5 (tcp/22 getbetter.ro/PortReserved, tcp/443)"]}
+    found = statuses(balancer(), argv=[*LOCAL, "--ports", "443"])
+    assert found == {"mail": ["203.0.113.5 (tcp/25 getbetter.ro/PortNotAllowed, tcp/443)"]}
 
 
 @given(clusters(), st.lists(st.sampled_from(["", "class", "class without a mapping"]), min_size=3, max_size=3))

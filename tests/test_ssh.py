@@ -24,6 +24,7 @@ from lab.fake_api import TOKEN, FakeApi, write_kubeconfig
 from lab.machine import latest_end, need, stretched, until
 from lab.network import CHOOSE_BACKEND, FORWARDING, HOST, HOST6, PROGRAM, Lab, bare_environment
 from lab.objects import node, port, service, snapshot
+from lab.relay import Relay
 from lab.sshd import (
     BROKEN_LOGIN,
     DRIPPING_OUTPUT,
@@ -58,6 +59,7 @@ TOOLS = ("iptables", "ip6tables")
 WITHOUT_SUDO = (
     r"cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding",
     r"ip -br addr",
+    r"printenv SSH_CONNECTION",
     r"ip netconf",
     r"ip route",
     r"ss -Hltun",
@@ -965,7 +967,9 @@ def test_a_service_cannot_take_the_port_that_epok_comes_in_by(
 def test_of_a_range_that_port_alone_is_rejected(ssh: Operator, args: list[str], guarded: int) -> None:
     first = guarded - 2
     ports = [port(number, 30000 + number, f"p{number}") for number in range(5)]
-    run = ssh.succeeds(*args, services=(service("range", f"{first}-{first + 4}:30000-30004", ports),))
+    run = ssh.succeeds(
+        *args, "--ports", "1-65535", services=(service("range", f"{first}-{first + 4}:30000-30004", ports),)
+    )
     assert len(run.lines("warning")) == 1, str(run)
     assert {number: ssh.lab.ask(first + number).port for number in (0, 1, 3, 4)} == {n: 30000 + n for n in (0, 1, 3, 4)}
     ssh.succeeds(*args)
@@ -981,10 +985,33 @@ def test_with_several_hosts_the_ports_of_all_of_them_are_guarded(ssh: Operator, 
 
 
 @once
+def test_behind_a_router_the_port_as_the_host_sees_it_is_kept_as_well(ssh: Operator) -> None:
+    with Relay(ssh.lab.client, (HOST, 22)) as router:
+        ssh.know(f"[127.0.0.1]:{router.port} {ssh.server.host_key()}")
+        shell = service("shell", f"22:30000,{router.port}:30000", [port(22, 30000)])
+        options = ("--port", str(router.port), "--ports", "1-65535")
+        run = ssh.succeeds(*options, host="root@127.0.0.1", services=(shell, MAIL))
+        kept = re.findall(r"external port (\d+) \(tcp\) is the host's own SSH port", run.err)
+        assert sorted(kept) == sorted(["22", str(router.port)]), str(run)
+        assert "--dport 22 " not in ssh.lab.saved() and answers(ssh.lab, 25)
+        # an older gate does not tell it, and the run goes on
+        refuse = (
+            'case $SSH_ORIGINAL_COMMAND in printenv*) echo "epok-gate: refused: $SSH_ORIGINAL_COMMAND" >&2; exit 126'
+        )
+        ssh.server.misbehave(f'{refuse};; esac; exec sh -c "$SSH_ORIGINAL_COMMAND"')
+        [warning] = ssh.succeeds(*options, host="root@127.0.0.1").lines("warning")
+        assert "printenv SSH_CONNECTION: epok-gate: refused" in warning and "run cron/setup-host" in warning
+        # what is gone must not need it
+        assert ssh.succeeds("--clean", *options, host="root@127.0.0.1").lines("warning") == []
+
+
+@once
 def test_udp_of_that_number_and_the_port_of_another_sshd_are_free(ssh: Operator) -> None:
     shell = service("shell", "22:30000", [port(22, 30000)])
     dns = service("dns", "2222:30053", [port(53, 30053, protocol="UDP")])
-    run = ssh.succeeds("--port", "2222", services=(shell, dns))
+    [refused] = ssh.succeeds("--port", "2222", services=(shell,)).lines("warning")
+    assert 'default/shell: "22:30000": external port 22 (tcp) is not in --ports (1-21, ' in refused
+    run = ssh.succeeds("--port", "2222", "--ports", "22,2222", services=(shell, dns))
     [warning] = run.lines("warning")  # the other sshd is not reached any more
     assert "has a program that listens on tcp/22, and clients get default/shell instead" in warning
     assert ssh.lab.ask(22).port == 30000

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench.measure import RUNS, SIZES, SMALL, Figure, Used, cluster, meter, middle, nodes_of, restore
+from bench.measure import FEW, RUNS, SIZES, SMALL, Figure, Used, cluster, meter, middle, nodes_of, restore
 from lab.apiserver import ApiServer
 from lab.machine import BACKENDS
 from lab.network import EPOK, Lab, inputs_shown
@@ -172,7 +172,7 @@ def rivals(bed: Bed) -> None:
     """What the script and one iptables a rule take, with rules of their own in place of epok's."""
     bed.lab.flush()
     first = meter(bed.lab, bed.rival())
-    runs = 3 if bed.forwards <= BUDGET else 1
+    runs = FEW if bed.forwards <= BUDGET else 1
     sync, read = in_turn(bed.lab, runs, bed.rival(), bed.read())
     changed, single = [], []
     for turn in range(runs):
@@ -200,7 +200,7 @@ def peak(bed: Bed) -> list[Figure]:
 
 def at_size(bed: Bed, nodes: int) -> list[Figure]:
     bed.have_nodes(nodes)
-    by_size(bed, RUNS if nodes == USUAL else 3)
+    by_size(bed, RUNS if nodes == USUAL else FEW)
     if nodes != USUAL:
         return []
     figures = beside(bed)

@@ -19,8 +19,9 @@ def manifests(
     publish: str = "none",
     file: str = "cronjob.yaml",
 ) -> list[Object]:
-    """All objects. Raises KeyError or ValueError at a $ that stands for none of the four variables."""
+    """All objects. Raises KeyError or ValueError at a $ that stands for none of these variables."""
     values = {"EPOK_NS": namespace, "EPOK_IMAGE": image, "EPOK_INTERFACES": interfaces, "EPOK_PUBLISH": publish}
+    values["EPOK_PORTS"] = ""
     text = string.Template((CRON / file).read_text()).substitute(values)
     return list(yaml.safe_load_all(text))
 
@@ -50,8 +51,8 @@ def environment(made: Object, secret: Mapping[str, str]) -> dict[str, str]:
     """That of a container, as the kubelet makes it with the Secret epok-ssh."""
 
     def value(variable: Object) -> str:
-        if "value" in variable:
-            return variable["value"]
+        if "valueFrom" not in variable:
+            return variable.get("value", "")  # the API server drops an empty one
         key = variable["valueFrom"]["secretKeyRef"]
         assert key["name"] == "epok-ssh"
         return secret[key["key"]]
