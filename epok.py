@@ -45,6 +45,10 @@ Options (the command line wins, then the environment, then the default):
   --ports=<ports>              External ports that Services may take, like
                                "25,80,443,8000-8999/tcp,53/udp"; all but tcp/22 unless given. Over
                                SSH never the port that epok logs in by. [EPOK_PORTS]
+  --publish=<addresses>        What goes into status.loadBalancer of Services of class
+                               getbetter.ro/epok: IP addresses, or one host name, or auto, which
+                               is the global addresses of the interfaces; none unless given.
+                               [EPOK_PUBLISH]
   --mark=<bits>                Two bits of the connection mark for epok alone, 0x30000000 unless
                                given. [EPOK_MARK]
   --kubeconfig=<file>          Which cluster. Without it the account of the pod that epok runs in,
@@ -57,7 +61,7 @@ Options (the command line wins, then the environment, then the default):
   --dry-run                    Print the forwards that would come (+), go (-) and change (~), then
                                the exact iptables-restore input; change nothing.
   --clean                      Remove every rule that epok, or the older epok in Rust, put on the
-                               host. Needs no cluster.
+                               host, and what --publish wrote. Needs no cluster.
   --status                     Print what the host forwards now, from its live rules, with the new
                                connections of each forward since its rules were made; what is wanted
                                and not there, when the cluster answers; and what on the host is in
@@ -96,12 +100,15 @@ Annotations of a Service of type NodePort or LoadBalancer:
       For these clients only; without it spec.loadBalancerSourceRanges counts.
   The prefix epok.getbetter.ro/ is as good for each of them. Another name with one of these prefixes
   is warned about; one that may be a restriction misspelt keeps the Service from being forwarded.
+A Service of type LoadBalancer with loadBalancerClass getbetter.ro/epok needs no mapping: without
+one each of its ports is forwarded from the external port of the same number.
 A node with the annotation epok.getbetter.ro/exclude or the label epok_exclude gets no traffic.
 
 What it needs: iptables on the host (nft or legacy), and that it forwards packets (sysctl -w
 net.ipv4.ip_forward=1); of the cluster the permission to list services, nodes and endpointslices,
-and to create and patch events. Its rules on the host are the chains EPOK and EPOK-* and what jumps
-to them from PREROUTING, OUTPUT, POSTROUTING and FORWARD; it reads and writes nothing else there.
+to create and patch events, and, for --publish, to patch services/status. Its rules on the host are
+the chains EPOK and EPOK-* and what jumps to them from PREROUTING, OUTPUT, POSTROUTING and FORWARD;
+it reads and writes nothing else there.
 
 Exit status: 0 the host is right; 1 it failed and the rules are as they were, or the message says
 what was done; 2 the command line is wrong; 3 --dry-run and the host differs.
@@ -200,6 +207,7 @@ INTERNAL_ANNOTATIONS = tuple(prefix + "internal" for prefix in PREFIXES)
 ALLOW_ANNOTATIONS = tuple(prefix + "allow-range" for prefix in PREFIXES)
 SERVICE_ANNOTATIONS = (*PORT_ANNOTATIONS, *INTERNAL_ANNOTATIONS, *ALLOW_ANNOTATIONS)
 EXCLUDE_ANNOTATIONS = tuple(prefix + "exclude" for prefix in PREFIXES)
+BALANCER_CLASS = "getbetter.ro/epok"  # of Services of type LoadBalancer that are epok's
 EXCLUDE_LABEL = "epok_exclude"
 STANDARD_EXCLUDE_LABEL = "node.kubernetes.io/exclude-from-external-load-balancers"
 AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
@@ -220,6 +228,7 @@ PAGE_LIMIT = 1 << 23
 ANSWER_LIMIT = 1 << 26  # bytes of any other answer, and of a page of one object
 RACES = 6  # tries where another writer may have come between, or the kernel refuses for good
 EVENT_SECONDS = 5  # for all Events of a run, so that many rejections cannot make it a long one
+STATUS_SECONDS = 15  # the same for the status of Services, which people and programs wait for
 
 log = logging.getLogger("epok")
 T = TypeVar("T")
@@ -713,6 +722,30 @@ def to_address(text: str) -> Address | None:
         return None
 
 
+def usable(text: str) -> Address | None:
+    """The address of a node, pod or host, or None when nothing can be sent there."""
+    address = to_address(text)
+    if address is None or address.is_unspecified or address.is_loopback or address.is_multicast:
+        return None
+    if address.is_reserved or address.is_link_local:
+        return None
+    mapped = address.version == 6 and (address.ipv4_mapped or address.scope_id)
+    return None if mapped else address
+
+
+def to_published(text: str) -> tuple[str, ...]:
+    """Addresses, or one host name or the word auto, as they stand in the status of a Service."""
+    names = [name.lower() for name in items(text)]
+    addresses = [str(address) for name in names if (address := usable(name))]
+    if names and len(addresses) == len(names):
+        return tuple(dict.fromkeys(addresses))
+    label = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+    host_name = rf"({label}\.)*(?![0-9]+$){label}"  # what ends in a number is an address misspelt
+    if len(names) != 1 or len(names[0]) > 253 or not re.fullmatch(host_name, names[0]):
+        raise ValueError("accepted are IP addresses that can be reached, one host name, or auto")
+    return () if names == ["none"] else (names[0],)
+
+
 def to_logins(text: str) -> tuple[Login, ...]:
     """Whom to log in as, and where; port 0 where none is named."""
     name, ipv6, zone = r"[\w.-]+", "[0-9A-Fa-f:.]+", r"%[\w.-]+"
@@ -770,6 +803,7 @@ class Options:
     max_nodes: int = setting("EPOK_MAX_NODES", "16", number_of("a number of nodes above zero"))
     masquerade: str = setting("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
     ports: tuple[Allowed, ...] = setting("EPOK_PORTS", ALL_BUT_SSH, to_ports)
+    publish: tuple[str, ...] = setting("EPOK_PUBLISH", "none", to_published)
     mark: Mark = setting("EPOK_MARK", "0x30000000", to_mark)
     kubeconfig: str = setting("KUBECONFIG", "", str)
     context: str = setting("EPOK_CONTEXT", "", str)
@@ -786,6 +820,17 @@ class Options:
     def looks(self) -> bool:
         """Whether the run only looks, at what is there rather than at what would change."""
         return self.status or bool(self.explain)
+
+
+def like(pattern: str, interface: str) -> bool | None:
+    """Whether an interface is the one meant, or begins as a pattern that ends in "+"."""
+    if not interface:
+        return None
+    return interface.startswith(pattern[:-1]) if pattern.endswith("+") else interface == pattern
+
+
+def comes_in(interface: str, options: Options) -> bool:
+    return any(like(pattern, interface) for pattern in options.interfaces)
 
 
 class Setting(NamedTuple):
@@ -1091,9 +1136,18 @@ def resolve(folder: str, entry: msgspec.Struct, *fields: str) -> None:
             setattr(entry, name, os.path.normpath(os.path.join(folder, path)))
 
 
+KUBECONFIG = "~/.kube/config"
+
+
+def at_hand(options: Options) -> bool:
+    """Whether there is a cluster that may be asked, though none is needed."""
+    named = options.kubeconfig or options.context or in_pod()
+    return not options.snapshot and bool(named or os.path.exists(os.path.expanduser(KUBECONFIG)))
+
+
 def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
     """What the kubeconfigs say, read as kubectl reads them. Raises Fatal."""
-    names = options.kubeconfig or "~/.kube/config"
+    names = options.kubeconfig or KUBECONFIG
     # the variable is a list; the option names one file, whatever is in its name
     listed = names.split(os.pathsep) if names == os.environ.get("KUBECONFIG") else [names]
     files = [os.path.expanduser(file) for file in listed if file]
@@ -1503,6 +1557,7 @@ class NamespacedMetadata(Metadata, kw_only=True):
     namespace: Name
     uid: str = ""
     creation_timestamp: str = ""
+    resource_version: str = ""
 
 
 class Port(msgspec.Struct, rename="camel", gc=False):
@@ -1525,11 +1580,48 @@ class ServiceSpec(msgspec.Struct, rename="camel"):
     ip_families: list[str] = []
     cluster_ips: list[str] = msgspec.field(name="clusterIPs", default_factory=list)
     load_balancer_source_ranges: list[str] = []
+    load_balancer_class: str = ""
+
+
+class PortStatus(msgspec.Struct, omit_defaults=True):
+    port: int = 0
+    protocol: str = ""
+    error: str = ""
+
+
+class Ingress(msgspec.Struct, omit_defaults=True, rename="camel"):
+    """An address in the status of a Service, and what became of the Service's ports there."""
+
+    ip: str = ""
+    ip_mode: str = ""
+    hostname: str = ""
+    ports: list[PortStatus] = []
+
+    def __post_init__(self) -> None:
+        # Kubernetes before 1.30 does not keep it, later ones always have it
+        self.ip_mode = self.ip_mode or "Proxy" * bool(self.ip)
+
+    @property
+    def name(self) -> str:
+        return self.ip or self.hostname
+
+    def __str__(self) -> str:
+        ports = (f"{p.protocol.lower()}/{p.port}{' ' * bool(p.error)}{p.error}" for p in self.ports)
+        return f"{self.name} ({enumerated(ports)})"
+
+
+class BalancerStatus(msgspec.Struct):
+    ingress: list[Ingress] = []
+
+
+class ServiceStatus(msgspec.Struct, rename="camel"):
+    load_balancer: BalancerStatus = msgspec.field(default_factory=BalancerStatus)
 
 
 class ServiceObject(msgspec.Struct):
     metadata: NamespacedMetadata
     spec: ServiceSpec = msgspec.field(default_factory=ServiceSpec)
+    status: ServiceStatus = msgspec.field(default_factory=ServiceStatus)
 
 
 class NodeEntry(msgspec.Struct):
@@ -1573,6 +1665,13 @@ class EndpointSlice(msgspec.Struct):
     ports: list[Port] | None = None
 
 
+class Balanced(NamedTuple):
+    """What the status of a Service of epok's own class says, in this version of the Service."""
+
+    ingress: list[Ingress]
+    version: str
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """What matters of a Service, with the annotations that are, or look like, epok's."""
@@ -1587,6 +1686,11 @@ class Service:
     sticky: bool
     versions: tuple[int, ...]
     source_ranges: tuple[str, ...]
+    balanced: Balanced | None
+
+    @property
+    def mapped(self) -> bool:
+        return not self.annotations.keys().isdisjoint(PORT_ANNOTATIONS)
 
 
 @dataclass(frozen=True)
@@ -1624,7 +1728,7 @@ class Snapshot:
 
 
 def to_service(item: ServiceObject, always: str = "") -> Service | None:
-    """None for a Service without a mapping, unless it is the one that matters `always`."""
+    """None for a Service that asks for nothing, unless it is the one that matters `always`."""
     meta, spec = item.metadata, item.spec
     key = f"{meta.namespace}/{meta.name}"
     annotations = {}
@@ -1636,7 +1740,10 @@ def to_service(item: ServiceObject, always: str = "") -> Service | None:
             raise Fatal(f"{what}; nothing was changed")
         # null is "" to the API server too: an annotation that is there
         annotations[name] = text or ""
-    if key != always and not annotations.keys() & set(PORT_ANNOTATIONS):
+    balanced = None
+    if spec.type == "LoadBalancer" and spec.load_balancer_class == BALANCER_CLASS:
+        balanced = Balanced(item.status.load_balancer.ingress, meta.resource_version)
+    if key != always and not balanced and not annotations.keys() & set(PORT_ANNOTATIONS):
         return None
     families = spec.ip_families or ["IPv6" if ":" in ip else "IPv4" for ip in spec.cluster_ips]
     return Service(
@@ -1650,18 +1757,8 @@ def to_service(item: ServiceObject, always: str = "") -> Service | None:
         sticky=spec.session_affinity == "ClientIP",
         versions=tuple(6 if family == "IPv6" else 4 for family in families or ["IPv4"]),
         source_ranges=tuple(spec.load_balancer_source_ranges),
+        balanced=balanced,
     )
-
-
-def usable(text: str) -> Address | None:
-    """The address of a node or pod, or None when nothing can be sent there."""
-    address = to_address(text)
-    if address is None or address.is_unspecified or address.is_loopback or address.is_multicast:
-        return None
-    if address.is_reserved or address.is_link_local:
-        return None
-    mapped = address.version == 6 and (address.ipv4_mapped or address.scope_id)
-    return None if mapped else address
 
 
 def to_node(item: NodeObject) -> Node:
@@ -1855,6 +1952,9 @@ class Event(NamedTuple):
     message: str
 
 
+Task = tuple[Any, ...]  # a Service, a method that writes about it, and what that takes
+
+
 class Cluster:
     """The Kubernetes API, with plain JSON: typed models cost a second of start-up."""
 
@@ -2013,7 +2113,7 @@ class Cluster:
             allow = (
                 f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
             )
-            advice = f": {mistaken(said, self.access) or allow + how_to_allow(verb, said)}"
+            advice = f": {mistaken(said, self.access) or allow + how_to_allow(resource, said)}"
         return Fatal(told + advice)
 
     def how_to_reach(self) -> str:
@@ -2027,19 +2127,49 @@ class Cluster:
             return f"; if the cluster is on another machine, give its address: {edit}"
         return f"; check it with {self.access.kubectl} get nodes"
 
-    def uid_of(self, namespace: str, service: str, deadline: Deadline) -> str:
-        """The uid of a Service, empty when it is gone. Raises Transient or Fatal."""
+    def service(self, key: str, deadline: Deadline) -> Service | None:
+        """A Service as it is now, None when it is gone. Raises Transient or Fatal."""
+        namespace, _, name = key.partition("/")
+        convert = functools.partial(to_service, always=key)
         path = f"/api/v1/namespaces/{namespace}/services"
-        kind = SERVICES._replace(path=path, convert=lambda item: item.metadata.uid)
-        page = self.page(kind, {"fieldSelector": f"metadata.name={service}"}, deadline)
-        return page[0][0] if page and page[0] else ""
+        kind = SERVICES._replace(path=path, convert=convert)
+        page = self.page(kind, {"fieldSelector": f"metadata.name={name}"}, deadline)
+        return page[0][0] if page and page[0] else None
+
+    def publish(
+        self, service: Service, ingress: list[Ingress], deadline: Deadline
+    ) -> Service | None:
+        """Writes the status of a Service of epok's class; returns what it is then.
+
+        None when it is gone, or of another class. Raises Transient or Fatal.
+        """
+        namespace, _, name = service.key.partition("/")
+        path = f"/api/v1/namespaces/{namespace}/services/{name}/status"
+        now: Service | None = service
+        for _ in range(RACES):
+            if not now or not now.balanced or now.uid != service.uid:
+                return None
+            version = {"resourceVersion": now.balanced.version}  # else there is a conflict
+            entries = msgspec.to_builtins(ingress) or None
+            body = {"metadata": version, "status": {"loadBalancer": {"ingress": entries}}}
+            answer = self.request("PATCH", path, deadline, body=body)
+            if answer.status == 200:
+                return to_service(self.decode(answer.data, ServiceObject, "Service"))
+            if answer.status == 404:
+                return None
+            if answer.status != 409:
+                break
+            now = self.service(service.key, deadline)
+        raise self.refusal(answer, "patch", "services/status")
 
     def record(self, event: Event, uids: Mapping[str, str], deadline: Deadline) -> None:
         """Writes an Event, or counts up the one that says the same. Raises Transient or Fatal."""
         namespace, _, service = event.service.partition("/")
-        uid = uids.get(event.service) or self.uid_of(namespace, service, deadline)
-        if not uid:
-            return  # nobody would look for it
+        if not (uid := uids.get(event.service)):
+            found = self.service(event.service, deadline)
+            if not found:
+                return  # nobody would look for it
+            uid = found.uid
         name = f"{service}.{hashlib.sha256(repr((uid, event)).encode()).hexdigest()[:16]}"
         path = f"/api/v1/namespaces/{namespace}/events"
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -2062,22 +2192,20 @@ class Cluster:
         }
         self.send("POST", path, made, deadline)
 
-    def record_all(
-        self, events: Iterable[Event], uids: Mapping[str, str], deadline: Deadline
-    ) -> None:
-        """Writes Events; leaves out namespaces that refuse one. Raises Fatal if there was any."""
+    def write_all(self, what: str, tasks: Iterable[Task], deadline: Deadline) -> None:
+        """Writes about Services; leaves out namespaces that refuse. Raises Fatal if any did."""
         failed: dict[str, str] = {}
-        for event in events:
-            namespace = event.service.partition("/")[0]
+        for service, write, *args in tasks:
+            namespace = service.partition("/")[0]
             if namespace in failed:
                 continue
             try:
-                persist(deadline, self.record, event, uids, deadline)
+                persist(deadline, write, *args, deadline)
             except Fatal as error:
                 failed[namespace] = str(error)
         if failed:
             first = next(iter(failed.values()))
-            raise Fatal(f"{first}; no Events in namespace {enumerated(failed)}")
+            raise Fatal(f"{first}; no {what} in namespace {enumerated(failed)}")
 
     def send(self, method: str, path: str, body: Any, deadline: Deadline) -> KnownEvent | None:
         """Creates or patches an Event.
@@ -2109,17 +2237,25 @@ def mistaken(message: str, access: Access) -> str:
     return ""
 
 
-def how_to_allow(verb: str, message: str) -> str:
+ROLES = {  # of somebody who is not the CronJob's account: its name, verbs and resources
+    "events": ("epok-events", "create,patch", "events"),
+    "services/status": ("epok-status", "patch", "services/status"),
+}
+LISTS = "epok-list", "list", "services,nodes,endpointslices.discovery.k8s.io"
+
+
+def how_to_allow(resource: str, message: str) -> str:
     """How to give a user the permission that an answer with status 403 says it lacks."""
     user = re.search(r'User "([A-Za-z0-9:@._-]{1,253})" cannot', message)
+    more = ", as in cron/publish.yaml" * (resource == "services/status")
     if not user:
-        return "; cron/cronjob.yaml has all that it needs"
-    name, verbs, resources = "epok-events", "create,patch", "events"
-    if verb == "list":
-        name, verbs, resources = "epok-list", verb, "services,nodes,endpointslices.discovery.k8s.io"
+        return more or "; cron/cronjob.yaml has all that it needs"
+    if more and user[1].endswith(":epok"):
+        return f"{more}: . cron/epok.config && envsubst < cron/publish.yaml | kubectl apply -f -"
+    name, verbs, resources = ROLES.get(resource, LISTS)
     role = f"kubectl create clusterrole {name} --verb={verbs} --resource={resources}"
     binding = f"kubectl create clusterrolebinding {name} --clusterrole={name} --user={user[1]}"
-    return f": {role} && {binding}"
+    return f"{more}: {role} && {binding}"
 
 
 # What OpenSSL says, and what is wrong then.
@@ -2294,7 +2430,8 @@ class Plan:
     """What shall be forwarded, what cannot be, and what a person should know.
 
     `unknown` are annotations that stop nothing; `claims` and `places` are of the Service that is
-    `explained`, of which all reasons are kept.
+    `explained`, of which all reasons are kept. `fates` tell of the ports of Services of epok's
+    class, each by its own number, what keeps it from being forwarded from that, or nothing.
     """
 
     explained: str = ""
@@ -2304,6 +2441,7 @@ class Plan:
     unknown: list[Rejection] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
+    fates: dict[tuple[str, str, int], str] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)  # of rejections, by Service
 
     def reject(self, service: Service, why: object, mapping: str = "", told: str = "") -> None:
@@ -2316,6 +2454,14 @@ class Plan:
         if more > 1:
             self.rejections.pop()  # how many more there were so far
         self.rejections.append(made)
+
+    def decide(self, service: Service, claim: Claim, error: str = "") -> None:
+        """Notes the fate of a Service's port, for its status."""
+        key = service.key, claim.port.protocol, claim.port.port
+        if service.balanced and claim.external == claim.port.port:
+            self.fates[key] = error
+        elif service.balanced:
+            self.fates.setdefault(key, "OtherPort")
 
 
 class PortMapping(NamedTuple):
@@ -2385,7 +2531,11 @@ def ports_for(service: Service, index: PortIndex, mapping: PortMapping, offset: 
         problem = f"{what} has no {mapping.protocol}" if ports else f"no {what}"
         raise ValueError(f"{problem}; the NodePorts of this Service are {listed(service.ports)}")
     if not all(port.node_port for port in wanted):
-        raise ValueError(f"{what} has no NodePort; let the Service allocate NodePorts")
+        namespace, _, name = service.key.partition("/")
+        patch = """'{"spec": {"allocateLoadBalancerNodePorts": true}}'"""
+        cure = f": kubectl patch service -n {namespace} {name} -p {patch}"
+        allocate = "let the Service allocate NodePorts" + cure * (service.type == "LoadBalancer")
+        raise ValueError(f"{what} has no NodePort; {allocate}")
     return wanted
 
 
@@ -2400,6 +2550,8 @@ class Claim(NamedTuple):
 def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
     """What a Service asks for, rejecting the mappings that cannot stand."""
     texts = [text for name in PORT_ANNOTATIONS for text in items(service.annotations.get(name, ""))]
+    if not service.mapped and service.balanced:
+        texts = [f"{port.port}/{port.protocol}" for port in service.ports]
     index = index_ports(service)
     for number, text in enumerate(dict.fromkeys(texts)):
         if number == MAX_MAPPINGS:
@@ -2423,7 +2575,7 @@ def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
 def check_annotations(service: Service, plan: Plan) -> None:
     """Finds unknown annotations. Raises ValueError where one may be a restriction, misspelt."""
     strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
-    if not strange or not service.annotations.keys() & set(PORT_ANNOTATIONS):
+    if not strange or not (service.mapped or service.balanced):
         return
     if len(strange) > MAX_STRANGE:
         many = f"{len(strange)} annotations that epok does not know"
@@ -2431,7 +2583,8 @@ def check_annotations(service: Service, plan: Plan) -> None:
     for name in strange:
         meant = nearest(name)
         what = f"epok knows no annotation {quoted(name)}; is {meant} meant?"
-        if meant in (*INTERNAL_ANNOTATIONS, *ALLOW_ANNOTATIONS):
+        # without a mapping all ports would be forwarded, so one misspelt is a restriction as well
+        if meant not in PORT_ANNOTATIONS or not service.mapped:
             raise ValueError(f"{what} It is not forwarded until that is mended or removed")
         plan.unknown.append(Rejection(service.key, "", what))
 
@@ -2669,7 +2822,7 @@ def make_plan(
 
 
 def rule_counts(
-    service: Service, places: Iterable[Place], sources: tuple[Network, ...] | None
+    service: Service, places: Iterable[Place], sources: Networks | None
 ) -> dict[int, int]:
     """How many rules each forward of a Service takes, by IP version."""
     counts: dict[int, int] = {}
@@ -2742,6 +2895,7 @@ def granted(
         key, wish = (claim.port.protocol, claim.external), (service.key, claim.port.node_port)
         if key not in taken and any(allowed.has(*key) for allowed in options.ports):
             taken[key] = wish
+            plan.decide(service, claim)
             yield claim
             continue
         owner, port = taken.get(key, (None, 0))
@@ -2754,6 +2908,8 @@ def granted(
             reason, told = f"taken by {owner}", "taken by an older Service"
             if owner == service.key:
                 told = "taken by another mapping of this Service"
+        error = {None: "PortNotAllowed", "": "PortReserved"}.get(owner, "PortTaken")
+        plan.decide(service, claim, error)
         refused.setdefault((claim.mapping, reason, told), []).append(claim)
     for (mapping, reason, told), claims in refused.items():
         ports = spans({claim.external for claim in claims})
@@ -2812,6 +2968,35 @@ def merge(forwards: Iterable[Forward]) -> list[Forward]:
             first = dataclasses.replace(first, last=last, port=ports)
         merged.append(first)
     return merged
+
+
+def ingress_of(
+    service: Service, forwards: Iterable[Forward], plan: Plan, names: Iterable[str]
+) -> list[Ingress]:
+    """What the status of a Service says, from its forwards: an entry for each name of the host.
+
+    A port has no error there if connections to it, by its own number, are forwarded to it.
+    """
+    reached: dict[tuple[str, int], set[int]] = {}  # by IP version
+    for forward in forwards:
+        some: set[int] = {target.address.version for target in forward.targets}
+        ports = range(forward.first, forward.last + 1)
+        reached |= {(forward.protocol, port): some for port in ports}
+    entries = []
+    for name in names:
+        address = to_address(name)
+        versions: set[int] = {address.version} if address else {4, 6}
+        if not any(versions & each for each in reached.values()):
+            continue
+        entry = Ingress(ip=name, ports=[]) if address else Ingress(hostname=name, ports=[])
+        for port in service.ports:
+            error = plan.fates.get((service.key, port.protocol, port.port), "NotForwarded")
+            if not error and not versions & reached.get((port.protocol, port.port), set()):
+                error = "NotForwarded"
+            error = error and f"{PREFIXES[0]}{error}"
+            entry.ports.append(PortStatus(port.port, port.protocol.upper(), error))
+        entries.append(entry)
+    return entries
 
 
 # ------------------------------------------------ ruleset: Forwards -> chains of iptables rules
@@ -4498,6 +4683,139 @@ def rendered(plan: Plan, options: Options) -> Wanted:
     return {family.version: render(plan.forwards, family, options) for family in FAMILIES}
 
 
+class Publication(NamedTuple):
+    """What the status of a Service says, and what it is to say."""
+
+    service: Service
+    before: list[Ingress]
+    after: list[Ingress]
+
+    @property
+    def line(self) -> str:
+        return f"{self.service.key}: EXTERNAL-IP {ips(self.after)}"
+
+    def document(self) -> dict[str, Any]:
+        before, after = (msgspec.to_builtins(each) for each in (self.before, self.after))
+        return {"service": self.service.key, "before": before, "after": after}
+
+
+def ips(ingress: Iterable[Ingress]) -> str:
+    return ", ".join(map(str, ingress)) or "none"
+
+
+class Publisher:
+    """Tells in the status of Services of epok's class what the hosts forward that are right."""
+
+    def __init__(
+        self,
+        options: Options,
+        source: SnapshotFile | Cluster,
+        services: Iterable[Service],
+        plan: Callable[[Facts], Plan],
+    ) -> None:
+        self.options, self.source, self.plan = options, source, plan
+        self.services = {service.key: service for service in services if service.balanced}
+        self.right: list[Facts] = []
+        self.lock = threading.Lock()
+        self.failed = False
+
+    @property
+    def all_right(self) -> bool:
+        return len(self.right) == max(1, len(self.options.host))
+
+    def names(self, facts: Facts, service: Service) -> list[str]:
+        """What the world calls a host, of the names that are to be published."""
+        options = self.options
+        if options.publish != ("auto",):
+            own = {*map(str, facts.addresses)}
+            others = {str(address) for each in self.right for address in each.addresses}
+            # what is no host's own, like a router's address, is everybody's
+            shared = self.all_right or own.isdisjoint(options.publish)
+            return [n for n in options.publish if n in own or (shared and n not in others)]
+        internal = not service.annotations.keys().isdisjoint(INTERNAL_ANNOTATIONS)
+        closed = options.external_interface * internal
+        return [
+            str(address)
+            for interface, addresses in facts.interfaces.items()
+            if comes_in(interface, options) and not (closed and like(closed, interface))
+            for address in addresses
+            if not options.addresses or any(address in network for network in options.addresses)
+        ]
+
+    def add(self, facts: Facts) -> list[Publication]:
+        """What is to be written now that one more host is right."""
+        if not self.services or (self.options.publish == ("auto",) and not facts.interfaces):
+            return []  # a host that does not tell its addresses keeps what was written
+        self.right.append(facts)
+        made, every = [], set()
+        plans = [self.plan(each) for each in self.right]
+        forwards = [grouped(plan.forwards) for plan in plans]
+        for service in self.services.values():
+            before = service.balanced.ingress if service.balanced else []
+            entries: dict[str, Ingress] = {}
+            known: set[str] = set()
+            for host, plan, its in zip(self.right, plans, forwards, strict=True):
+                names = self.names(host, service)
+                known.update(names)
+                for entry in ingress_of(service, its.get(service.key, ()), plan, names):
+                    other = entries.setdefault(entry.name, entry)
+                    for one, two in zip(other.ports, entry.ports, strict=True):
+                        one.error = one.error or two.error
+            if not self.all_right:  # a host that failed keeps what was written
+                entries |= {each.name: each for each in before if each.name not in known}
+            after = sorted(entries.values(), key=self.order)
+            every |= known
+            if after != before:
+                made.append(Publication(service, before, after))
+        if self.options.publish and not every:
+            where = f"-i {','.join(self.options.interfaces)}"
+            log.warning("--publish auto: no global address on %s; give the addresses", where)
+        return made
+
+    def order(self, entry: Ingress) -> tuple[int, bool, str]:
+        """The same whichever host was right first."""
+        given = self.options.publish
+        place = given.index(entry.name) if entry.name in given else len(given)
+        return place, ":" in entry.name, entry.name
+
+    def publish(self, facts: Facts, deadline: Deadline) -> None:
+        """Writes what differs. Raises Fatal."""
+        seconds = min(STATUS_SECONDS, deadline.remaining() / 2)
+        deadline = Deadline(seconds, "the time for the status of Services,")
+        with self.lock:
+            tasks = [(each.service.key, self.write, each) for each in self.add(facts)]
+            if not tasks or self.failed:
+                return
+            self.failed = True
+            if not isinstance(self.source, Cluster):
+                raise Fatal(f"{self.source.name} is a file; no new EXTERNAL-IP was written")
+            writing = Background(self.source.write_all, "new EXTERNAL-IP", tasks, deadline)
+            writing.result(deadline, f"{self.source.name}: writing the status of Services")
+            self.failed = False
+
+    def write(self, publication: Publication, deadline: Deadline) -> None:
+        service, _, ingress = publication
+        assert isinstance(self.source, Cluster)
+        if now := self.source.publish(service, ingress, deadline):
+            self.services[now.key] = now
+            log.info("%s", publication.line)
+
+
+def cluster_to_clean(options: Options, deadline: Deadline) -> Publisher:
+    """What --clean takes out of the status of Services. Raises Fatal."""
+    reader = Reader(options, deadline)
+    services = reader.once_each(SERVICES, "key")
+    return Publisher(options, reader.source, services, lambda _: Plan())
+
+
+def grouped(forwards: Iterable[Forward]) -> dict[str, list[Forward]]:
+    """Forwards by Service."""
+    by_service: dict[str, list[Forward]] = {}
+    for forward in forwards:
+        by_service.setdefault(forward.service, []).append(forward)
+    return by_service
+
+
 def in_turn(remarks: Iterable[T], name: Callable[[T], str]) -> list[T]:
     """One of each namespace, then another of each, and so on: none keeps the others from a hearing.
 
@@ -4522,6 +4840,10 @@ class Planner:
         with timed(self.seconds, "cluster"):
             self.reader = Reader(options, deadline)
             self.snapshot = self.reader.snapshot(options.explain)
+        self.publisher: Publisher | None = None
+        if options.publish:
+            services = self.snapshot.services
+            self.publisher = Publisher(options, self.reader.source, services, self.plan)
         self.plans: dict[tuple[Set[str], int], Plan] = {}
         self.rulesets: dict[tuple[Set[str], int], Wanted] = {}
         self.announced: set[str] = set()
@@ -4593,8 +4915,9 @@ class Planner:
         seconds = min(EVENT_SECONDS, self.reader.deadline.remaining())
         deadline = Deadline(seconds, "the time for Events,")
         uids = {service.key: service.uid for service in self.snapshot.services}
+        tasks = [(event.service, source.record, event, uids) for event in events]
         try:
-            writing = Background(source.record_all, events, uids, deadline)
+            writing = Background(source.write_all, "Events", tasks, deadline)
             writing.result(deadline, f"{source.name}: writing Events")
         except Fatal as error:
             log.warning("%s", error)
@@ -4818,13 +5141,6 @@ def has(packet: Packet, name: str, value: str) -> bool | None:
     bits, _, mask = value.partition("/")
     known = name == "connmark --mark" and mask == f"{packet.mark:#x}"
     return bits == mask if known else None
-
-
-def like(pattern: str, interface: str) -> bool | None:
-    """Whether an interface is the one meant, or begins as a pattern that ends in "+"."""
-    if not interface:
-        return None
-    return interface.startswith(pattern[:-1]) if pattern.endswith("+") else interface == pattern
 
 
 def in_network(text: str, address: Address) -> bool | None:
@@ -5247,10 +5563,6 @@ class Visit:
         return [name for name in names if name != "lo" and comes_in(name, self.options)]
 
 
-def comes_in(interface: str, options: Options) -> bool:
-    return any(like(pattern, interface) for pattern in options.interfaces)
-
-
 class Firewall(NamedTuple):
     """Chains that packets pass which are not epok's, from `chain` on.
 
@@ -5550,15 +5862,16 @@ def check_nodes(host: Host, forwards: Iterable[Forwarding], deadline: Deadline) 
 class DryRun:
     """What a run would do to a host."""
 
-    def __init__(self, visit: Visit, wanted: Wanted) -> None:
-        self.name, self.several = visit.host.name, len(visit.options.host) > 1
+    def __init__(self, visit: Visit, wanted: Wanted, news: Sequence[Publication]) -> None:
+        self.name, self.several, self.news = visit.host.name, len(visit.options.host) > 1, news
         self.changes = changes_between(visit.found, wanted)
         self.inputs = list(next_inputs(wanted, visit.found, visit.options))
 
     def text(self) -> str:
-        """The forwards that would come and go, and the inputs under the commands that read them."""
+        """What would come and go, and the inputs under the commands that read them."""
         lines = [f"# on {self.name}"] if self.several else []
         lines += [change.line for change in self.changes]
+        lines += [painted(f"~ {each.line}", "~") for each in self.news]
         for argv, text in self.inputs:
             lines += [f"# {shlex.join(argv)}", text.rstrip("\n")]
         return "\n".join(lines)
@@ -5566,7 +5879,8 @@ class DryRun:
     def document(self) -> dict[str, Any]:
         changes = [change.document() for change in self.changes]
         inputs = [{"command": argv, "input": text} for argv, text in self.inputs]
-        return {"host": self.name, "changes": changes, "inputs": inputs}
+        news = [each.document() for each in self.news]
+        return {"host": self.name, "changes": changes, "published": news, "inputs": inputs}
 
 
 @dataclass
@@ -5584,6 +5898,7 @@ class Status:
     cluster: str = ""
     pending: list[Change] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    published: Mapping[str, list[Ingress]] = field(default_factory=dict)
 
     @property
     def rejections(self) -> list[Rejection]:
@@ -5603,6 +5918,8 @@ class Status:
         self.plan = planner.plan(visit.facts)
         self.pending = changes_between(self.tables, rendered(self.plan, visit.options))
         self.cluster = f"compared with {planner.reader.source.name}"
+        services = [each for each in planner.snapshot.services if self.key in ("", each.key)]
+        self.published = {each.key: each.balanced.ingress for each in services if each.balanced}
 
     def hooks(self, version: int) -> str:
         """Whether epok's hooks are there: "in place", "not used", or "missing in" some chain."""
@@ -5637,6 +5954,7 @@ class Status:
         lines = [self.title(), *forwards, *self.to_come()]
         lines += [f"rejected: {rejection}" for rejection in self.rejections]
         lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += [f"{key}: EXTERNAL-IP {ips(found)}" for key, found in self.published.items()]
         lines += [self.cluster, *(check.line for check in self.checks if check.problem)]
         passed = sum(not check.problem for check in self.checks)
         return "\n".join([*lines, f"{passed} of {len(self.checks)} checks passed"])
@@ -5651,6 +5969,7 @@ class Status:
             "pending": [change.document() for change in self.pending],
             "rejected": [each.document() for each in self.rejections],
             "warnings": self.warnings,
+            "published": msgspec.to_builtins(self.published),
             "checks": [check.document() for check in self.checks],
         }
 
@@ -5702,6 +6021,8 @@ class Story(Status):
         services = self.snapshot.services if self.snapshot else ()
         others = {service.key for service in services} - {self.key}
         about = [text for text in super().warnings if text.partition(": ")[0] not in others]
+        if self.plan.claims and self.published.get(self.key) == []:
+            about.append("it has no EXTERNAL-IP: runs write it with --publish, and the permission")
         return [*about, *self.open_relay()]
 
     @property
@@ -5780,7 +6101,7 @@ class Story(Status):
         if self.snapshot and not service:
             keys = enumerated(sorted(service.key for service in self.snapshot.services)) or "none"
             yield f"there is no Service {self.key}; those with an annotation of epok's: {keys}"
-        if service and not service.annotations.keys() & set(PORT_ANNOTATIONS):
+        if service and not service.mapped and not service.balanced:
             strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
             only = f", only {enumerated(map(quoted, strange))}" if strange else ""
             annotate = f"kubectl annotate service -n {namespace} {name} {PORT_ANNOTATIONS[0]}"
@@ -5838,13 +6159,16 @@ class Story(Status):
             return [f"  {self.cluster}"]
         policy = "Local" if service.local else "Cluster"
         affinity = "ClientIP" if service.sticky else "None"
-        lines = [f"type {service.type}, externalTrafficPolicy {policy}, sessionAffinity {affinity}"]
+        balanced = f" of class {BALANCER_CLASS}" * bool(service.balanced)
+        lines = [f"type {service.type}{balanced}, externalTrafficPolicy {policy}"]
+        lines[0] += f", sessionAffinity {affinity}"
         lines += [f"NodePorts: {listed(service.ports)}"]
         for name, text in service.annotations.items():
             strange = " (not one that epok knows)" * (name not in SERVICE_ANNOTATIONS)
             lines.append(f"{name}: {quoted(text)}{strange}")
         if service.source_ranges:
             lines.append(f"loadBalancerSourceRanges: {enumerated(service.source_ranges)}")
+        lines += [f"EXTERNAL-IP: {ips(found)}" for found in self.published.values()]
         if self.pods():
             lines.append(f"pods: {self.pods()}")
         lines += [f"warning: {warning}" for warning in self.warnings]
@@ -5942,7 +6266,31 @@ def warn(visit: Visit, forwards: Sequence[Forward]) -> None:
         log.warning("%s; so what else may be in the way was not checked", error)
 
 
-def serve(visit: Visit, planner: Planner | None) -> Outcome:
+def publish(
+    visit: Visit, planner: Planner | None, cleaning: Background | None
+) -> list[Publication]:
+    """Writes what the host forwards to the status of Services; --dry-run only says what it would.
+
+    That it cannot is a warning, for the host is right. But a pod that cleans has a cluster.
+    """
+    publisher, options = planner and planner.publisher, visit.options
+    try:
+        if cleaning:
+            publisher = cleaning.result(visit.deadline, "reading the cluster")
+        if publisher and options.dry_run:
+            with publisher.lock:
+                return publisher.add(visit.facts)
+        if publisher:
+            publisher.publish(visit.facts, visit.deadline)
+    except Fatal as error:
+        if options.clean and in_pod():
+            raise Fatal(f"{error}; the rules are gone, but Services still have addresses") from None
+        left = "; Services may still have addresses" * options.clean
+        log.warning("%s%s", error, left)
+    return []
+
+
+def serve(visit: Visit, planner: Planner | None, cleaning: Background | None) -> Outcome:
     """Makes one host right, or says what would change. Raises Fatal."""
     host, options, deadline = visit.host, visit.options, visit.deadline
     outcome = Outcome(host.name)
@@ -5955,7 +6303,8 @@ def serve(visit: Visit, planner: Planner | None) -> Outcome:
         found = visit.found
     if options.dry_run:
         warn(visit, forwards)
-        outcome.shown = dry = DryRun(visit, wanted)
+        news = publish(visit, planner, cleaning)
+        outcome.shown = dry = DryRun(visit, wanted, news)
         outcome.status = 3 if dry.inputs else 0
         return outcome
     with timed(outcome.seconds, "swap"):
@@ -5963,6 +6312,7 @@ def serve(visit: Visit, planner: Planner | None) -> Outcome:
     outcome.changes = changes_between(found, wanted) if inputs else []
     prefix = f"{host.name}: " if options.executor == "ssh" else ""
     report_swap(prefix, found, wanted, inputs, outcome.changes)
+    publish(visit, planner, cleaning)
     warn(visit, forwards)
     if outcome.changes:
         flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
@@ -6068,8 +6418,12 @@ def run(options: Options) -> int:
             planning = Background(Planner, options, patience)
             outcomes = everywhere(lambda visit: look(visit, planning), visits)
         else:
+            cleaning = None
+            if options.clean and at_hand(options):
+                patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
+                cleaning = Background(cluster_to_clean, options, patience)
             planner = None if options.clean else Planner(options, deadline)
-            outcomes = everywhere(lambda visit: serve(visit, planner), visits)
+            outcomes = everywhere(lambda visit: serve(visit, planner, cleaning), visits)
     except Fatal as error:
         log.error("%s", error)
     print_outcomes(outcomes, options)
