@@ -6207,7 +6207,7 @@ class Story(Status):
     def evidence(self) -> Iterator[str]:
         """How far packets came, as the kernel counts them."""
         host, lives = self.host, self.lives
-        if not all(live.counts for live in lives):
+        if not lives or not all(live.counts for live in lives):
             return
         came, met = sum(live.counts[0] for live in lives), sum(map(self.met, lives))
         some = f"{came} {plural(came, 'connection')} met its rules"
