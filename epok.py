@@ -3614,7 +3614,7 @@ class Saved:
             elif self.inside:
                 for found in group:
                     self.read_other(*found.groups()[1:4])
-        for chain, policy in self.policies.items():
+        for chain, policy in self.policies.items() if self.count <= OTHERS else ():
             self.others.setdefault(chain, []).append(f"-P {chain} {policy}")
         self.table.foreign = self.others
         return self
@@ -3652,12 +3652,12 @@ class Saved:
         self.table.chains[chain] = Rules(rules)
 
     def read_other(self, line: str, chain: str, rule: str) -> None:
-        if self.count < OTHERS:
-            self.others.setdefault(chain, []).append(line)
-        elif self.count == OTHERS:
-            what = "table %s has more than %d rules of others: what comes then is not looked at"
-            log.info(what, self.name, OTHERS)
         self.count += 1
+        if self.count <= OTHERS:
+            self.others.setdefault(chain, []).append(line)
+        elif self.count == OTHERS + 1:
+            log.info("table %s has more than %d rules of others: not looked at", self.name, OTHERS)
+            self.others.clear()
         words = split(rule) if ROOT in rule or "epok_rule_id" in rule else []
         pairs = list(itertools.pairwise(words))
         targets = [value for option, value in pairs if option in ("-j", "-g") and owned(value)]
@@ -6528,7 +6528,7 @@ class Story(Status):
     def evidence(self) -> Iterator[str]:
         """How far packets came, as the kernel counts them."""
         host, lives = self.host, self.lives
-        if not all(live.counts for live in lives):
+        if not lives or not all(live.counts for live in lives):
             return
         came, met = sum(live.counts[0] for live in lives), sum(map(self.met, lives))
         some = f"{came} {plural(came, 'connection')} met its rules"
