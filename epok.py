@@ -33,9 +33,9 @@ Options (the command line wins, then the environment, then the default):
                                commas; otherwise to all of them. [EPOK_ADDRESSES]
   --batch-commands=<bool>      true: one iptables-restore run if --batch-size allows; false: one run
                                for each chain; true unless given. [EPOK_BATCH_COMMANDS]
-  --batch-size=<bytes>         The largest input of iptables-restore, 1677722 unless given; a larger
-                               chain goes alone, a larger swap in stages: new chains, the flip, old
-                               chains. [EPOK_BATCH_SIZE]
+  --batch-size=<bytes>         The largest input of iptables-restore, 1677722 unless given, 8388608
+                               at most; a larger chain goes alone, a larger swap in stages: new
+                               chains, the flip, old chains. [EPOK_BATCH_SIZE]
   --max-nodes=<n>              Forward a Service to at most so many of the nodes, 16 unless given.
                                Each Service has nodes of its own, so that all get their share. On a
                                host that is a node it goes to all of its pods. [EPOK_MAX_NODES]
@@ -211,6 +211,8 @@ BALANCER_CLASS = "getbetter.ro/epok"  # of Services of type LoadBalancer that ar
 EXCLUDE_LABEL = "epok_exclude"
 STANDARD_EXCLUDE_LABEL = "node.kubernetes.io/exclude-from-external-load-balancers"
 AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
+# Where clouds tell a machine its secrets, beside the addresses of a link: no node's. The gate too.
+METADATA = {"168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254"}
 PROTOCOLS = ("tcp", "udp", "sctp")
 ALL_BUT_SSH = "1-21,22/udp,22/sctp,23-65535"
 MAX_STRANGE = 10  # annotations of one Service that epok does not know
@@ -220,6 +222,11 @@ MAX_NAME = 63  # characters of an annotation's name, behind the slash
 MAX_MAPPINGS = 1000  # of one Service, so that none can keep the others waiting
 MAX_SOURCES = 50_000  # of one Service, in the rules of all its ports
 MAX_RULES = 200_000  # of an IP version, for all Services
+CHAIN_SOURCES = 1000  # of one chain: iptables-nft prints a chain in time that grows with its square
+MAX_BUCKETS = 4096  # of clients in one chain, which has two rules for each
+ROOT_RULES = 4096  # of EPOK, which each new connection meets
+INPUT_BYTES, INPUT_CHAINS = 1 << 23, 10_000  # of one input at most; the gate takes a little more
+HOST_RULES = 225_000  # of epok's in nat; of more, what is not needed goes before others come
 MAIL_PORTS = (25, 465, 587)
 CONNECT_SECONDS = 5  # to each address of an API server: of several, the first may drop all packets
 LOOK_SECONDS = 10  # that --status and --explain wait for the cluster, or for the nodes
@@ -727,7 +734,7 @@ def usable(text: str) -> Address | None:
     address = to_address(text)
     if address is None or address.is_unspecified or address.is_loopback or address.is_multicast:
         return None
-    if address.is_reserved or address.is_link_local:
+    if address.is_reserved or address.is_link_local or str(address) in METADATA:
         return None
     mapped = address.version == 6 and (address.ipv4_mapped or address.scope_id)
     return None if mapped else address
@@ -2870,7 +2877,7 @@ def affordable(
 
 def bucket_count(known: int) -> int:
     """Into how many parts clients are divided that are shared out over so many places."""
-    return max(64, 1 << (4 * known - 1).bit_length())
+    return max(64, min(1 << (4 * known - 1).bit_length(), MAX_BUCKETS))
 
 
 def nowhere(
@@ -3016,6 +3023,7 @@ HOOKS = {  # with lo, nat's OUTPUT has HOST_HOOK too
 # The trie over the 16 bits of a port is cut at these bits: fewer bits a level send less when a
 # port changes, more bits a level make fewer chains.
 CUTS = (13, 10, 8, 6, 4, 2, 0)
+HALVES = {4: ("0.0.0.0/1", "128.0.0.0/1"), 6: ("::/1", "8000::/1")}  # of all addresses
 
 
 class Family(NamedTuple):
@@ -3150,6 +3158,11 @@ def root_rules(
         if interface == external and inside:
             # so that another interface that covers this one, like eth+, does not let its packets in
             rules.append(f"{'-o' if interface == 'lo' else '-i'} {interface} -j RETURN")
+    if len(rules) > ROOT_RULES:
+        what = (
+            f"--interfaces and --addresses make {len(rules)} rules that each new connection meets"
+        )
+        raise Fatal(f"{what}, more than {ROOT_RULES}: give fewer, or larger networks")
     return rules
 
 
@@ -3247,7 +3260,13 @@ def add_leaf(forward: Forward, family: Family, mark: Mark, nat: Table) -> list[L
         raise Fatal(f"{quoted(comment)} cannot stand in a comment of iptables; nothing was changed")
     jump = f'-m comment --comment "{comment}" -g'
     if sources and all(network.prefixlen for network in sources):
-        chain = nat.add(prefix, [f"-s {text_of(source)} {jump} {chain}" for source in sources])
+        leaf = chain
+        for start in reversed(range(0, len(sources), CHAIN_SOURCES)):
+            some = sources[start : start + CHAIN_SOURCES]
+            rules = [f"-s {text_of(source)} {jump} {leaf}" for source in some]
+            if chain != leaf:  # all other clients
+                rules += [f"-s {half} {jump} {chain}" for half in HALVES[version]]
+            chain = nat.add(prefix, rules)
     external = f"{forward.first}"
     if forward.last > forward.first:
         external += f":{forward.last}"
@@ -3455,12 +3474,15 @@ def read_forward(key: Key, dispatch: Dispatch, nat: Table, version: int) -> Live
     """The forward that a rule leads to."""
     (first, last, protocol, service), (match, ways) = key, dispatch
     port, pods, chain = match.groups()[4:]
-    sources = {}
-    for rule in nat.chains.get(chain, []):
-        if re.match("-s .* -g ", rule):
-            words = rule.split()
-            sources[words[1]] = words[-1]
-    leaf = next(iter(sources.values()), chain)
+    leaf, sources = chain, []
+    for _ in range(MAX_SOURCES // CHAIN_SOURCES + 1):
+        found = [rule for rule in nat.chains.get(leaf, []) if re.match("-s .* -g ", rule)]
+        jumps = [(words[1], words[-1]) for words in map(str.split, found)]
+        first_target, leaf = (jumps[0][1], jumps[-1][1]) if jumps else ("", leaf)
+        # of several chains each but the last ends with two rules that lead on
+        sources += [source for source, target in jumps if target == first_target]
+        if first_target in ("", leaf):
+            break
     rules, counts = nat.chains.get(leaf, []), nat.counts.get(leaf, [])
     met: dict[Target, int] = {}
     for rule, count in zip(rules, itertools.chain(counts, itertools.repeat(0)), strict=False):
@@ -3711,13 +3733,41 @@ def restore_inputs(wanted: Tables, found: Tables, limit: int) -> Iterator[str]:
     start = joined("filter", sum(stages("filter", wanted["filter"], found["filter"]), []))
     ahead, flip, emptied, deleted = stages("nat", wanted["nat"], found["nat"])
     whole = [*ahead, *flip, *emptied, *deleted]
-    if len(start) + AROUND + sum(block.size for block in whole) <= limit:
+    fits = len(whole) < INPUT_CHAINS
+    if fits and len(start) + AROUND + sum(block.size for block in whole) <= limit:
         ahead, flip, emptied, deleted = [], whole, [], []
+    elif sum(map(len, found["nat"].chains.values())) > HOST_RULES:
+        kept = needed_chains(wanted["nat"], found["nat"])
+        less = dataclasses.replace(found["nat"], chains=kept)
+        for blocks in stages("nat", Table(kept), Table(found["nat"].chains, held=less.held)):
+            yield from packed(blocks, limit)
+        ahead, flip, emptied, deleted = stages("nat", wanted["nat"], less)
     yield from packed(ahead, limit)
     if text := start + joined("nat", flip):
         yield text
     yield from packed(emptied, limit)  # all of them before the first is deleted
     yield from packed(deleted, limit)
+
+
+def needed_chains(wanted: Table, found: Table) -> dict[str, Sequence[str]]:
+    """Of too many chains those that are wanted, and those that EPOK leads to if it can be epok's.
+
+    The others are what a run left that was broken off, or somebody who has the key.
+    """
+    used, todo = {ROOT, POSTROUTING, *found.held}, [ROOT]
+    while todo:
+        targets = {rule.rpartition(" -g ")[2] for rule in found.chains.get(todo.pop(), ())}
+        todo += targets - used
+        used |= targets
+    chains = {chain: rules for chain, rules in found.chains.items() if chain in used}
+    if sum(map(len, chains.values())) > HOST_RULES:
+        chains = {ROOT: []}
+    right = {
+        chain: rules
+        for chain, rules in found.chains.items()
+        if chain not in chains and wanted.chains.get(chain) == rules
+    }
+    return {**chains, **right}
 
 
 def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
@@ -3728,11 +3778,7 @@ def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
     differing = {
         chain: rules for chain, rules in wanted.chains.items() if found.chains.get(chain) != rules
     }
-    changed = {
-        chain: rules
-        for chain, rules in differing.items()
-        if chain in found.chains or chain in (ROOT, POSTROUTING)
-    }
+    changed = {chain: rules for chain, rules in differing.items() if chain in (ROOT, POSTROUTING)}
     hooks = [
         line
         for chain in dict.fromkeys((*BUILT_IN[name], *found.hooks))
@@ -3763,7 +3809,7 @@ def packed(blocks: Iterable[Block], limit: int) -> Iterator[str]:
     some: list[Block] = []
     size = AROUND
     for block in blocks:
-        if some and size + block.size > limit:
+        if some and (size + block.size > limit or len(some) == INPUT_CHAINS):
             yield joined("nat", some)
             some, size = [], AROUND
         some.append(block)
@@ -4581,7 +4627,7 @@ Input = tuple[tuple[str, ...], str]  # a command of Command.RESTORE, without sud
 
 def next_inputs(wanted: Wanted, found: Found, options: Options) -> Iterator[Input]:
     """What makes the tables that were found the wanted ones; each made when it is asked for."""
-    limit = options.batch_size if options.batch_commands == "true" else 0
+    limit = min(options.batch_size, INPUT_BYTES) if options.batch_commands == "true" else 0
     for family in FAMILIES:
         if tables := found[family.version]:
             for text in restore_inputs(wanted[family.version], tables, limit):
