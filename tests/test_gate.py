@@ -1375,7 +1375,7 @@ def test_an_older_gate_or_sudoers_lets_runs_go_on_and_says_what_cannot_be_seen(
         assert len(logged) == (0 if args else lines), logged  # sudo -n logs no refusal
     status = somebody.epok("--status")
     assert status.status == 0 and status.err.count("warning: ") == (not args), status.err
-    assert re.search(r"CONNECTIONS\ntcp/25 .* \?\n", status.out), status.out
+    assert re.search(r"CONNECTIONS  ANSWERED\ntcp/25 .* \? +\?\n", status.out), status.out
     unseen = "sudo -n nft -j list chains: sudo: a password is required" if args else "ip netconf: epok-gate: refused"
     lines = [line for line in status.out.splitlines() if line.startswith("maybe")]
     assert sum(unseen in line and "; run cron/setup-host of this epok on the host" in line for line in lines) == 1, (
