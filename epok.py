@@ -409,7 +409,7 @@ CODING = ("utf-8", "surrogateescape")
 PIECE = 1 << 16  # bytes, or characters, that are handed on at once
 PIECES = 64  # that wait to be taken
 TEXT_LIMIT = 1 << 24  # bytes of an output that is kept as it is
-RULES_LIMIT, RULES_LINES = 1 << 26, 300_000  # bytes and lines of a host's rules, an IP version
+RULES_LIMIT, RULES_LINES = 1 << 26, 700_000  # bytes and lines of a host's rules, an IP version
 OTHERS = 100_000  # rules in a table that are not epok's, and may be before its own
 
 
