@@ -3754,7 +3754,7 @@ def needed_chains(wanted: Table, found: Table) -> dict[str, Sequence[str]]:
 
     The others are what a run left that was broken off, or somebody who has the key.
     """
-    used, todo = {ROOT, POSTROUTING, *found.held}, [ROOT]
+    used, todo = {ROOT, POSTROUTING, *found.held}, [ROOT, *found.held]
     while todo:
         targets = {rule.rpartition(" -g ")[2] for rule in found.chains.get(todo.pop(), ())}
         todo += targets - used
@@ -3762,12 +3762,13 @@ def needed_chains(wanted: Table, found: Table) -> dict[str, Sequence[str]]:
     chains = {chain: rules for chain, rules in found.chains.items() if chain in used}
     if sum(map(len, chains.values())) > HOST_RULES:
         chains = {ROOT: []}
-    right = {
-        chain: rules
+    # what is wrong with a wanted one goes, and not the chain: others that are right lead to it
+    known = {
+        chain: rules if wanted.chains[chain] == rules else []
         for chain, rules in found.chains.items()
-        if chain not in chains and wanted.chains.get(chain) == rules
+        if chain in wanted.chains
     }
-    return {**chains, **right}
+    return {**known, **chains}
 
 
 def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
