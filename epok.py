@@ -2854,25 +2854,22 @@ def affordable(
     plan: Plan,
 ) -> Iterator[Forward]:
     """Those of a Service's forwards for which there are rules left; it rejects the others."""
+    mappings: dict[tuple[str, int], str] = {}
     for forward in forwards:
         lacking = [version for version in costs if costs[version] > left[version]]
         if not lacking:
             left.update({version: left[version] - cost for version, cost in costs.items()})
             yield forward
             continue
-        what = f"external port {Range(forward.first, forward.last)} ({forward.protocol})"
-        rules = (
-            f"{costs[lacking[0]]} rules, more than are left of {MAX_RULES:,} for IPv{lacking[0]}"
-        )
-        why = f"{what} would take {rules}, which older Services get first"
-        its = [
-            each
-            for each in claims
-            if each.port.protocol == forward.protocol
-            and forward.first <= each.external <= forward.last
-        ]
-        for mapping in dict.fromkeys(claim.mapping for claim in its):
-            plan.reject(service, f"{why}; ask for fewer ports or networks", mapping)
+        mappings = mappings or {(port.protocol, n): mapping for mapping, n, port in claims}
+        ports = Range(forward.first, forward.last)
+        lost = [(forward.protocol, n) for n in range(ports.first, ports.last + 1)]
+        if service.key == plan.explained:
+            plan.claims = [c for c in plan.claims if (c.port.protocol, c.external) not in lost]
+        why = f"external port {ports} ({forward.protocol}) would take {costs[lacking[0]]} rules"
+        why += f", more than are left of {MAX_RULES:,} for IPv{lacking[0]}, which older Services"
+        for mapping in dict.fromkeys(mappings[port] for port in lost):
+            plan.reject(service, f"{why} get first; ask for fewer ports or networks", mapping)
 
 
 def bucket_count(known: int) -> int:
