@@ -5801,7 +5801,8 @@ class Firewall(NamedTuple):
 
     @property
     def before_nat(self) -> bool:
-        return self.hook == "prerouting" and self.priority <= TRANSLATED
+        early = self.priority <= TRANSLATED or self.rivals is not None
+        return early and self.hook == "prerouting"
 
     def cure_for(self, mark: Mark, name: str, protocol: str, ports: Sequence[str]) -> str:
         """For what comes by an interface to ports of the host, and then has epok's mark."""
