@@ -8,7 +8,7 @@ import shlex
 import socket
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
-from epok import BALANCER_CLASS
+import epok as program
 from lab.apiserver import ADDRESS, PORT, ApiServer
 from lab.fake_api import write_kubeconfig
 from lab.machine import BACKENDS, need, stretched, until
-from lab.manifests import account, manifests, one
+from lab.manifests import CRON, account, manifests, one
 from lab.network import CLIENT, EPOK, HOST, HOST6, Lab, Namespace, warnings_in
 from lab.objects import Object, endpoint, endpoint_slice, port, service
 from lab.sshd import Sshd, make_key
@@ -104,6 +104,79 @@ def who(lab: Lab, number: int, **how: Any) -> set[str]:
 
 def targets(lab: Lab, version: int = 4) -> set[str]:
     return set(re.findall(r"--to-destination (\S+)", lab.saved(version)))
+
+
+# ---- who may take ports
+
+
+@pytest.fixture
+def policy(api: ApiServer) -> Iterator[Callable[..., None]]:
+    """cron/policy.yaml, and what is refused by it: `denied(method, path, body)`."""
+    file = str(CRON / "policy.yaml")
+    for name in ("open", "closed"):
+        api.kubectl("create", "namespace", name)
+    api.kubectl("label", "namespace", "open", "epok.getbetter.ro/allowed=true")
+    api.kubectl("apply", "-f", file)
+
+    def denied(*request: Any) -> None:
+        with pytest.raises(AssertionError, match=": 403 .*lacks the label epok.getbetter.ro/allowed=true"):
+            api.request(*request)
+
+    def enforced() -> bool:
+        with contextlib.suppress(AssertionError):
+            path = "/api/v1/namespaces/closed/services?dryRun=All"
+            api.request("POST", path, plain("closed", {program.PORT_ANNOTATIONS[0]: "25"}))
+            return False
+        return True
+
+    until(enforced, "the policy is in force", 120)
+    yield denied
+    api.kubectl("delete", "-f", file)
+    api.kubectl("delete", "--wait=false", "namespace", "open", "closed")
+
+
+def plain(namespace: str, annotations: dict[str, str], **spec: Any) -> Object:
+    meta = {"name": "mail", "namespace": namespace, "annotations": annotations}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": {"ports": [{"port": 25}], **spec}}
+
+
+def test_only_services_of_namespaces_with_the_label_may_have_epoks_annotations(
+    api: ApiServer, policy: Callable[..., None]
+) -> None:
+    services, merge = "/api/v1/namespaces/{}/services", "application/merge-patch+json"
+    closed, mail = services.format("closed"), services.format("closed") + "/mail"
+    epoks = {"type": "LoadBalancer", "loadBalancerClass": "getbetter.ro/epok"}
+    for name in program.SERVICE_ANNOTATIONS:
+        policy("POST", closed, plain("closed", {"other": "", name: ""}))
+    policy("POST", closed, plain("closed", {}, **epoks))
+    api.request("POST", closed, plain("closed", {"other": "", "example.org/externalport": "25"}))
+    for name in program.SERVICE_ANNOTATIONS:
+        policy("PATCH", mail, {"metadata": {"annotations": {name: "25"}}}, merge)
+    policy("PATCH", mail, {"spec": epoks}, merge)
+    api.request("PATCH", mail, {"spec": {"sessionAffinity": "ClientIP"}}, merge)
+    everything = dict.fromkeys(program.SERVICE_ANNOTATIONS, "25")
+    api.request("POST", services.format("open"), plain("open", everything, **epoks))
+
+    # one that has lost the label: nothing more comes, and what is there can go
+    mail = services.format("open") + "/mail"
+    keep = {"metadata": {"finalizers": ["example.org/keep"]}}
+    api.request("PATCH", mail, keep, merge)
+    api.kubectl("label", "namespace", "open", "epok.getbetter.ro/allowed-")
+    change = {"spec": {"ports": [{"port": 26}]}}
+
+    def lost() -> bool:
+        try:
+            return not api.request("PATCH", f"{mail}?dryRun=All", change, merge)
+        except AssertionError:
+            return True
+
+    until(lost, "the label's end is known", 120)
+    policy("PATCH", mail, change, merge)
+    api.request("DELETE", mail)
+    policy("PATCH", mail, change, merge)
+    policy("PATCH", mail, {"metadata": {"annotations": {program.PORT_ANNOTATIONS[0]: "26"}}}, merge)
+    api.request("PATCH", mail, {"metadata": {"finalizers": []}}, merge)
+    assert api.kubectl("get", "services", "-n", "open", "-o", "name") == ""
 
 
 # ---- reading
@@ -525,7 +598,7 @@ exec /run/alternatives/held "$@"
 
 def balancer(*ports: Object, externalport: "str | None" = None, name: str = "mail", **spec: Any) -> Object:
     """A Service of epok's own class."""
-    kind = {"type": "LoadBalancer", "loadBalancerClass": BALANCER_CLASS, **spec}
+    kind = {"type": "LoadBalancer", "loadBalancerClass": program.BALANCER_CLASS, **spec}
     return service(name, externalport, ports or [SMTP], **kind)
 
 

@@ -1161,6 +1161,23 @@ def test_a_huge_annotation_does_not_stop_the_others(lab: Lab, api: FakeApi, conf
         assert targets(lab) == on_nodes(30080) | on_nodes(2025)
 
 
+def test_a_tenants_1000_services_of_bad_mappings_take_little_and_leave_the_others_a_hearing(
+    lab: Lab, api: FakeApi, config: str
+) -> None:
+    bad = ",".join(f"{n}:{n}" for n in range(1, 201))
+    noisy = [service(f"bad{n}", bad, [port(80, 30081 + n)], namespace="tenant") for n in range(1000)]
+    quiet = service("mail", "25:2025,26:smpt", [port(25, 2025)], namespace="quiet", created="2030-01-01T00:00:00Z")
+    api.objects = [*NODES, *noisy, quiet]
+    done = run(lab, "--kubeconfig", config, through=["prlimit", f"--data={128 << 20}"])
+    assert done.status == 0 and targets(lab) == on_nodes(2025), done.log[-2000:]
+    rejected = re.findall("(?m)^warning: rejected: .*", done.log)
+    assert len(rejected) == 100 and sum("quiet/mail" in line for line in rejected) == 1
+    # ten of each Service, and how many more of its there are
+    assert "\nwarning: 10901 more warnings like these" in done.log
+    namespaces = [request.url.split("/")[4] for request in api.asked("events")]
+    assert "quiet" in namespaces[:20], "among the first"
+
+
 @fault
 def test_a_host_full_of_forwards_is_not_waited_for(lab: Lab, api: FakeApi, config: str, before: str) -> None:
     """What 200 ports and an annotation of 240 kB can ask for is computed within --timeout, or not at all."""

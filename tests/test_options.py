@@ -545,5 +545,5 @@ def test_the_messages_that_the_readme_tells_of_are_epoks() -> None:
     assert len(told) > 8 and SAID_BY_SUDO in told
     program = Path(epok.__file__).read_text(encoding="utf-8")
     for words in told:
-        made = re.escape(words).replace("tcp/25", r"\{port\}").replace("eth0", r"\{name\}").replace("IPv4", "IPv.*")
+        made = re.escape(words).replace("tcp/25", r"\{some\}").replace("eth0", r"\{name\}").replace("IPv4", "IPv.*")
         assert words == SAID_BY_SUDO or re.search(made, program), words
