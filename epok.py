@@ -2669,7 +2669,7 @@ def make_plan(
 
 
 def rule_counts(
-    service: Service, places: Iterable[Place], sources: tuple[Network, ...] | None
+    service: Service, places: Iterable[Place], sources: Sequence[Network] | None
 ) -> dict[int, int]:
     """How many rules each forward of a Service takes, by IP version."""
     counts: dict[int, int] = {}
