@@ -33,9 +33,9 @@ Options (the command line wins, then the environment, then the default):
                                commas; otherwise to all of them. [EPOK_ADDRESSES]
   --batch-commands=<bool>      true: one iptables-restore run if --batch-size allows; false: one run
                                for each chain; true unless given. [EPOK_BATCH_COMMANDS]
-  --batch-size=<bytes>         The largest input of iptables-restore, 1677722 unless given; a larger
-                               chain goes alone, a larger swap in stages: new chains, the flip, old
-                               chains. [EPOK_BATCH_SIZE]
+  --batch-size=<bytes>         The largest input of iptables-restore, 1677722 unless given, 8388608
+                               at most; a larger chain goes alone, a larger swap in stages: new
+                               chains, the flip, old chains. [EPOK_BATCH_SIZE]
   --max-nodes=<n>              Forward a Service to at most so many of the nodes, 16 unless given.
                                Each Service has nodes of its own, so that all get their share. On a
                                host that is a node it goes to all of its pods. [EPOK_MAX_NODES]
@@ -45,6 +45,10 @@ Options (the command line wins, then the environment, then the default):
   --ports=<ports>              External ports that Services may take, like
                                "25,80,443,8000-8999/tcp,53/udp"; all but tcp/22 unless given. Over
                                SSH never the port that epok logs in by. [EPOK_PORTS]
+  --publish=<addresses>        What goes into status.loadBalancer of Services of class
+                               getbetter.ro/epok: IP addresses, or one host name, or auto, which
+                               is the global addresses of the interfaces; none unless given.
+                               [EPOK_PUBLISH]
   --mark=<bits>                Two bits of the connection mark for epok alone, 0x30000000 unless
                                given. [EPOK_MARK]
   --kubeconfig=<file>          Which cluster. Without it the account of the pod that epok runs in,
@@ -57,7 +61,7 @@ Options (the command line wins, then the environment, then the default):
   --dry-run                    Print the forwards that would come (+), go (-) and change (~), then
                                the exact iptables-restore input; change nothing.
   --clean                      Remove every rule that epok, or the older epok in Rust, put on the
-                               host. Needs no cluster.
+                               host, and what --publish wrote. Needs no cluster.
   --status                     Print what the host forwards now, from its live rules, with the new
                                connections of each forward since its rules were made; what is wanted
                                and not there, when the cluster answers; and what on the host is in
@@ -96,12 +100,15 @@ Annotations of a Service of type NodePort or LoadBalancer:
       For these clients only; without it spec.loadBalancerSourceRanges counts.
   The prefix epok.getbetter.ro/ is as good for each of them. Another name with one of these prefixes
   is warned about; one that may be a restriction misspelt keeps the Service from being forwarded.
+A Service of type LoadBalancer with loadBalancerClass getbetter.ro/epok needs no mapping: without
+one each of its ports is forwarded from the external port of the same number.
 A node with the annotation epok.getbetter.ro/exclude or the label epok_exclude gets no traffic.
 
 What it needs: iptables on the host (nft or legacy), and that it forwards packets (sysctl -w
 net.ipv4.ip_forward=1); of the cluster the permission to list services, nodes and endpointslices,
-and to create and patch events. Its rules on the host are the chains EPOK and EPOK-* and what jumps
-to them from PREROUTING, OUTPUT, POSTROUTING and FORWARD; it reads and writes nothing else there.
+to create and patch events, and, for --publish, to patch services/status. Its rules on the host are
+the chains EPOK and EPOK-* and what jumps to them from PREROUTING, OUTPUT, POSTROUTING and FORWARD;
+it reads and writes nothing else there.
 
 Exit status: 0 the host is right; 1 it failed and the rules are as they were, or the message says
 what was done; 2 the command line is wrong; 3 --dry-run and the host differs.
@@ -200,9 +207,12 @@ INTERNAL_ANNOTATIONS = tuple(prefix + "internal" for prefix in PREFIXES)
 ALLOW_ANNOTATIONS = tuple(prefix + "allow-range" for prefix in PREFIXES)
 SERVICE_ANNOTATIONS = (*PORT_ANNOTATIONS, *INTERNAL_ANNOTATIONS, *ALLOW_ANNOTATIONS)
 EXCLUDE_ANNOTATIONS = tuple(prefix + "exclude" for prefix in PREFIXES)
+BALANCER_CLASS = "getbetter.ro/epok"  # of Services of type LoadBalancer that are epok's
 EXCLUDE_LABEL = "epok_exclude"
 STANDARD_EXCLUDE_LABEL = "node.kubernetes.io/exclude-from-external-load-balancers"
 AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
+# Where clouds tell a machine its secrets, beside the addresses of a link: no node's. The gate too.
+METADATA = {"168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254"}
 PROTOCOLS = ("tcp", "udp", "sctp")
 ALL_BUT_SSH = "1-21,22/udp,22/sctp,23-65535"
 MAX_STRANGE = 10  # annotations of one Service that epok does not know
@@ -212,6 +222,11 @@ MAX_NAME = 63  # characters of an annotation's name, behind the slash
 MAX_MAPPINGS = 1000  # of one Service, so that none can keep the others waiting
 MAX_SOURCES = 50_000  # of one Service, in the rules of all its ports
 MAX_RULES = 200_000  # of an IP version, for all Services
+CHAIN_SOURCES = 1000  # of one chain: iptables-nft prints a chain in time that grows with its square
+MAX_BUCKETS = 4096  # of clients in one chain, which has two rules for each
+ROOT_RULES = 4096  # of EPOK, which each new connection meets
+INPUT_BYTES, INPUT_CHAINS = 1 << 23, 10_000  # of one input at most; the gate takes a little more
+HOST_RULES = 225_000  # of epok's in nat; of more, what is not needed goes before others come
 MAIL_PORTS = (25, 465, 587)
 CONNECT_SECONDS = 5  # to each address of an API server: of several, the first may drop all packets
 LOOK_SECONDS = 10  # that --status and --explain wait for the cluster, or for the nodes
@@ -220,6 +235,7 @@ PAGE_LIMIT = 1 << 23
 ANSWER_LIMIT = 1 << 26  # bytes of any other answer, and of a page of one object
 RACES = 6  # tries where another writer may have come between, or the kernel refuses for good
 EVENT_SECONDS = 5  # for all Events of a run, so that many rejections cannot make it a long one
+STATUS_SECONDS = 15  # the same for the status of Services, which people and programs wait for
 
 log = logging.getLogger("epok")
 T = TypeVar("T")
@@ -713,6 +729,30 @@ def to_address(text: str) -> Address | None:
         return None
 
 
+def usable(text: str) -> Address | None:
+    """The address of a node, pod or host, or None when nothing can be sent there."""
+    address = to_address(text)
+    if address is None or address.is_unspecified or address.is_loopback or address.is_multicast:
+        return None
+    if address.is_reserved or address.is_link_local or str(address) in METADATA:
+        return None
+    mapped = address.version == 6 and (address.ipv4_mapped or address.scope_id)
+    return None if mapped else address
+
+
+def to_published(text: str) -> tuple[str, ...]:
+    """Addresses, or one host name or the word auto, as they stand in the status of a Service."""
+    names = [name.lower() for name in items(text)]
+    addresses = [str(address) for name in names if (address := usable(name))]
+    if names and len(addresses) == len(names):
+        return tuple(dict.fromkeys(addresses))
+    label = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+    host_name = rf"({label}\.)*(?![0-9]+$){label}"  # what ends in a number is an address misspelt
+    if len(names) != 1 or len(names[0]) > 253 or not re.fullmatch(host_name, names[0]):
+        raise ValueError("accepted are IP addresses that can be reached, one host name, or auto")
+    return () if names == ["none"] else (names[0],)
+
+
 def to_logins(text: str) -> tuple[Login, ...]:
     """Whom to log in as, and where; port 0 where none is named."""
     name, ipv6, zone = r"[\w.-]+", "[0-9A-Fa-f:.]+", r"%[\w.-]+"
@@ -770,6 +810,7 @@ class Options:
     max_nodes: int = setting("EPOK_MAX_NODES", "16", number_of("a number of nodes above zero"))
     masquerade: str = setting("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
     ports: tuple[Allowed, ...] = setting("EPOK_PORTS", ALL_BUT_SSH, to_ports)
+    publish: tuple[str, ...] = setting("EPOK_PUBLISH", "none", to_published)
     mark: Mark = setting("EPOK_MARK", "0x30000000", to_mark)
     kubeconfig: str = setting("KUBECONFIG", "", str)
     context: str = setting("EPOK_CONTEXT", "", str)
@@ -786,6 +827,17 @@ class Options:
     def looks(self) -> bool:
         """Whether the run only looks, at what is there rather than at what would change."""
         return self.status or bool(self.explain)
+
+
+def like(pattern: str, interface: str) -> bool | None:
+    """Whether an interface is the one meant, or begins as a pattern that ends in "+"."""
+    if not interface:
+        return None
+    return interface.startswith(pattern[:-1]) if pattern.endswith("+") else interface == pattern
+
+
+def comes_in(interface: str, options: Options) -> bool:
+    return any(like(pattern, interface) for pattern in options.interfaces)
 
 
 class Setting(NamedTuple):
@@ -1091,9 +1143,18 @@ def resolve(folder: str, entry: msgspec.Struct, *fields: str) -> None:
             setattr(entry, name, os.path.normpath(os.path.join(folder, path)))
 
 
+KUBECONFIG = "~/.kube/config"
+
+
+def at_hand(options: Options) -> bool:
+    """Whether there is a cluster that may be asked, though none is needed."""
+    named = options.kubeconfig or options.context or in_pod()
+    return not options.snapshot and bool(named or os.path.exists(os.path.expanduser(KUBECONFIG)))
+
+
 def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
     """What the kubeconfigs say, read as kubectl reads them. Raises Fatal."""
-    names = options.kubeconfig or "~/.kube/config"
+    names = options.kubeconfig or KUBECONFIG
     # the variable is a list; the option names one file, whatever is in its name
     listed = names.split(os.pathsep) if names == os.environ.get("KUBECONFIG") else [names]
     files = [os.path.expanduser(file) for file in listed if file]
@@ -1503,6 +1564,7 @@ class NamespacedMetadata(Metadata, kw_only=True):
     namespace: Name
     uid: str = ""
     creation_timestamp: str = ""
+    resource_version: str = ""
 
 
 class Port(msgspec.Struct, rename="camel", gc=False):
@@ -1525,11 +1587,48 @@ class ServiceSpec(msgspec.Struct, rename="camel"):
     ip_families: list[str] = []
     cluster_ips: list[str] = msgspec.field(name="clusterIPs", default_factory=list)
     load_balancer_source_ranges: list[str] = []
+    load_balancer_class: str = ""
+
+
+class PortStatus(msgspec.Struct, omit_defaults=True):
+    port: int = 0
+    protocol: str = ""
+    error: str = ""
+
+
+class Ingress(msgspec.Struct, omit_defaults=True, rename="camel"):
+    """An address in the status of a Service, and what became of the Service's ports there."""
+
+    ip: str = ""
+    ip_mode: str = ""
+    hostname: str = ""
+    ports: list[PortStatus] = []
+
+    def __post_init__(self) -> None:
+        # Kubernetes before 1.30 does not keep it, later ones always have it
+        self.ip_mode = self.ip_mode or "Proxy" * bool(self.ip)
+
+    @property
+    def name(self) -> str:
+        return self.ip or self.hostname
+
+    def __str__(self) -> str:
+        ports = (f"{p.protocol.lower()}/{p.port}{' ' * bool(p.error)}{p.error}" for p in self.ports)
+        return f"{self.name} ({enumerated(ports)})"
+
+
+class BalancerStatus(msgspec.Struct):
+    ingress: list[Ingress] = []
+
+
+class ServiceStatus(msgspec.Struct, rename="camel"):
+    load_balancer: BalancerStatus = msgspec.field(default_factory=BalancerStatus)
 
 
 class ServiceObject(msgspec.Struct):
     metadata: NamespacedMetadata
     spec: ServiceSpec = msgspec.field(default_factory=ServiceSpec)
+    status: ServiceStatus = msgspec.field(default_factory=ServiceStatus)
 
 
 class NodeEntry(msgspec.Struct):
@@ -1573,6 +1672,13 @@ class EndpointSlice(msgspec.Struct):
     ports: list[Port] | None = None
 
 
+class Balanced(NamedTuple):
+    """What the status of a Service of epok's own class says, in this version of the Service."""
+
+    ingress: list[Ingress]
+    version: str
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """What matters of a Service, with the annotations that are, or look like, epok's."""
@@ -1587,6 +1693,11 @@ class Service:
     sticky: bool
     versions: tuple[int, ...]
     source_ranges: tuple[str, ...]
+    balanced: Balanced | None
+
+    @property
+    def mapped(self) -> bool:
+        return not self.annotations.keys().isdisjoint(PORT_ANNOTATIONS)
 
 
 @dataclass(frozen=True)
@@ -1624,7 +1735,7 @@ class Snapshot:
 
 
 def to_service(item: ServiceObject, always: str = "") -> Service | None:
-    """None for a Service without a mapping, unless it is the one that matters `always`."""
+    """None for a Service that asks for nothing, unless it is the one that matters `always`."""
     meta, spec = item.metadata, item.spec
     key = f"{meta.namespace}/{meta.name}"
     annotations = {}
@@ -1636,7 +1747,10 @@ def to_service(item: ServiceObject, always: str = "") -> Service | None:
             raise Fatal(f"{what}; nothing was changed")
         # null is "" to the API server too: an annotation that is there
         annotations[name] = text or ""
-    if key != always and not annotations.keys() & set(PORT_ANNOTATIONS):
+    balanced = None
+    if spec.type == "LoadBalancer" and spec.load_balancer_class == BALANCER_CLASS:
+        balanced = Balanced(item.status.load_balancer.ingress, meta.resource_version)
+    if key != always and not balanced and not annotations.keys() & set(PORT_ANNOTATIONS):
         return None
     families = spec.ip_families or ["IPv6" if ":" in ip else "IPv4" for ip in spec.cluster_ips]
     return Service(
@@ -1650,18 +1764,8 @@ def to_service(item: ServiceObject, always: str = "") -> Service | None:
         sticky=spec.session_affinity == "ClientIP",
         versions=tuple(6 if family == "IPv6" else 4 for family in families or ["IPv4"]),
         source_ranges=tuple(spec.load_balancer_source_ranges),
+        balanced=balanced,
     )
-
-
-def usable(text: str) -> Address | None:
-    """The address of a node or pod, or None when nothing can be sent there."""
-    address = to_address(text)
-    if address is None or address.is_unspecified or address.is_loopback or address.is_multicast:
-        return None
-    if address.is_reserved or address.is_link_local:
-        return None
-    mapped = address.version == 6 and (address.ipv4_mapped or address.scope_id)
-    return None if mapped else address
 
 
 def to_node(item: NodeObject) -> Node:
@@ -1855,6 +1959,9 @@ class Event(NamedTuple):
     message: str
 
 
+Task = tuple[Any, ...]  # a Service, a method that writes about it, and what that takes
+
+
 class Cluster:
     """The Kubernetes API, with plain JSON: typed models cost a second of start-up."""
 
@@ -2013,7 +2120,7 @@ class Cluster:
             allow = (
                 f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
             )
-            advice = f": {mistaken(said, self.access) or allow + how_to_allow(verb, said)}"
+            advice = f": {mistaken(said, self.access) or allow + how_to_allow(resource, said)}"
         return Fatal(told + advice)
 
     def how_to_reach(self) -> str:
@@ -2027,19 +2134,49 @@ class Cluster:
             return f"; if the cluster is on another machine, give its address: {edit}"
         return f"; check it with {self.access.kubectl} get nodes"
 
-    def uid_of(self, namespace: str, service: str, deadline: Deadline) -> str:
-        """The uid of a Service, empty when it is gone. Raises Transient or Fatal."""
+    def service(self, key: str, deadline: Deadline) -> Service | None:
+        """A Service as it is now, None when it is gone. Raises Transient or Fatal."""
+        namespace, _, name = key.partition("/")
+        convert = functools.partial(to_service, always=key)
         path = f"/api/v1/namespaces/{namespace}/services"
-        kind = SERVICES._replace(path=path, convert=lambda item: item.metadata.uid)
-        page = self.page(kind, {"fieldSelector": f"metadata.name={service}"}, deadline)
-        return page[0][0] if page and page[0] else ""
+        kind = SERVICES._replace(path=path, convert=convert)
+        page = self.page(kind, {"fieldSelector": f"metadata.name={name}"}, deadline)
+        return page[0][0] if page and page[0] else None
+
+    def publish(
+        self, service: Service, ingress: list[Ingress], deadline: Deadline
+    ) -> Service | None:
+        """Writes the status of a Service of epok's class; returns what it is then.
+
+        None when it is gone, or of another class. Raises Transient or Fatal.
+        """
+        namespace, _, name = service.key.partition("/")
+        path = f"/api/v1/namespaces/{namespace}/services/{name}/status"
+        now: Service | None = service
+        for _ in range(RACES):
+            if not now or not now.balanced or now.uid != service.uid:
+                return None
+            version = {"resourceVersion": now.balanced.version}  # else there is a conflict
+            entries = msgspec.to_builtins(ingress) or None
+            body = {"metadata": version, "status": {"loadBalancer": {"ingress": entries}}}
+            answer = self.request("PATCH", path, deadline, body=body)
+            if answer.status == 200:
+                return to_service(self.decode(answer.data, ServiceObject, "Service"))
+            if answer.status == 404:
+                return None
+            if answer.status != 409:
+                break
+            now = self.service(service.key, deadline)
+        raise self.refusal(answer, "patch", "services/status")
 
     def record(self, event: Event, uids: Mapping[str, str], deadline: Deadline) -> None:
         """Writes an Event, or counts up the one that says the same. Raises Transient or Fatal."""
         namespace, _, service = event.service.partition("/")
-        uid = uids.get(event.service) or self.uid_of(namespace, service, deadline)
-        if not uid:
-            return  # nobody would look for it
+        if not (uid := uids.get(event.service)):
+            found = self.service(event.service, deadline)
+            if not found:
+                return  # nobody would look for it
+            uid = found.uid
         name = f"{service}.{hashlib.sha256(repr((uid, event)).encode()).hexdigest()[:16]}"
         path = f"/api/v1/namespaces/{namespace}/events"
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -2062,22 +2199,20 @@ class Cluster:
         }
         self.send("POST", path, made, deadline)
 
-    def record_all(
-        self, events: Iterable[Event], uids: Mapping[str, str], deadline: Deadline
-    ) -> None:
-        """Writes Events; leaves out namespaces that refuse one. Raises Fatal if there was any."""
+    def write_all(self, what: str, tasks: Iterable[Task], deadline: Deadline) -> None:
+        """Writes about Services; leaves out namespaces that refuse. Raises Fatal if any did."""
         failed: dict[str, str] = {}
-        for event in events:
-            namespace = event.service.partition("/")[0]
+        for service, write, *args in tasks:
+            namespace = service.partition("/")[0]
             if namespace in failed:
                 continue
             try:
-                persist(deadline, self.record, event, uids, deadline)
+                persist(deadline, write, *args, deadline)
             except Fatal as error:
                 failed[namespace] = str(error)
         if failed:
             first = next(iter(failed.values()))
-            raise Fatal(f"{first}; no Events in namespace {enumerated(failed)}")
+            raise Fatal(f"{first}; no {what} in namespace {enumerated(failed)}")
 
     def send(self, method: str, path: str, body: Any, deadline: Deadline) -> KnownEvent | None:
         """Creates or patches an Event.
@@ -2109,17 +2244,25 @@ def mistaken(message: str, access: Access) -> str:
     return ""
 
 
-def how_to_allow(verb: str, message: str) -> str:
+ROLES = {  # of somebody who is not the CronJob's account: its name, verbs and resources
+    "events": ("epok-events", "create,patch", "events"),
+    "services/status": ("epok-status", "patch", "services/status"),
+}
+LISTS = "epok-list", "list", "services,nodes,endpointslices.discovery.k8s.io"
+
+
+def how_to_allow(resource: str, message: str) -> str:
     """How to give a user the permission that an answer with status 403 says it lacks."""
     user = re.search(r'User "([A-Za-z0-9:@._-]{1,253})" cannot', message)
+    more = ", as in cron/publish.yaml" * (resource == "services/status")
     if not user:
-        return "; cron/cronjob.yaml has all that it needs"
-    name, verbs, resources = "epok-events", "create,patch", "events"
-    if verb == "list":
-        name, verbs, resources = "epok-list", verb, "services,nodes,endpointslices.discovery.k8s.io"
+        return more or "; cron/cronjob.yaml has all that it needs"
+    if more and user[1].endswith(":epok"):
+        return f"{more}: . cron/epok.config && envsubst < cron/publish.yaml | kubectl apply -f -"
+    name, verbs, resources = ROLES.get(resource, LISTS)
     role = f"kubectl create clusterrole {name} --verb={verbs} --resource={resources}"
     binding = f"kubectl create clusterrolebinding {name} --clusterrole={name} --user={user[1]}"
-    return f": {role} && {binding}"
+    return f"{more}: {role} && {binding}"
 
 
 # What OpenSSL says, and what is wrong then.
@@ -2294,7 +2437,8 @@ class Plan:
     """What shall be forwarded, what cannot be, and what a person should know.
 
     `unknown` are annotations that stop nothing; `claims` and `places` are of the Service that is
-    `explained`, of which all reasons are kept.
+    `explained`, of which all reasons are kept. `fates` tell of the ports of Services of epok's
+    class, each by its own number, what keeps it from being forwarded from that, or nothing.
     """
 
     explained: str = ""
@@ -2304,6 +2448,7 @@ class Plan:
     unknown: list[Rejection] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
+    fates: dict[tuple[str, str, int], str] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)  # of rejections, by Service
 
     def reject(self, service: Service, why: object, mapping: str = "", told: str = "") -> None:
@@ -2316,6 +2461,14 @@ class Plan:
         if more > 1:
             self.rejections.pop()  # how many more there were so far
         self.rejections.append(made)
+
+    def decide(self, service: Service, claim: Claim, error: str = "") -> None:
+        """Notes the fate of a Service's port, for its status."""
+        key = service.key, claim.port.protocol, claim.port.port
+        if service.balanced and claim.external == claim.port.port:
+            self.fates[key] = error
+        elif service.balanced:
+            self.fates.setdefault(key, "OtherPort")
 
 
 class PortMapping(NamedTuple):
@@ -2385,7 +2538,11 @@ def ports_for(service: Service, index: PortIndex, mapping: PortMapping, offset: 
         problem = f"{what} has no {mapping.protocol}" if ports else f"no {what}"
         raise ValueError(f"{problem}; the NodePorts of this Service are {listed(service.ports)}")
     if not all(port.node_port for port in wanted):
-        raise ValueError(f"{what} has no NodePort; let the Service allocate NodePorts")
+        namespace, _, name = service.key.partition("/")
+        patch = """'{"spec": {"allocateLoadBalancerNodePorts": true}}'"""
+        cure = f": kubectl patch service -n {namespace} {name} -p {patch}"
+        allocate = "let the Service allocate NodePorts" + cure * (service.type == "LoadBalancer")
+        raise ValueError(f"{what} has no NodePort; {allocate}")
     return wanted
 
 
@@ -2400,6 +2557,8 @@ class Claim(NamedTuple):
 def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
     """What a Service asks for, rejecting the mappings that cannot stand."""
     texts = [text for name in PORT_ANNOTATIONS for text in items(service.annotations.get(name, ""))]
+    if not service.mapped and service.balanced:
+        texts = [f"{port.port}/{port.protocol}" for port in service.ports]
     index = index_ports(service)
     for number, text in enumerate(dict.fromkeys(texts)):
         if number == MAX_MAPPINGS:
@@ -2423,7 +2582,7 @@ def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
 def check_annotations(service: Service, plan: Plan) -> None:
     """Finds unknown annotations. Raises ValueError where one may be a restriction, misspelt."""
     strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
-    if not strange or not service.annotations.keys() & set(PORT_ANNOTATIONS):
+    if not strange or not (service.mapped or service.balanced):
         return
     if len(strange) > MAX_STRANGE:
         many = f"{len(strange)} annotations that epok does not know"
@@ -2431,7 +2590,8 @@ def check_annotations(service: Service, plan: Plan) -> None:
     for name in strange:
         meant = nearest(name)
         what = f"epok knows no annotation {quoted(name)}; is {meant} meant?"
-        if meant in (*INTERNAL_ANNOTATIONS, *ALLOW_ANNOTATIONS):
+        # without a mapping all ports would be forwarded, so one misspelt is a restriction as well
+        if meant not in PORT_ANNOTATIONS or not service.mapped:
             raise ValueError(f"{what} It is not forwarded until that is mended or removed")
         plan.unknown.append(Rejection(service.key, "", what))
 
@@ -2669,7 +2829,7 @@ def make_plan(
 
 
 def rule_counts(
-    service: Service, places: Iterable[Place], sources: Sequence[Network] | None
+    service: Service, places: Iterable[Place], sources: Networks | None
 ) -> dict[int, int]:
     """How many rules each forward of a Service takes, by IP version."""
     counts: dict[int, int] = {}
@@ -2717,7 +2877,7 @@ def affordable(
 
 def bucket_count(known: int) -> int:
     """Into how many parts clients are divided that are shared out over so many places."""
-    return max(64, 1 << (4 * known - 1).bit_length())
+    return max(64, min(1 << (4 * known - 1).bit_length(), MAX_BUCKETS))
 
 
 def nowhere(
@@ -2742,6 +2902,7 @@ def granted(
         key, wish = (claim.port.protocol, claim.external), (service.key, claim.port.node_port)
         if key not in taken and any(allowed.has(*key) for allowed in options.ports):
             taken[key] = wish
+            plan.decide(service, claim)
             yield claim
             continue
         owner, port = taken.get(key, (None, 0))
@@ -2754,6 +2915,8 @@ def granted(
             reason, told = f"taken by {owner}", "taken by an older Service"
             if owner == service.key:
                 told = "taken by another mapping of this Service"
+        error = {None: "PortNotAllowed", "": "PortReserved"}.get(owner, "PortTaken")
+        plan.decide(service, claim, error)
         refused.setdefault((claim.mapping, reason, told), []).append(claim)
     for (mapping, reason, told), claims in refused.items():
         ports = spans({claim.external for claim in claims})
@@ -2814,6 +2977,35 @@ def merge(forwards: Iterable[Forward]) -> list[Forward]:
     return merged
 
 
+def ingress_of(
+    service: Service, forwards: Iterable[Forward], plan: Plan, names: Iterable[str]
+) -> list[Ingress]:
+    """What the status of a Service says, from its forwards: an entry for each name of the host.
+
+    A port has no error there if connections to it, by its own number, are forwarded to it.
+    """
+    reached: dict[tuple[str, int], set[int]] = {}  # by IP version
+    for forward in forwards:
+        some: set[int] = {target.address.version for target in forward.targets}
+        ports = range(forward.first, forward.last + 1)
+        reached |= {(forward.protocol, port): some for port in ports}
+    entries = []
+    for name in names:
+        address = to_address(name)
+        versions: set[int] = {address.version} if address else {4, 6}
+        if not any(versions & each for each in reached.values()):
+            continue
+        entry = Ingress(ip=name, ports=[]) if address else Ingress(hostname=name, ports=[])
+        for port in service.ports:
+            error = plan.fates.get((service.key, port.protocol, port.port), "NotForwarded")
+            if not error and not versions & reached.get((port.protocol, port.port), set()):
+                error = "NotForwarded"
+            error = error and f"{PREFIXES[0]}{error}"
+            entry.ports.append(PortStatus(port.port, port.protocol.upper(), error))
+        entries.append(entry)
+    return entries
+
+
 # ------------------------------------------------ ruleset: Forwards -> chains of iptables rules
 
 # iptables-save printed back each rule below as it stands here, by nft and legacy, IPv4 and IPv6.
@@ -2831,6 +3023,7 @@ HOOKS = {  # with lo, nat's OUTPUT has HOST_HOOK too
 # The trie over the 16 bits of a port is cut at these bits: fewer bits a level send less when a
 # port changes, more bits a level make fewer chains.
 CUTS = (13, 10, 8, 6, 4, 2, 0)
+HALVES = {4: ("0.0.0.0/1", "128.0.0.0/1"), 6: ("::/1", "8000::/1")}  # of all addresses
 
 
 class Family(NamedTuple):
@@ -2893,8 +3086,8 @@ class Table:
     `hooks` are these rules, by built-in chain, `held` chains of epok's that foreign rules refer to,
     `older` the (chain, rule) pairs of the older epok. Of a table that was read, `counts` are the
     packets that met each rule of a chain, where they were asked for, `origin` is what printed it,
-    `ahead` are all rules that are not epok's, by chain, when some may come before epok's hook, and
-    `beside` is whether the host has tables of iptables-legacy too.
+    `foreign` are the rules of all other chains, as Saved has them, and `beside` is whether the host
+    has tables of iptables-legacy too.
     """
 
     chains: dict[str, Sequence[str]] = field(default_factory=dict)
@@ -2903,7 +3096,7 @@ class Table:
     older: list[tuple[str, str]] = field(default_factory=list)
     counts: dict[str, list[int]] = field(default_factory=dict, compare=False)
     origin: str = field(default="", compare=False)
-    ahead: Mapping[str, Sequence[str]] = field(default_factory=dict, compare=False)
+    foreign: Mapping[str, Sequence[str]] = field(default_factory=dict, compare=False)
     beside: bool = field(default=False, compare=False)
 
     def add(self, prefix: str, lines: list[str]) -> str:
@@ -2965,6 +3158,11 @@ def root_rules(
         if interface == external and inside:
             # so that another interface that covers this one, like eth+, does not let its packets in
             rules.append(f"{'-o' if interface == 'lo' else '-i'} {interface} -j RETURN")
+    if len(rules) > ROOT_RULES:
+        what = (
+            f"--interfaces and --addresses make {len(rules)} rules that each new connection meets"
+        )
+        raise Fatal(f"{what}, more than {ROOT_RULES}: give fewer, or larger networks")
     return rules
 
 
@@ -3062,7 +3260,13 @@ def add_leaf(forward: Forward, family: Family, mark: Mark, nat: Table) -> list[L
         raise Fatal(f"{quoted(comment)} cannot stand in a comment of iptables; nothing was changed")
     jump = f'-m comment --comment "{comment}" -g'
     if sources and all(network.prefixlen for network in sources):
-        chain = nat.add(prefix, [f"-s {text_of(source)} {jump} {chain}" for source in sources])
+        leaf = chain
+        for start in reversed(range(0, len(sources), CHAIN_SOURCES)):
+            some = sources[start : start + CHAIN_SOURCES]
+            rules = [f"-s {text_of(source)} {jump} {leaf}" for source in some]
+            if chain != leaf:  # all other clients
+                rules += [f"-s {half} {jump} {chain}" for half in HALVES[version]]
+            chain = nat.add(prefix, rules)
     external = f"{forward.first}"
     if forward.last > forward.first:
         external += f":{forward.last}"
@@ -3270,12 +3474,15 @@ def read_forward(key: Key, dispatch: Dispatch, nat: Table, version: int) -> Live
     """The forward that a rule leads to."""
     (first, last, protocol, service), (match, ways) = key, dispatch
     port, pods, chain = match.groups()[4:]
-    sources = {}
-    for rule in nat.chains.get(chain, []):
-        if re.match("-s .* -g ", rule):
-            words = rule.split()
-            sources[words[1]] = words[-1]
-    leaf = next(iter(sources.values()), chain)
+    leaf, sources = chain, []
+    for _ in range(MAX_SOURCES // CHAIN_SOURCES + 1):
+        found = [rule for rule in nat.chains.get(leaf, []) if re.match("-s .* -g ", rule)]
+        jumps = [(words[1], words[-1]) for words in map(str.split, found)]
+        first_target, leaf = (jumps[0][1], jumps[-1][1]) if jumps else ("", leaf)
+        # of several chains each but the last ends with two rules that lead on
+        sources += [source for source, target in jumps if target == first_target]
+        if first_target in ("", leaf):
+            break
     rules, counts = nat.chains.get(leaf, []), nat.counts.get(leaf, [])
     met: dict[Target, int] = {}
     for rule, count in zip(rules, itertools.chain(counts, itertools.repeat(0)), strict=False):
@@ -3397,8 +3604,8 @@ class Saved:
     """A table that iptables-save prints, read line by line while it comes: the text is never whole.
 
     `table` is what is epok's. `others` are the lines of all other rules, by chain, and then the
-    chain's policy; none where epok's hook comes first, since nobody needs them then. `said` is for
-    messages: how it begins, and what nft says of rules that it cannot print.
+    chain's policy. `said` is for messages: how it begins, and what nft says of rules that it cannot
+    print.
     """
 
     def __init__(self, name: str, meter: Meter | None = None) -> None:
@@ -3407,8 +3614,7 @@ class Saved:
         self.others: dict[str, list[str]] = {}
         self.count = 0  # of these
         self.policies: dict[str, str] = {}
-        self.seen = self.inside = self.broken = self.foremost = False
-        [(self.first, self.hook), *_] = HOOKS[name].items()
+        self.seen = self.inside = self.broken = False
 
     @property
     def whole(self) -> Table | None:
@@ -3430,11 +3636,9 @@ class Saved:
             elif self.inside:
                 for found in group:
                     self.read_other(*found.groups()[1:4])
-        if not self.foremost:
-            for chain, policy in self.policies.items():
-                self.others.setdefault(chain, []).append(f"-P {chain} {policy}")
-        if self.hook in self.table.hooks.get(self.first, ()):
-            self.table.ahead = self.others
+        for chain, policy in self.policies.items() if self.count <= OTHERS else ():
+            self.others.setdefault(chain, []).append(f"-P {chain} {policy}")
+        self.table.foreign = self.others
         return self
 
     def read_line(self, line: str) -> None:
@@ -3470,18 +3674,16 @@ class Saved:
         self.table.chains[chain] = Rules(rules)
 
     def read_other(self, line: str, chain: str, rule: str) -> None:
-        if chain == self.first and chain not in self.others and rule == self.hook:
-            self.foremost, self.others = True, {}
-        if not self.foremost:
+        self.count += 1
+        if self.count <= OTHERS:
             self.others.setdefault(chain, []).append(line)
-            self.count += 1
-        if self.count > OTHERS:
+        elif self.count == OTHERS + 1:
             log.info("table %s has more than %d rules of others: not looked at", self.name, OTHERS)
-            self.foremost, self.others, self.count = True, {}, 0
+            self.others.clear()
         words = split(rule) if ROOT in rule or "epok_rule_id" in rule else []
         pairs = list(itertools.pairwise(words))
         targets = [value for option, value in pairs if option in ("-j", "-g") and owned(value)]
-        if targets and chain in BUILT_IN[self.name]:
+        if targets and chain in BUILT_IN.get(self.name, ()):
             self.table.hooks.setdefault(chain, []).append(rule)
         elif targets:
             self.table.held.add(targets[0])
@@ -3531,13 +3733,41 @@ def restore_inputs(wanted: Tables, found: Tables, limit: int) -> Iterator[str]:
     start = joined("filter", sum(stages("filter", wanted["filter"], found["filter"]), []))
     ahead, flip, emptied, deleted = stages("nat", wanted["nat"], found["nat"])
     whole = [*ahead, *flip, *emptied, *deleted]
-    if len(start) + AROUND + sum(block.size for block in whole) <= limit:
+    fits = len(whole) < INPUT_CHAINS
+    if fits and len(start) + AROUND + sum(block.size for block in whole) <= limit:
         ahead, flip, emptied, deleted = [], whole, [], []
+    elif sum(map(len, found["nat"].chains.values())) > HOST_RULES:
+        kept = needed_chains(wanted["nat"], found["nat"])
+        less = dataclasses.replace(found["nat"], chains=kept)
+        for blocks in stages("nat", Table(kept), Table(found["nat"].chains, held=less.held)):
+            yield from packed(blocks, limit)
+        ahead, flip, emptied, deleted = stages("nat", wanted["nat"], less)
     yield from packed(ahead, limit)
     if text := start + joined("nat", flip):
         yield text
     yield from packed(emptied, limit)  # all of them before the first is deleted
     yield from packed(deleted, limit)
+
+
+def needed_chains(wanted: Table, found: Table) -> dict[str, Sequence[str]]:
+    """Of too many chains those that are wanted, and those that EPOK leads to if it can be epok's.
+
+    The others are what a run left that was broken off, or somebody who has the key.
+    """
+    used, todo = {ROOT, POSTROUTING, *found.held}, [ROOT]
+    while todo:
+        targets = {rule.rpartition(" -g ")[2] for rule in found.chains.get(todo.pop(), ())}
+        todo += targets - used
+        used |= targets
+    chains = {chain: rules for chain, rules in found.chains.items() if chain in used}
+    if sum(map(len, chains.values())) > HOST_RULES:
+        chains = {ROOT: []}
+    right = {
+        chain: rules
+        for chain, rules in found.chains.items()
+        if chain not in chains and wanted.chains.get(chain) == rules
+    }
+    return {**chains, **right}
 
 
 def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
@@ -3548,11 +3778,7 @@ def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
     differing = {
         chain: rules for chain, rules in wanted.chains.items() if found.chains.get(chain) != rules
     }
-    changed = {
-        chain: rules
-        for chain, rules in differing.items()
-        if chain in found.chains or chain in (ROOT, POSTROUTING)
-    }
+    changed = {chain: rules for chain, rules in differing.items() if chain in (ROOT, POSTROUTING)}
     hooks = [
         line
         for chain in dict.fromkeys((*BUILT_IN[name], *found.hooks))
@@ -3583,7 +3809,7 @@ def packed(blocks: Iterable[Block], limit: int) -> Iterator[str]:
     some: list[Block] = []
     size = AROUND
     for block in blocks:
-        if some and size + block.size > limit:
+        if some and (size + block.size > limit or len(some) == INPUT_CHAINS):
             yield joined("nat", some)
             some, size = [], AROUND
         some.append(block)
@@ -3624,6 +3850,12 @@ class Command(enum.Enum):
     # what a run does
     SAVE = "TOOL-save -t TABLE", True, "what is there"
     RESTORE = "TOOL-restore --noflush --wait 5", True, "the swap, with the changes as its input"
+    FLOWS = (
+        "conntrack -L -p udp",
+        True,
+        "UDP flows, which would go on to what is no target any more",
+    )
+    FLOWS_6 = f"{FLOWS[0]} -f ipv6", True, "the same of IPv6"
     END_FLOWS = (
         "conntrack -D -p udp --orig-dst ADDRESS --orig-port-dst PORT --reply-src ADDRESS",
         True,
@@ -3639,13 +3871,25 @@ class Command(enum.Enum):
     CONNECTION = "printenv SSH_CONNECTION", False, "the port that epok logs in by, seen from there"
     # what only looks
     COUNTS = "TOOL-save -c -t nat", True, "how many connections came: to show, and as metrics"
-    NETCONF = "ip netconf", False, "whether rp_filter drops what comes"
-    ROUTES = "ip route", False, "the same: which way answers go"
+    NETCONF = "ip netconf", False, "whether an interface forwards, and what rp_filter drops"
     LISTENERS = "ss -Hltun", False, "whether a forward hides a program of the host"
     NFT_CHAINS = "nft -j list chains", True, "whether nft's own rules are in the way"
     NFT_CHAIN = "nft -j list chain FAMILY TABLE CHAIN", True, "the same: the rules of one that is"
     OTHER_SAVE = "TOOL-BACKEND-save", True, "whether rules of the other iptables are in the way"
     REACH = "nc -nvz -w 2 ADDRESS PORT", False, "whether a node answers: --explain over SSH"
+    # what gates learnt later
+    LOCAL = "ip route show table local", False, "the addresses, where ip knows no -br"
+    SAVE_ALL = "TOOL-save", True, "whether rules of the tables raw and mangle are in the way"
+    WAY = "ip route get ADDRESS", False, "the same: by which interface packets leave"
+    WAY_6 = "ip -6 route get ADDRESS", False, "the same of IPv6"
+    WAY_FROM = "ip route get ADDRESS from ADDRESS iif IF", False, "the same: those of others"
+    RULES = "ip rule", False, "the same: where packets' marks, or their sources, decide"
+    PORT_FLOWS = (
+        "conntrack -L -p tcp --orig-port-dst PORT",
+        True,
+        "how many connections are answered, and how many wait, without their clients",
+    )
+    PORT_FLOWS_6 = f"{PORT_FLOWS[0]} -f ipv6", True, "the same of IPv6"
 
     def __init__(self, text: str, as_root: bool, purpose: str) -> None:
         self.text, self.as_root, self.purpose = text, as_root, purpose
@@ -4179,13 +4423,14 @@ Host = LocalHost | SshHost
 class Facts(NamedTuple):
     """Interfaces of a host with their addresses, and by IP version whether it forwards packets.
 
-    `login_port` is where its SSH server has epok's connection, which a router may have brought
-    there from another port; 0 where that is not known.
+    They are not all `whole` where its ip is BusyBox's. `login_port` is where its SSH server has
+    epok's connection, which a router may have brought there from another port; 0 is not known.
     """
 
     interfaces: Mapping[str, Sequence[Address]]
     forwarding: Mapping[int, bool]
     login_port: int = 0
+    whole: bool = True
 
     @property
     def addresses(self) -> list[Address]:
@@ -4194,20 +4439,27 @@ class Facts(NamedTuple):
 
 def read_facts(host: Host, deadline: Deadline) -> Facts:
     links = host.run(Command.ADDRESSES.argv(host.sudo), "", deadline)
+    words = [line.split() for line in links.out.splitlines()]
     if links.status != 0:
-        told = links.said + ": apt-get install iproute2" * (links.status == 127)
+        told = "it is BusyBox's" if "BusyBox" in links.err else links.said
         log.warning(
-            "%s: ip -br addr: %s; so epok cannot tell whether the host is a node", host.name, told
+            "%s: ip -br addr: %s; so epok cannot tell all interfaces and addresses of the host, "
+            "and whether it is a node: apt-get install iproute2 (OpenWrt: ip-full)",
+            host.name,
+            told,
         )
-    interfaces = {}
-    for line in filter(str.strip, links.out.splitlines()):
+        local = host.run(Command.LOCAL.argv(host.sudo), "", deadline).out
+        # lines begin as "local 192.0.2.1 dev eth0"
+        words = [[line[3], "", line[1]] for line in map(str.split, local.splitlines()) if line[3:]]
+    interfaces: dict[str, list[Address]] = {}
+    for name, _, *rest in (line for line in words if line[1:]):
         # of a point-to-point link, "ADDRESS peer ADDRESS", the second is somebody else's
-        words = re.sub(r" peer \S+", "", line).split()
-        addresses = [usable(word.split("/")[0]) for word in words[2:]]
-        interfaces[words[0].split("@")[0]] = [address for address in addresses if address]
+        own = [text for before, text in itertools.pairwise(["", *rest]) if before != "peer"]
+        addresses = [usable(text.split("/")[0]) for text in own]
+        interfaces.setdefault(name.split("@")[0], []).extend(filter(None, addresses))
     values = host.run(Command.FORWARDING.argv(host.sudo), "", deadline).out.split()
     forwarding = {version: value != "0" for version, value in zip((4, 6), values, strict=False)}
-    return Facts(interfaces, forwarding, login_port(host, deadline))
+    return Facts(interfaces, forwarding, login_port(host, deadline), links.status == 0)
 
 
 def login_port(host: Host, deadline: Deadline) -> int:
@@ -4375,7 +4627,7 @@ Input = tuple[tuple[str, ...], str]  # a command of Command.RESTORE, without sud
 
 def next_inputs(wanted: Wanted, found: Found, options: Options) -> Iterator[Input]:
     """What makes the tables that were found the wanted ones; each made when it is asked for."""
-    limit = options.batch_size if options.batch_commands == "true" else 0
+    limit = min(options.batch_size, INPUT_BYTES) if options.batch_commands == "true" else 0
     for family in FAMILIES:
         if tables := found[family.version]:
             for text in restore_inputs(wanted[family.version], tables, limit):
@@ -4498,6 +4750,139 @@ def rendered(plan: Plan, options: Options) -> Wanted:
     return {family.version: render(plan.forwards, family, options) for family in FAMILIES}
 
 
+class Publication(NamedTuple):
+    """What the status of a Service says, and what it is to say."""
+
+    service: Service
+    before: list[Ingress]
+    after: list[Ingress]
+
+    @property
+    def line(self) -> str:
+        return f"{self.service.key}: EXTERNAL-IP {ips(self.after)}"
+
+    def document(self) -> dict[str, Any]:
+        before, after = (msgspec.to_builtins(each) for each in (self.before, self.after))
+        return {"service": self.service.key, "before": before, "after": after}
+
+
+def ips(ingress: Iterable[Ingress]) -> str:
+    return ", ".join(map(str, ingress)) or "none"
+
+
+class Publisher:
+    """Tells in the status of Services of epok's class what the hosts forward that are right."""
+
+    def __init__(
+        self,
+        options: Options,
+        source: SnapshotFile | Cluster,
+        services: Iterable[Service],
+        plan: Callable[[Facts], Plan],
+    ) -> None:
+        self.options, self.source, self.plan = options, source, plan
+        self.services = {service.key: service for service in services if service.balanced}
+        self.right: list[Facts] = []
+        self.lock = threading.Lock()
+        self.failed = False
+
+    @property
+    def all_right(self) -> bool:
+        return len(self.right) == max(1, len(self.options.host))
+
+    def names(self, facts: Facts, service: Service) -> list[str]:
+        """What the world calls a host, of the names that are to be published."""
+        options = self.options
+        if options.publish != ("auto",):
+            own = {*map(str, facts.addresses)}
+            others = {str(address) for each in self.right for address in each.addresses}
+            # what is no host's own, like a router's address, is everybody's
+            shared = self.all_right or own.isdisjoint(options.publish)
+            return [n for n in options.publish if n in own or (shared and n not in others)]
+        internal = not service.annotations.keys().isdisjoint(INTERNAL_ANNOTATIONS)
+        closed = options.external_interface * internal
+        return [
+            str(address)
+            for interface, addresses in facts.interfaces.items()
+            if comes_in(interface, options) and not (closed and like(closed, interface))
+            for address in addresses
+            if not options.addresses or any(address in network for network in options.addresses)
+        ]
+
+    def add(self, facts: Facts) -> list[Publication]:
+        """What is to be written now that one more host is right."""
+        if not self.services or (self.options.publish == ("auto",) and not facts.interfaces):
+            return []  # a host that does not tell its addresses keeps what was written
+        self.right.append(facts)
+        made, every = [], set()
+        plans = [self.plan(each) for each in self.right]
+        forwards = [grouped(plan.forwards) for plan in plans]
+        for service in self.services.values():
+            before = service.balanced.ingress if service.balanced else []
+            entries: dict[str, Ingress] = {}
+            known: set[str] = set()
+            for host, plan, its in zip(self.right, plans, forwards, strict=True):
+                names = self.names(host, service)
+                known.update(names)
+                for entry in ingress_of(service, its.get(service.key, ()), plan, names):
+                    other = entries.setdefault(entry.name, entry)
+                    for one, two in zip(other.ports, entry.ports, strict=True):
+                        one.error = one.error or two.error
+            if not self.all_right:  # a host that failed keeps what was written
+                entries |= {each.name: each for each in before if each.name not in known}
+            after = sorted(entries.values(), key=self.order)
+            every |= known
+            if after != before:
+                made.append(Publication(service, before, after))
+        if self.options.publish and not every:
+            where = f"-i {','.join(self.options.interfaces)}"
+            log.warning("--publish auto: no global address on %s; give the addresses", where)
+        return made
+
+    def order(self, entry: Ingress) -> tuple[int, bool, str]:
+        """The same whichever host was right first."""
+        given = self.options.publish
+        place = given.index(entry.name) if entry.name in given else len(given)
+        return place, ":" in entry.name, entry.name
+
+    def publish(self, facts: Facts, deadline: Deadline) -> None:
+        """Writes what differs. Raises Fatal."""
+        seconds = min(STATUS_SECONDS, deadline.remaining() / 2)
+        deadline = Deadline(seconds, "the time for the status of Services,")
+        with self.lock:
+            tasks = [(each.service.key, self.write, each) for each in self.add(facts)]
+            if not tasks or self.failed:
+                return
+            self.failed = True
+            if not isinstance(self.source, Cluster):
+                raise Fatal(f"{self.source.name} is a file; no new EXTERNAL-IP was written")
+            writing = Background(self.source.write_all, "new EXTERNAL-IP", tasks, deadline)
+            writing.result(deadline, f"{self.source.name}: writing the status of Services")
+            self.failed = False
+
+    def write(self, publication: Publication, deadline: Deadline) -> None:
+        service, _, ingress = publication
+        assert isinstance(self.source, Cluster)
+        if now := self.source.publish(service, ingress, deadline):
+            self.services[now.key] = now
+            log.info("%s", publication.line)
+
+
+def cluster_to_clean(options: Options, deadline: Deadline) -> Publisher:
+    """What --clean takes out of the status of Services. Raises Fatal."""
+    reader = Reader(options, deadline)
+    services = reader.once_each(SERVICES, "key")
+    return Publisher(options, reader.source, services, lambda _: Plan())
+
+
+def grouped(forwards: Iterable[Forward]) -> dict[str, list[Forward]]:
+    """Forwards by Service."""
+    by_service: dict[str, list[Forward]] = {}
+    for forward in forwards:
+        by_service.setdefault(forward.service, []).append(forward)
+    return by_service
+
+
 def in_turn(remarks: Iterable[T], name: Callable[[T], str]) -> list[T]:
     """One of each namespace, then another of each, and so on: none keeps the others from a hearing.
 
@@ -4522,6 +4907,10 @@ class Planner:
         with timed(self.seconds, "cluster"):
             self.reader = Reader(options, deadline)
             self.snapshot = self.reader.snapshot(options.explain)
+        self.publisher: Publisher | None = None
+        if options.publish:
+            services = self.snapshot.services
+            self.publisher = Publisher(options, self.reader.source, services, self.plan)
         self.plans: dict[tuple[Set[str], int], Plan] = {}
         self.rulesets: dict[tuple[Set[str], int], Wanted] = {}
         self.announced: set[str] = set()
@@ -4593,8 +4982,9 @@ class Planner:
         seconds = min(EVENT_SECONDS, self.reader.deadline.remaining())
         deadline = Deadline(seconds, "the time for Events,")
         uids = {service.key: service.uid for service in self.snapshot.services}
+        tasks = [(event.service, source.record, event, uids) for event in events]
         try:
-            writing = Background(source.record_all, events, uids, deadline)
+            writing = Background(source.write_all, "Events", tasks, deadline)
             writing.result(deadline, f"{source.name}: writing Events")
         except Fatal as error:
             log.warning("%s", error)
@@ -4766,17 +5156,19 @@ Forwarding = Forward | Live
 class Packet(NamedTuple):
     """The first packet of a connection, before epok forwards it (`local`) or after.
 
-    An empty `out` is not known; `mark` is the bit of the connection mark that epok has set.
+    `out` tells by which interface it leaves, or nothing; `mark` is the bit of the connection mark
+    that epok has set, `tracked` whether the packet has come to where connections are tracked.
     """
 
     version: int
     interface: str
-    out: str
+    out: Callable[[], str]
     protocol: str
     port: int
     address: Address
     local: bool
     mark: int = 0
+    tracked: bool = True
 
 
 class Option(NamedTuple):
@@ -4802,13 +5194,17 @@ def has(packet: Packet, name: str, value: str) -> bool | None:
     if name == "-m":
         return True
     if name in ("-i", "-o"):
-        return like(value, packet.interface if name == "-i" else packet.out)
+        return like(value, packet.interface if name == "-i" else packet.out())
     if name == "-p":
         return value in (packet.protocol, "all")
     if name == "-d":
         return in_network(value, packet.address)
     if name in ("--dport", "--dports"):
         return within(value, packet.port)
+    if name == "--syn" and value == "syn":
+        return packet.protocol == "tcp"
+    if name in ("--state", "--ctstate") and not packet.tracked:
+        return value == "INVALID"
     if name in ("--state", "--ctstate"):
         return value == "NEW" or (value == "DNAT" and not packet.local)
     if name == "--dst-type":
@@ -4818,13 +5214,6 @@ def has(packet: Packet, name: str, value: str) -> bool | None:
     bits, _, mask = value.partition("/")
     known = name == "connmark --mark" and mask == f"{packet.mark:#x}"
     return bits == mask if known else None
-
-
-def like(pattern: str, interface: str) -> bool | None:
-    """Whether an interface is the one meant, or begins as a pattern that ends in "+"."""
-    if not interface:
-        return None
-    return interface.startswith(pattern[:-1]) if pattern.endswith("+") else interface == pattern
 
 
 def in_network(text: str, address: Address) -> bool | None:
@@ -4847,9 +5236,9 @@ def within(ports: str, port: int) -> bool | None:
 class Rule(NamedTuple):
     """A rule on the way of packets, and what becomes of one that it matches.
 
-    `verdict` is accept, drop, return, jump or goto (to `chain`), own where epok's rules decide from
-    there on, empty for a rule that lets packets go on, or "?". A chain's last rule is its policy,
-    which is return where it has none.
+    `verdict` is accept, drop, nat (which translates it), notrack (so that nothing does), return,
+    jump or goto (to `chain`), own where epok's rules decide from there on, empty for a rule that
+    lets packets go on, or "?". A chain's last rule is its policy, return where it has none.
     """
 
     options: Sequence[Option]
@@ -4862,54 +5251,83 @@ class Rule(NamedTuple):
         answers = [option.fits(packet) for option in self.options]
         return False if False in answers else None if None in answers else True
 
+    def many(self, packet: Packet) -> bool:
+        """Whether all that is not known is the client, and it is for many of them."""
+        sources = [option for option in self.options if option.name == "-s"]
+        others = [option.fits(packet) for option in self.options if option not in sources]
+        return all(others) and any(each.negated or any(map(large, each.values)) for each in sources)
+
+
+def large(network: str) -> bool:
+    """Whether a network is no single client or household."""
+    with contextlib.suppress(ValueError):
+        text = ipaddress.ip_network(network, strict=False)
+        return text.prefixlen <= {4: 24, 6: 56}[text.version]
+    return False
+
 
 RulesOf = Callable[[str], Sequence[Rule]]  # by chain
 Decision = tuple[Rule | None, bool]
+LOST = ("drop", "notrack")
+FINAL = ("accept", "nat", *LOST)
 
 
-def decision(
-    rules: RulesOf, chain: str, packet: Packet, decided: dict[str, Decision] | None = None
-) -> Decision:
-    """The rule that decides about a packet, None when none does, and whether that is sure.
+class Walk:
+    """A packet's way through chains.
 
-    Not sure is what comes after a rule that may have sent the packet another way; one that may drop
-    it is taken not to. `decided` are the chains that the packet has met.
+    `decided` are those that it has met, `doubts` the rules with a verdict that `loses`, if its
+    client is one of many that are meant.
     """
-    decided = {} if decided is None else decided
-    if chain not in decided:
-        decided[chain] = None, False  # or chains in a circle, which the kernel refuses, had no end
-        if len(decided) < 200:
-            decided[chain] = walk(rules, chain, packet, decided)
-    return decided[chain]
 
+    def __init__(self, rules: RulesOf, packet: Packet, loses: Container[str] = LOST) -> None:
+        self.rules, self.packet, self.loses = rules, packet, loses
+        self.decided: dict[str, Decision] = {}
+        self.doubts: list[Rule] = []
 
-def walk(rules: RulesOf, chain: str, packet: Packet, decided: dict[str, Decision]) -> Decision:
-    sure = True
-    for rule in rules(chain):
-        matched = rule.matches(packet)
-        if matched is False or not rule.verdict:
-            continue
-        end = rule if rule.verdict in ("accept", "drop") else None
-        clear = bool(end) or rule.verdict in ("return", "own")
-        if rule.chain:
-            end, clear = decision(rules, rule.chain, packet, decided)
-        leaves = end or rule.verdict in ("return", "goto", "own")
-        if matched and leaves:
-            policy = rules(chain)[-1]
-            if rule.verdict in ("return", "goto") and policy.verdict in ("accept", "drop"):
-                end = end or policy
-            return end, sure and clear
-        sure = sure and clear and (not leaves or bool(end and end.verdict == "drop"))
-    return None, sure
+    def decision(self, chain: str) -> Decision:
+        """The rule that decides about the packet, None when none does, and whether that is sure.
+
+        Not sure is what comes after a rule that may have sent the packet another way; one that may
+        drop it is taken not to.
+        """
+        if chain not in self.decided:
+            # or chains in a circle, which the kernel refuses, had no end
+            self.decided[chain] = None, False
+            if len(self.decided) < 200:
+                self.decided[chain] = self.walk(chain)
+        return self.decided[chain]
+
+    def walk(self, chain: str) -> Decision:
+        sure = True
+        for rule in self.rules(chain):
+            matched = rule.matches(self.packet)
+            if matched is False or not rule.verdict:
+                continue
+            end = rule if rule.verdict in FINAL else None
+            clear = bool(end) or rule.verdict in ("return", "own")
+            if rule.chain:
+                end, clear = self.decision(rule.chain)
+            leaves = end or rule.verdict in ("return", "goto", "own")
+            if matched and leaves:
+                policy = self.rules(chain)[-1]
+                if rule.verdict in ("return", "goto") and policy.verdict in ("accept", "drop"):
+                    end = end or policy
+                return end, sure and clear
+            if end and end.verdict in self.loses and rule.many(self.packet):
+                self.doubts.append(end)
+            sure = sure and clear and (not leaves or bool(end and end.verdict in LOST))
+        return None, sure
 
 
 COMMENT = re.compile(r' -m comment --comment (?:"(?:\\.|[^"\\])*"|\S+)')
 VERDICTS = {
     "RETURN": "return",
+    "ACCEPT": "accept",
+    "NOTRACK": "notrack",
     **dict.fromkeys(("DROP", "REJECT"), "drop"),
-    **dict.fromkeys(("ACCEPT", "DNAT", "REDIRECT", "NETMAP"), "accept"),
+    **dict.fromkeys(("DNAT", "REDIRECT", "NETMAP", "SNAT", "MASQUERADE"), "nat"),
 }
-GOING_ON = "(LOG|NFLOG|MARK|CONNMARK|TCPMSS|TRACE|TTL|HL|DSCP|CHECKSUM|CLASSIFY)?"
+GOING_ON = "(LOG|NFLOG|MARK|CONNMARK|TCPMSS|TRACE|TTL|HL|DSCP|CHECKSUM|CLASSIFY|CT|SET)?"
 
 
 def iptables_rules(chains: Mapping[str, Sequence[str]]) -> RulesOf:
@@ -4923,7 +5341,8 @@ def iptables_rule(line: str, chains: Container[str]) -> Rule:
     if line.startswith("-P "):
         return Rule((), VERDICTS.get(line.split()[-1], "return"), "", line)
     options: list[Option] = []
-    for before, word in itertools.pairwise(split(COMMENT.sub("", line))[1:]):
+    line_only = COMMENT.sub("", line).replace("--tcp-flags FIN,SYN,RST,ACK SYN", "--syn syn")
+    for before, word in itertools.pairwise(split(line_only)[1:]):
         if re.match("--?[a-z]", word):
             name = f"{before} {word}" if word == "--mark" else word  # packets have one too
             options.append(Option(name, [], before == "!"))
@@ -4932,6 +5351,7 @@ def iptables_rule(line: str, chains: Container[str]) -> Rule:
     asked = list(itertools.takewhile(lambda option: option.name not in ("-j", "-g"), options))
     jumps = options[len(asked) : len(asked) + 1]
     target = "".join(value for jump in jumps for value in jump.values[:1])
+    target = "NOTRACK" if any(option.name == "--notrack" for option in options) else target
     if owned(target):
         return Rule(asked, "own", "", line)
     if target in chains:
@@ -4941,29 +5361,48 @@ def iptables_rule(line: str, chains: Container[str]) -> Rule:
     return Rule(asked, VERDICTS.get(target, other), "", line)
 
 
+PACKAGES = {"ip": "iproute2", "ss": "iproute2", "nft": "nftables"}
+
+
 class Asker:
-    """Asks a host until the deadline; `blind` is what it did not tell, and why."""
+    """Asks a host until the deadline; `blind` is what it did not tell, and why.
+
+    `refused` is what an older gate refused, and `lacking` whatever is not asked again.
+    """
 
     def __init__(self, host: Host, deadline: Deadline) -> None:
         self.host, self.deadline = host, deadline
         self.blind: list[str] = []
+        self.refused: list[Command] = []
+        self.lacking: set[Command] = set()
 
-    def output(self, command: Command, *values: str) -> str | None:
+    def output(self, command: Command, *values: object, take: Take | None = None) -> str | None:
         """What a command prints, None when it cannot be had. Raises Fatal."""
-        argv = command.argv(self.host.sudo, *values)
-        if any("epok-gate: " in reason for reason in self.blind):
-            return None  # an older gate logs whatever it refuses
-        result = persist(self.deadline, self.host.run, argv, "", self.deadline)
-        if result.status == 0:
-            return result.out
-        cure = ""
+        result = self.ask(command, *values, take=take)
+        return result.out if result and result.status == 0 else None
+
+    def ask(self, command: Command, *values: object, take: Take | None = None) -> Result | None:
+        """What a command leaves that the host could run. Raises Fatal."""
+        argv, sudo = command.argv(self.host.sudo, *values), command.as_root and self.host.sudo
+        # an older gate logs whatever it refuses, and knows no later command
+        later = list(Command)[list(Command).index(self.refused[0]) :] if self.refused else ()
+        if command in self.lacking or command in later:
+            return None
+        result = persist(self.deadline, self.host.run, argv, "", self.deadline, take)
+        if result.status == 0 or result.err.startswith("RTNETLINK answers: "):
+            return result
+        self.lacking.add(command)
+        words, tool, said, cure = shlex.join(argv), argv[len(sudo or ())], result.said, ""
         if "epok-gate: " in result.err:
+            self.refused.append(command)
             cure = "; run cron/setup-host of this epok on the host"
-        elif "sudo" in argv and re.search("password|not allowed", result.err):
+        elif sudo and re.search("password|not allowed", result.err):
             # sudo says so too when there is no such command
-            tool = argv[len(self.host.sudo)]
             cure = f"; run cron/setup-host of this epok on the host, if that has {tool}"
-        self.blind.append(f"{shlex.join(argv)}: {result.said}{cure}")
+        elif result.status == 127 or "BusyBox" in result.err:
+            said = f"not BusyBox's {tool}" if result.status != 127 else said
+            cure = f": apt-get install {PACKAGES.get(tool, tool)}"
+        self.blind.append(f"{words}: {said}{cure}")
         return None
 
     def nft(self, kind: str, command: Command, *names: str) -> list[Mapping[str, Any]] | None:
@@ -5002,12 +5441,15 @@ def without_inner_chains(part: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class BaseChain(NamedTuple):
-    """A chain of nft at the hook forward."""
+    """A chain of nft at a hook; those of a lower `priority` come first."""
 
+    priority: int
     family: str
     table: str
     name: str
     policy: str
+    hook: str
+    type: str
 
 
 def nft_rules(asker: Asker, base: BaseChain) -> RulesOf:
@@ -5041,13 +5483,11 @@ def nft_rule(rule: Mapping[str, Any], where: str) -> Rule:
             options += nft_options(value)
         elif kind in ("limit", "quota"):
             options.append(UNKNOWN)
-        elif kind in ("accept", "drop", "return"):
-            return Rule(options, kind, "", text)
-        elif kind == "reject":
-            return Rule(options, "drop", "", text)
+        elif kind.upper() in VERDICTS:
+            return Rule(options, VERDICTS[kind.upper()], "", text)
         elif kind in ("jump", "goto") and isinstance(target, str):
             return Rule(options, kind, target, text)
-        elif kind not in ("counter", "log", "mangle"):
+        elif kind not in ("counter", "log", "mangle", "flow", "ct helper", "ct timeout"):
             return Rule(options, "?", "", text)
     return Rule(options, "", "", text)
 
@@ -5060,6 +5500,9 @@ NFT_OPTIONS = {
     **dict.fromkeys([("meta", "l4proto"), ("payload", "protocol"), ("payload", "nexthdr")], "-p"),
     ("meta", "nfproto"): "nfproto",
     ("payload", "daddr"): "-d",
+    ("payload", "saddr"): "-s",
+    ("payload", "flags"): "--syn",
+    ("fib", "type"): "--dst-type",
     ("payload", "dport"): "--dport",
 }
 NFT_PROTOCOLS = (*PROTOCOLS, "icmp", "icmpv6", "igmp", "esp", "ah", "comp", "udplite", "dccp")
@@ -5073,11 +5516,12 @@ def nft_options(expression: Any) -> list[Option]:
         if op in ("==", "!=") and isinstance(masked[1], int) and isinstance(right, int):
             return [Option("connmark --mark", [f"{right:#x}/{masked[1]:#x}"], op == "!=")]
         return [UNKNOWN]
-    words = {"payload": "field", "meta": "key", "ct": "key"}
+    words = {"payload": "field", "meta": "key", "ct": "key", "fib": "result"}
     asked = [(kind, at(left, kind, word)) for kind, word in words.items()]
     kind, key = next((pair for pair in asked if isinstance(pair[1], str)), ("", ""))
     layer = at(left, "payload", "protocol")
-    if not kind or (kind == "payload" and layer is None):
+    whose = at(left, "fib", "flags")
+    if not kind or (kind == "payload" and layer is None) or whose not in (None, ["daddr"]):
         return [UNKNOWN]
     options = []
     # a packet has such a field only when it is of that protocol
@@ -5101,14 +5545,15 @@ def nft_text(value: Any, name: str) -> str:
     if isinstance(element, dict) and "val" in element:
         return nft_text(element["val"], name)
     address, length = at(value, "prefix", "addr"), at(value, "prefix", "len")
-    if name == "-d" and None not in (address, length):
+    if name in ("-d", "-s") and None not in (address, length):
         return f"{address}/{length}"
     if isinstance(ends, list) and len(ends) == 2 and name in ("-d", "--dport"):
         return f"{ends[0]}-{ends[1]}"
     if isinstance(value, int) and name == "--dport":
         return str(value)
     if isinstance(value, str) and not value.startswith("@"):
-        return re.sub(r"\*$", "+", value.upper() if name == "--ctstate" else value)
+        upper = name in ("--ctstate", "--dst-type")
+        return re.sub(r"\*$", "+", value.upper() if upper else value)
     return ""
 
 
@@ -5126,31 +5571,28 @@ class Listener(NamedTuple):
 class Surroundings(NamedTuple):
     """What else on a host decides about a connection; None is what the host does not tell.
 
-    That is: interfaces with strict rp_filter, routes of IPv4 with their interfaces, programs that
-    listen, and chains of nft at the hook forward.
+    That is: interfaces with strict rp_filter, those that do not forward IPv4, programs that listen,
+    and chains of nft that what is forwarded passes.
     """
 
     strict: Set[str] | None = None
-    routes: Sequence[tuple[Network, str]] | None = None
+    idle: Set[str] | None = None
     listeners: Sequence[Listener] | None = None
     bases: Sequence[BaseChain] | None = None
 
 
 def read_surroundings(asker: Asker) -> Surroundings:
     netconf = asker.output(Command.NETCONF)
-    routes = each_line(to_route, asker.output(Command.ROUTES))
-    listeners = each_line(to_listener, asker.output(Command.LISTENERS))
+    listening = asker.output(Command.LISTENERS)
     chains = asker.nft("chain", Command.NFT_CHAINS)
-    strict = None if netconf is None else strict_interfaces(netconf)
-    return Surroundings(strict, routes, listeners, None if chains is None else base_chains(chains))
-
-
-def each_line(read: Callable[[str], T | None], output: str | None) -> list[T] | None:
-    """What can be read of the lines of an output, each once; None when there is no output."""
-    if output is None:
-        return None
-    values = (read(line) for line in output.splitlines())
-    return list(dict.fromkeys(value for value in values if value is not None))
+    strict = idle = listeners = None
+    if netconf is not None:
+        strict = strict_interfaces(netconf)
+        idle = set(re.findall(r"(?m)^inet (\S+) .*\bforwarding off", netconf))
+    if listening is not None:
+        read = map(to_listener, listening.splitlines())
+        listeners = list(dict.fromkeys(each for each in read if each))
+    return Surroundings(strict, idle, listeners, None if chains is None else base_chains(chains))
 
 
 def strict_interfaces(netconf: str) -> set[str]:
@@ -5160,15 +5602,6 @@ def strict_interfaces(netconf: str) -> set[str]:
     both = {name: (mode, modes.get("all")) for name, mode in modes.items()}
     own = both.keys() - {"all", "default", "lo"}
     return {name for name in own if "strict" in both[name] and "loose" not in both[name]}
-
-
-def to_route(line: str) -> tuple[Network, str] | None:
-    """Reads a line of ip route."""
-    match = re.match(r"(default|[0-9./]+) (?:.* )?dev (\S+)", line)
-    with contextlib.suppress(ValueError):
-        if match:
-            return ipaddress.ip_network(match[1].replace("default", "0.0.0.0/0")), match[2]
-    return None
 
 
 def to_listener(line: str) -> Listener | None:
@@ -5183,18 +5616,13 @@ def to_listener(line: str) -> Listener | None:
 
 
 def base_chains(chains: Iterable[Mapping[str, Any]]) -> list[BaseChain]:
-    """Those at the hook forward, of chains as libnftables-json(5) has them."""
+    """Those that what is forwarded passes, of chains as libnftables-json(5) has them."""
     return [
-        BaseChain(*(str(chain.get(key, "")) for key in BaseChain._fields))
+        BaseChain(priority, *(str(chain.get(word)) for word in BaseChain._fields[1:]))
         for chain in chains
-        if chain.get("hook") == "forward"
+        if chain.get("hook") in ("prerouting", "forward", "postrouting")
+        if isinstance(priority := chain.get("prio"), int)
     ]
-
-
-def way_out(routes: Iterable[tuple[Network, str]], address: Address) -> list[str]:
-    """The interfaces of the most exact routes to an address."""
-    fitting = [(network.prefixlen, name) for network, name in routes if address in network]
-    return list(dict.fromkeys(name for length, name in fitting if length == max(fitting)[0]))
 
 
 class Visit:
@@ -5207,6 +5635,7 @@ class Visit:
         self.host, self.options, self.deadline = host, options, deadline
         self.asker = Asker(host, deadline)
         self.around = Surroundings()
+        self.ways: dict[tuple[object, ...], tuple[str, str]] = {}
         self.looking: Background | None = None
         self.arriving = Background(self.arrive)
 
@@ -5240,6 +5669,29 @@ class Visit:
         doing = f"{self.host.name}: reading what else is there"
         self.around = looking.result(self.asker.deadline, doing)
 
+    def way(self, to: Address, *origin: object) -> tuple[str, str]:
+        """The interface by which packets to an address leave, else why they do not. Raises Fatal.
+
+        Their origin is the host, or an address and the interface that they come in by.
+        """
+        key = (to, *origin)
+        if key not in self.ways:
+            own = Command.WAY if to.version == 4 else Command.WAY_6
+            result = self.asker.ask(Command.WAY_FROM if origin else own, *key)
+            found = re.search(r"\bdev (\S+)", result.out) if result and not result.status else None
+            self.ways[key] = found[1] if found else "", result.err if result else ""
+        return self.ways[key]
+
+    @functools.cached_property
+    def rules(self) -> str:
+        """How routes are chosen."""
+        return self.asker.output(Command.RULES) or ""
+
+    @functools.cached_property
+    def backends(self) -> list[Backend]:
+        """The rules of iptables, by IP version and backend. Raises Fatal."""
+        return [backend for family in FAMILIES for backend in backends_of(self, family)]
+
     @property
     def entries(self) -> list[str]:
         """The host's interfaces that packets come in by to be forwarded."""
@@ -5247,43 +5699,51 @@ class Visit:
         return [name for name in names if name != "lo" and comes_in(name, self.options)]
 
 
-def comes_in(interface: str, options: Options) -> bool:
-    return any(like(pattern, interface) for pattern in options.interfaces)
+# Where what is forwarded meets tables of iptables: the chain's priority among those of nft, and the
+# verdicts of rules before epok's, or beside them, that decide against it.
+HOOKED = {
+    ("raw", "PREROUTING"): (-300, LOST),
+    ("mangle", "PREROUTING"): (-150, LOST),
+    ("nat", "PREROUTING"): (-100, ("accept", "drop", "nat")),
+    ("mangle", "FORWARD"): (-150, LOST),
+    ("filter", "FORWARD"): (0, LOST),
+    ("security", "FORWARD"): (50, LOST),
+    ("mangle", "POSTROUTING"): (-150, LOST),
+    ("nat", "POSTROUTING"): (100, ("accept",)),
+}
+TRACKED, TRANSLATED = -200, -100  # where the kernel does so at prerouting
+Chains = Mapping[str, Sequence[str]]
 
 
-class Firewall(NamedTuple):
-    """Chains that packets pass which are not epok's, from `chain` on.
+class Backend(NamedTuple):
+    """Rules of iptables that are not epok's, by table and chain, and the tool that has them.
 
-    `cure` is how to let epok's connections through.
+    `hooks` are epok's hooks among them, in the backend that epok uses.
     """
 
-    version: int
-    before_nat: bool
-    chain: str
-    rules: RulesOf
-    cure: str
+    family: Family
+    tool: str
+    tables: Mapping[str, Chains]
+    hooks: Mapping[str, Mapping[str, Sequence[str]]] | None
 
 
-def firewalls(visit: Visit) -> Iterator[Firewall]:
-    """What connections meet before epok's own rules, and beside them in FORWARD."""
-    for family in FAMILIES:
-        tables = visit.found[family.version]
-        if tables is None:
-            continue
-        for name, chain in (("nat", "PREROUTING"), ("filter", "FORWARD")):
-            undo = f"{family.tool} -t {name} -D {chain} {HOOKS[name][chain]}"
-            cure = f"delete that rule, or {undo}, and epok's next run puts its own first"
-            rules = iptables_rules(tables[name].ahead)
-            yield Firewall(family.version, name == "nat", chain, rules, cure)
-        layer = "ip" if family.version == 4 else "ip6"
-        bases = [base for base in visit.around.bases or () if base.family in ("inet", layer)]
-        of_iptables = (layer, "filter", "FORWARD")
-        foreign = [base for base in bases if base[:3] != of_iptables]
-        nft = is_nft(tables)
-        if tables["filter"].beside if nft else len(foreign) < len(bases):
-            yield other_backend(visit, family, "legacy" if nft else "nft")
-        for base in foreign:
-            yield native_chain(visit, family, base)
+def backends_of(visit: Visit, family: Family) -> Iterator[Backend]:
+    tables, asker = visit.found[family.version], visit.asker
+    if tables is None:
+        return
+    here = {base.table for base in visit.around.bases or () if of_iptables(base, family)}
+    nft = is_nft(tables)
+    more: Mapping[str, Chains] = {}
+    # legacy makes a table that is only asked for, so it is asked for all that there are
+    if not nft or visit.around.bases is None or here - BUILT_IN.keys():
+        more = read_saved(asker, BUILT_IN, Command.SAVE_ALL, family.tool)
+    own = {name: table.foreign for name, table in tables.items()}
+    hooks = {name: table.hooks for name, table in tables.items()}
+    yield Backend(family, family.tool, {**more, **own}, hooks)
+    if tables["filter"].beside if nft else here:
+        name = "legacy" if nft else "nft"
+        saved = read_saved(asker, (), Command.OTHER_SAVE, family.tool, name)
+        yield Backend(family, f"{family.tool}-{name}", saved, None)
 
 
 def is_nft(tables: Tables) -> bool:
@@ -5291,27 +5751,130 @@ def is_nft(tables: Tables) -> bool:
     return "nf_tables" in tables["filter"].origin or "xtables-save" in tables["filter"].origin
 
 
-def other_backend(visit: Visit, family: Family, backend: str) -> Firewall:
-    """The rules of iptables that are in the backend which the host's iptables does not show."""
-    tool, asker = f"{family.tool}-{backend}", visit.asker
-    saved = asker.output(Command.OTHER_SAVE, family.tool, backend) or ""
-    if "incompatible" in saved:
-        asker.blind.append(f"{tool}-save: {one_line(saved)}")
-    mark = marked(visit.options.mark)
-    cure = f"let it pass: {tool} -I FORWARD -m connmark {mark} -j ACCEPT"
-    rules = iptables_rules(Saved("filter").read(saved.split("\n")).others)
-    return Firewall(family.version, False, "FORWARD", rules, cure)
+def of_iptables(base: BaseChain, family: Family) -> bool:
+    """Whether iptables made a chain of nft, by its name."""
+    layer = "ip" if family.version == 4 else "ip6"
+    return base.family == layer and (base.table, base.name) in HOOKED
 
 
-def native_chain(visit: Visit, family: Family, base: BaseChain) -> Firewall:
-    """A chain of nft at the hook forward that iptables did not make."""
-    bits = f"{visit.options.mark.forwarded:#x}"
-    rule = f"{base.family} {base.table} {base.name} ct mark and {bits} == {bits} accept"
-    cure = f"let it pass: nft insert rule {rule}"
-    if base.table == "firewalld":
-        cure = "StrictForwardPorts=no in /etc/firewalld/firewalld.conf lets it pass, "
-        cure += "after firewall-cmd --reload"
-    return Firewall(family.version, False, base.name, nft_rules(visit.asker, base), cure)
+def read_saved(
+    asker: Asker, known: Container[str], command: Command, *words: str
+) -> Mapping[str, Chains]:
+    """The tables that iptables-save prints, but for those that are known. Raises Fatal."""
+    tables: dict[str, Chains] = {}
+
+    def take(pieces: Iterable[bytes]) -> str:
+        name, said = "", ""
+        lines: list[str] = []
+        meter = Meter(f"{asker.host.name}: {words[0]}-save", 2 * RULES_LIMIT, 2 * RULES_LINES)
+        for line in lines_of(meter.passing(pieces)):
+            said += line if "incompatible" in line else ""
+            name = line[1:] if line.startswith("*") else name
+            if name and name not in known:
+                lines.append(line)
+            if line == "COMMIT":
+                if lines:
+                    tables[name] = Saved(name).read(lines).others
+                name, lines = "", []
+        return said
+
+    if said := asker.output(command, *words, take=take):
+        asker.blind.append(f"{shlex.join(command.argv((), *words))}: {one_line(said)}")
+    return tables
+
+
+class Firewall(NamedTuple):
+    """Chains at a hook that what is forwarded passes, from `chain` on, and that are not epok's.
+
+    A rule with a verdict that `loses` decides against epok. `sure` is whether it is known to come
+    before epok's; of chains that come behind, `rivals` are the ports that their rules name, from
+    first to last. `cure` lets packets through, with MATCH for what they are.
+    """
+
+    version: int
+    hook: str
+    priority: int
+    chain: str
+    rules: RulesOf
+    loses: Sequence[str]
+    cure: str = ""
+    sure: bool = True
+    rivals: Sequence[tuple[int, int]] | None = None
+
+    @property
+    def before_nat(self) -> bool:
+        return self.hook == "prerouting" and self.priority <= TRANSLATED
+
+    def cure_for(self, mark: Mark, name: str, protocol: str, ports: Sequence[str]) -> str:
+        """For what comes by an interface to ports of the host, and then has epok's mark."""
+        some, bits = ", ".join(ports), f"{mark.forwarded:#x}"
+        if "nft insert" in self.cure:
+            some = some if len(ports) == 1 else f"{{ {some} }}"
+            early = f"iifname {name} {protocol} dport {some} fib daddr type local"
+            late = f"ct mark and {bits} == {bits}"
+        else:
+            some = some.replace("-", ":").replace(" ", "")
+            some = f"--dport {some}" if len(ports) == 1 else f"-m multiport --dports {some}"
+            early = f"-i {name} -p {protocol} {some} -m addrtype --dst-type LOCAL"
+            late = f"-m connmark {marked(mark)}"
+        return self.cure.replace("MATCH", early if self.before_nat else late)
+
+
+def firewalls(visit: Visit) -> list[Firewall]:
+    """What connections meet that is not epok's, in the order in which they do. Raises Fatal."""
+    walls = [wall for backend in visit.backends for wall in of_backend(backend)]
+    for family in FAMILIES:
+        if visit.found[family.version] is not None:
+            walls += of_nft(family, visit)
+    order = ("prerouting", "forward", "postrouting")
+    return sorted(walls, key=lambda wall: (order.index(wall.hook), wall.priority))
+
+
+def of_backend(backend: Backend) -> Iterator[Firewall]:
+    for (table, chain), (priority, loses) in HOOKED.items():
+        if chain not in (chains := backend.tables.get(table, {})):
+            continue
+        command = f"{backend.tool} -t {table}"
+        place = backend.family.version, chain.lower(), priority, chain
+        jump = HOOKS.get(table, {}).get(chain) if backend.hooks else None
+        if not jump:
+            cure = f"let it pass: {command.removesuffix(' -t filter')} -I {chain} MATCH -j ACCEPT"
+            others = tuple(verdict for verdict in loses if verdict != "accept")
+            # of two backends' tables, the kernel comes first to the one that was made later
+            yield Firewall(*place, iptables_rules(chains), others, cure, sure=table != "nat")
+        elif backend.hooks and jump in backend.hooks[table].get(chain, ()):
+            undo = f"{command} -D {chain} {jump}"
+            cure = f"delete that rule, or {undo}, and epok's next run puts its own first"
+            yield Firewall(*place, iptables_rules(chains), loses, cure)
+        if jump == HOST_HOOK:
+            lines, hook = chains[chain], f"-A {chain} {jump}"
+            after = lines[lines.index(hook) + 1 :] if hook in lines else lines
+            after = [line for line in after if not re.search(IS_OLDER, line)]
+            behind = {**chains, chain: after}
+            yield Firewall(*place, iptables_rules(behind), ("nat",), rivals=ports_in(behind))
+
+
+def of_nft(family: Family, visit: Visit) -> Iterator[Firewall]:
+    """Chains of nft that iptables did not make."""
+    layer = "ip" if family.version == 4 else "ip6"
+    bases = [base for base in visit.around.bases or () if base.family in ("inet", layer)]
+    own = [base[1:4] == (layer, "nat", "PREROUTING") for base in bases]
+    for number, base in enumerate(bases):
+        if of_iptables(base, family):
+            continue
+        loses, known, rivals = LOST, True, None
+        cure = f"let it pass: nft insert rule {base.family} {base.table} {base.name} MATCH accept"
+        if base.table == "firewalld" and base.hook == "forward":
+            cure = "StrictForwardPorts=no in /etc/firewalld/firewalld.conf lets it pass, "
+            cure += "after firewall-cmd --reload"
+        if base.type == "nat" and base.hook == "prerouting":
+            # of chains with the same priority, the kernel comes first to the one made later
+            known = base.priority != TRANSLATED or is_nft(visit.found[family.version] or NOTHING)
+            behind = known and (base.priority, not any(own[:number])) > (TRANSLATED, False)
+            loses, rivals = ("drop", "nat"), [(0, 65535)] if behind else None
+        rules = nft_rules(visit.asker, base)
+        place = family.version, base.hook, base.priority, base.name
+        yield Firewall(*place, rules, loses, cure, known, rivals)
 
 
 class Check(NamedTuple):
@@ -5338,41 +5901,68 @@ class Check(NamedTuple):
 def check_host(visit: Visit, forwards: Sequence[Forwarding]) -> Iterator[Check]:
     """Looks for what makes forwards fail without a word. Raises Fatal."""
     yield from check_forwarding(visit, forwards)
-    for interface in visit.options.interfaces if visit.facts.interfaces else ():
-        problem = ""
-        if not any(like(interface, name) for name in visit.facts.interfaces):
-            names = quoted(", ".join(visit.facts.interfaces))
-            problem = f"{visit.host.name} has no interface {interface}: "
-            problem += f"give -i those it has, of {names}"
-        yield Check(f"there is an interface {interface}", problem)
+    for interface in visit.options.interfaces if visit.facts.whole else ():
+        yield check_interface(visit, interface)
     some = forwards[:200]
     if not visit.options.looks:
         # one for each protocol is enough: what drops them all is what a run can be sure of
         some = list({forward.protocol: forward for forward in forwards}.values())
-    yield from check_replies(visit, some)
-    yield from check_paths(visit, some)
+    walls = firewalls(visit)
+    yield from check_answers(visit, some)
+    yield from check_paths(visit, some, walls)
+    yield from check_marks(visit)
     yield from check_listeners(visit, forwards)
+    yield from check_rivals(visit, forwards, walls)
     yield from check_older(visit)
+
+
+def check_sight(visit: Visit) -> Iterator[Check]:
     for reason in dict.fromkeys(visit.asker.blind):
         problem = f"{visit.host.name} does not tell all that matters: {reason}"
         yield Check("the host tells all that matters", problem, False)
 
 
+def check_interface(visit: Visit, interface: str) -> Check:
+    """Whether packets can come in by an interface that is given."""
+    what, host = f"there is an interface {interface}", visit.host.name
+    fitting = [name for name in visit.facts.interfaces if like(interface, name)]
+    if not fitting:
+        names = quoted(", ".join(visit.facts.interfaces))
+        return Check(what, f"{host} has no interface {interface}: give -i those it has, of {names}")
+    bare = not any(visit.facts.interfaces[name] for name in fitting)
+    way = visit.way(BEYOND)[0] if bare else ""
+    if not way or way in visit.entries:
+        return Check(what)
+    problem = f"{host} has no address at {interface}, as if that were a port of a bridge, by which "
+    return Check(what, problem + f"nothing comes in: give -i {way}, its way to others", sure=False)
+
+
+BEYOND = ipaddress.ip_address("100.0.0.1")  # stands for clients that are in no network of the host
+
+
 def check_forwarding(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
-    versions = {target.address.version for forward in forwards for target in forward.targets}
-    on = visit.facts.forwarding
+    targets = dict.fromkeys(target.address for forward in forwards for target in forward.targets)
+    on, idle, host = visit.facts.forwarding, visit.around.idle, visit.host.name
     for (version, tool, _), sysctl in zip(FAMILIES, SYSCTLS, strict=True):
-        if version not in versions:
-            continue
-        problem = ""
-        if visit.found[version] is None:
-            problem = f"{visit.host.name} has no working {tool}: no forwards over IPv{version}"
-        elif version not in on:
-            continue
-        elif not on[version]:
-            name = sysctl.removeprefix("/proc/sys/").replace("/", ".")
-            problem = f"{visit.host.name} does not forward IPv{version}: sysctl -w {name}=1"
-        yield Check(f"forwarding of IPv{version} is on", problem)
+        some = [address for address in targets if address.version == version]
+        what, name = f"forwarding of IPv{version} is on", sysctl.removeprefix("/proc/sys/")
+        # of IPv4 each interface has its own: that of clients, and that of the nodes' answers
+        ways = [*visit.entries, visit.way(some[0])[0]] if version == 4 and some and idle else []
+        closed = [way for way in dict.fromkeys(ways) if way in (idle or ())]
+        problem = f"{host} has no working {tool}: no forwards over IPv{version}"
+        if some and visit.found[version] is None:
+            yield Check(what, problem)
+        elif closed and (len(closed) < len({*ways}) or on.get(version)):
+            for way in closed:
+                problem = f"{host} does not forward IPv4 that comes in by {way}: sysctl -w "
+                problem += f"net.ipv4.conf.{way.replace('.', '/')}.forwarding=1"
+                # of several that fit a pattern, some may be for others
+                sure = way in visit.options.interfaces or way not in visit.entries
+                yield Check(what, problem, sure)
+        elif some and version in on:
+            problem = f"{host} does not forward IPv{version}: sysctl -w {name.replace('/', '.')}=1"
+            known = on[version] if version == 6 or idle is None else not closed
+            yield Check(what, "" if known else problem)
 
 
 NO_OLDER = "the older epok has left no rules"
@@ -5391,29 +5981,58 @@ def check_older(visit: Visit) -> Iterator[Check]:
         yield Check(NO_OLDER, problem)
 
 
-def check_replies(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
-    """Strict rp_filter drops a packet that comes in where an answer to it would not go out."""
-    strict, routes = visit.around.strict, visit.around.routes
-    if strict is None or not routes:
+def check_answers(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
+    """Strict rp_filter drops a packet that comes in where an answer to it would not go out.
+
+    Else an answer that leaves elsewhere comes from an address that others do not expect there.
+    """
+    targets = [target.address for forward in forwards for target in forward.targets]
+    nodes = [address for address in targets if address.version == 4]
+    if visit.around.strict is None or not nodes:
         return
-    defaults = {name for network, name in routes if not network.prefixlen}
-    for name in visit.entries:
-        problem = ""
-        if name in strict and defaults and name not in defaults:
-            problem = f"{visit.host.name} drops what comes in by {name} from beyond its own "
-            problem += "networks, as rp_filter is strict and the default route is by "
-            problem += f"{enumerated(sorted(defaults))}: {loose(name)}"
+    inner, host = visit.way(nodes[0])[0], visit.host.name
+    for name in [name for name in visit.entries if inner and visit.facts.interfaces[name]]:
+        what = f"rp_filter lets clients in by {name}, and answers leave by it"
+        back, lost = visit.way(BEYOND, nodes[0], inner)
         # one inner interface of several has clients of its own networks, most likely
-        sure = name == visit.options.external_interface or len(visit.entries) == 1
-        yield Check(f"rp_filter lets clients in by {name}", problem, sure)
-    for address in dict.fromkeys(t.address for forward in forwards for t in forward.targets):
-        ways = way_out(routes, address) if address.version == 4 else []
-        strict_ways = [name for name in ways if name in strict]
-        if len(ways) > 1 and strict_ways:
-            problem = f"{visit.host.name} has routes to {address} by {enumerated(ways)}, and drops "
-            problem += "an answer that comes back by another one, as rp_filter is strict: "
-            problem += loose(strict_ways[0])
-            yield Check("rp_filter lets the nodes' answers in", problem, False)
+        sole = name == visit.options.external_interface or len(visit.entries) == 1
+        if back and back != name and "Invalid" in visit.way(nodes[0], BEYOND, name)[1]:
+            problem = f"{host} drops what comes in by {name} from beyond its own networks, as "
+            problem += f"rp_filter is strict and its way back is by {back}: {loose(name)}"
+            yield Check(what, problem, sole)
+        elif back and back != name and (cure := how_to_answer(visit, name, back)):
+            problem = f"{host} sends answers to clients beyond the networks of {name} by {back}: "
+            yield Check(what, problem + cure, sure=False)
+        elif "Invalid" in lost:
+            problem = f"{host} drops the nodes' answers, as rp_filter is strict and the way to "
+            yield Check(what, f"{problem}{nodes[0]} is not by {inner}: {loose(inner)}", sure=False)
+        elif back or lost:
+            yield Check(what)
+        if inner == name and "br" in name and visit.options.looks:
+            problem = f"clients come in by {name}, where the nodes are: if one of them is a VM on "
+            problem += "that bridge, and net.bridge.bridge-nf-call-iptables is 1, it cannot reach "
+            problem += "itself through the host until its port says: bridge link set dev PORT "
+            yield Check("nodes reach themselves", problem + "hairpin on", sure=False)
+
+
+def how_to_answer(visit: Visit, name: str, back: str) -> str:
+    """What lets answers leave by the interface that clients come in by; empty if none are lost."""
+    mark, own = visit.options.mark, map(str, visit.facts.interfaces[name])
+    tables = dict(re.findall(r"\bfrom (\S+) lookup (\S+)", visit.rules))
+    table = next((tables[address] for address in own if address in tables), "")
+    bit = next(1 << n for n in (30, 27) if not 1 << n & (mark.forwarded | mark.masquerade))
+    bits, start = f"{bit:#x}/{bit:#x}", "iptables -t mangle -A PREROUTING"
+    # an inner interface has no clients from beyond; with the mark, it is as this says
+    if (back in visit.entries and not table) or f" fwmark {bits} " in visit.rules:
+        return ""
+    steps = [
+        f"ip rule add fwmark {bits} lookup {table or 7001}",
+        f"{start} -i {name} -m conntrack --ctstate NEW -j CONNMARK --set-xmark {bits}",
+        f"{start} -m connmark --mark {bits} -m conntrack --ctdir REPLY -j MARK --set-xmark {bits}",
+    ]
+    if not table:
+        steps.insert(0, f"ip route add $(ip route show default dev {name}) dev {name} table 7001")
+    return " && ".join(steps)
 
 
 def loose(interface: str) -> str:
@@ -5421,30 +6040,77 @@ def loose(interface: str) -> str:
     return f"sysctl -w net.ipv4.conf.{interface.replace('.', '/')}.rp_filter=2"
 
 
-def check_paths(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
+def check_paths(
+    visit: Visit, forwards: Iterable[Forwarding], walls: Iterable[Firewall]
+) -> Iterator[Check]:
     """Whether anything takes or drops the first packet of a connection."""
     what = "nothing takes or drops connections that epok forwards"
-    problems: dict[str, bool] = {}
-    entries, walls = visit.entries, list(firewalls(visit))
-    for forward, name, wall in itertools.product(forwards, entries, walls):
-        packets = packets_of(forward, name, wall, visit)
-        decisions = [decision(wall.rules, wall.chain, packet) for packet in packets]
-        lost = [
-            (rule, sure)
-            for rule, sure in decisions
-            if rule and (rule.verdict == "drop" or wall.before_nat)
-        ]
-        for rule, _ in lost[:1]:
-            sure = len(lost) == len(decisions) and all(sure for _, sure in lost)
-            does = f"{'perhaps ' * (not sure)}{'takes' if rule.verdict == 'accept' else 'drops'}"
-            port = f"{forward.protocol}/{Range(forward.first, forward.last)}"
-            by = printable(rule.text)  # which has somebody's comments
-            problem = f"{visit.host.name} {does} {port} from {name} by {by}; {wall.cure}"
-            problems.setdefault(problem, sure)
+    ahead, entries = [wall for wall in walls if wall.rivals is None], visit.entries
+    lost: dict[tuple[Firewall, str, str, str, str, bool], list[str]] = {}
+    for wall, name, forward in itertools.product(ahead, entries, forwards):
+        for loss in losses(forward, name, wall, visit):
+            where = lost.setdefault((wall, name, forward.protocol, *loss), [])
+            where.append(f"{Range(forward.first, forward.last)}")
+    problems = {}
+    for (wall, name, protocol, does, rule, sure), texts in lost.items():
+        for ports in (texts[n : n + 7] for n in range(0, len(texts), 7)):  # as fit into a rule
+            some = enumerated(f"{protocol}/{port}" for port in ports)
+            perhaps, by = "" if sure else "perhaps ", printable(rule)  # with somebody's comments
+            problem = f"{visit.host.name} {perhaps}{does} {some} from {name} by {by}; "
+            problems[problem + wall.cure_for(visit.options.mark, name, protocol, ports)] = sure
     yield from (Check(what, problem, sure) for problem, sure in problems.items())
-    unseen = [reason for reason in visit.asker.blind if not reason.startswith(("ip ", "ss "))]
-    if entries and not problems and not unseen:
+    aside = re.compile("(sudo -n )?(ip|ss|conntrack) ")
+    if entries and not lost and all(map(aside.match, visit.asker.blind)):
         yield Check(what)
+
+
+def losses(
+    forward: Forwarding, interface: str, wall: Firewall, visit: Visit
+) -> Iterator[tuple[str, str, bool]]:
+    """What a firewall does to a forward, by which rule, and whether that is sure."""
+    shows = wall.loses == ("accept",)  # before they are masqueraded, where they shall be
+    if shows and (forward.kept if isinstance(forward, Live) else not forward.masquerade):
+        return
+    packets = packets_of(forward, interface, wall, visit)
+    walks = [Walk(wall.rules, packet, wall.loses) for packet in packets]
+    decisions = [walk.decision(wall.chain) for walk in walks]
+    ends = [(rule, sure) for rule, sure in decisions if rule and rule.verdict in wall.loses]
+    sure = wall.sure and len(ends) == len(decisions) and all(sure for _, sure in ends)
+    doubts = [doubt for walk in walks for doubt in walk.doubts]
+    for rule in [*(rule for rule, _ in ends), *doubts][:1]:
+        does = {"drop": "drops", "notrack": "does not track"}.get(rule.verdict, "takes")
+        yield "shows nodes the clients of" if shows else does, rule.text, sure
+
+
+COPIES = re.compile(r"-A (\S+) (.*)-j CONNMARK --(save|restore)-mark --nfmask (\w+) --ctmask (\w+)")
+
+
+def check_marks(visit: Visit) -> Iterator[Check]:
+    """Whether somebody's rules copy connections' marks whole, and epok's bits with them."""
+    bits, host = visit.options.mark.forwarded | visit.options.mark.masquerade, visit.host.name
+    lines = [
+        (f"{backend.tool} -t mangle -R {chain} {number} ", match)
+        for backend in visit.backends
+        for chain, lines in backend.tables.get("mangle", {}).items()
+        for number, line in enumerate(lines, 1)
+        if (match := COPIES.match(line)) and int(match[4], 0) & int(match[5], 0) & bits
+    ]
+    for command, match in lines:
+        chain, asked, kind = match.groups()[:3]
+        does, sure = (
+            "overwrites epok's bits of connection marks",
+            chain in ("FORWARD", "POSTROUTING"),
+        )
+        if kind == "restore":
+            does = "gives packets epok's bits of connection marks, so that ip rule misses them,"
+            sure = bool(re.search(r"(?m)^\d+:\s+from .*\bfwmark \w+ ", visit.rules))
+        if kind == "save" or sure:
+            masks = [f"{int(text, 0) & ~bits:#x}" for text in match.groups()[3:]]
+            cure = (
+                f"{command}{asked}-j CONNMARK --{kind}-mark --nfmask {masks[0]} --ctmask {masks[1]}"
+            )
+            problem = f"{host} {does} by {printable(match[0])}; spare them: {cure}"
+            yield Check("epok's bits of marks are its own", problem, sure and not asked)
 
 
 def packets_of(
@@ -5458,14 +6124,13 @@ def packets_of(
     targets = [target for target in forward.targets if target.address.version == version]
     for offset in sorted({0, forward.last - forward.first}) if targets else ():
         if wall.before_nat:
-            port = forward.first + offset
+            port, tracked = forward.first + offset, wall.priority > TRACKED
             for address in entrances(interface, version, visit):
-                yield Packet(version, interface, "", protocol, port, address, local=True)
+                yield Packet(version, interface, str, protocol, port, address, True, 0, tracked)
             continue
         for target in targets:
             address, port = target.address, target.port + offset
-            ways = way_out(visit.around.routes or (), address)
-            out = ways[0] if len(ways) == 1 else ""
+            out = functools.partial(lambda to: visit.way(to)[0], address)
             yield Packet(version, interface, out, protocol, port, address, False, mark)
 
 
@@ -5510,6 +6175,39 @@ def check_listeners(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Ch
         yield Check(what)
 
 
+def check_rivals(
+    visit: Visit, forwards: Iterable[Forwarding], walls: Iterable[Firewall]
+) -> Iterator[Check]:
+    """Whether a forward takes the clients of somebody's rule that comes behind epok's."""
+    told = {(each.protocol, each.port) for each in visit.around.listeners or ()}
+    for wall, forward in itertools.product([w for w in walls if w.rivals], forwards):
+        # most forwards have no rival: only of those whose ports rules name are the rules read
+        if not any(
+            low <= forward.last and forward.first <= high for low, high in wall.rivals or ()
+        ):
+            continue
+        packets = [
+            packet for name in visit.entries for packet in packets_of(forward, name, wall, visit)
+        ]
+        for packet in packets:
+            rule, sure = Walk(wall.rules, packet).decision(wall.chain)
+            port = packet.protocol, packet.port
+            by_port = rule and any(each.name.startswith("--dport") for each in rule.options)
+            if rule and rule.verdict == "nat" and sure and by_port and port not in told:
+                told.add(port)
+                problem = f"{visit.host.name} has a rule that publishes {port[0]}/{port[1]}, "
+                problem += f"{printable(rule.text)}, and clients get {forward.service} instead: "
+                problem += "let whoever made it take another port, or forward another one"
+                yield Check("nobody else's rule publishes an external port", problem)
+
+
+def ports_in(chains: Chains) -> list[tuple[int, int]]:
+    """The first and last ports that rules name."""
+    named = (re.search(r"--dports? ([0-9,:]+)", line) for line in itertools.chain(*chains.values()))
+    texts = {text for match in named if match for text in match[1].split(",")}
+    return [(int(text.split(":")[0] or 0), int(text.split(":")[-1] or 65535)) for text in texts]
+
+
 def hides(forward: Forwarding, address: Address | None, options: Options) -> bool:
     """Whether a forward takes what comes to an address that a program listens on."""
     if address is None:
@@ -5544,21 +6242,56 @@ def check_nodes(host: Host, forwards: Iterable[Forwarding], deadline: Deadline) 
         yield Check(what, problem, sure)
 
 
+FLOW = re.compile(r"\bdst=(\S+) .*?\bdport=(\d+) .*\bsrc=(\S+) .*?\bsport=\d+", re.ASCII)
+MOST_PORTS = 32  # of TCP, for which conntrack is asked port by port
+Flows = Mapping[Live, Sequence[int]]
+
+
+def read_flows(visit: Visit, lives: Iterable[Live]) -> Flows:
+    """How many connections to nodes the host tracks that are answered, and that still wait."""
+    flows: dict[Live, Sequence[int]] = {}
+    own, left = {str(address) for address in visit.facts.addresses}, MOST_PORTS
+
+    @functools.cache
+    def tracked(version: int, port: Sequence[int]) -> str | None:
+        commands = [Command.FLOWS, Command.FLOWS_6, Command.PORT_FLOWS, Command.PORT_FLOWS_6]
+        return visit.asker.output(commands[2 * len(port) + (version == 6)], *port)
+
+    for live in lives:
+        every = [(port,) for port in range(live.first, live.last + 1)]
+        of_all: list[tuple[int, ...]] = [()] if live.protocol == "udp" else []
+        asked = every if live.protocol == "tcp" else of_all
+        left -= len(every) if live.protocol == "tcp" else 0
+        texts = [tracked(live.version, port) for port in asked if left >= 0]
+        lines = [line for text in texts if text is not None for line in text.splitlines()]
+        met = [(line, match.groups()) for line in lines if (match := FLOW.search(line))]
+        nodes = {str(target.address) for target in live.targets}
+        waits = [
+            "[UNREPLIED]" in line
+            for line, (to, port, node) in met
+            if to in own and live.first <= int(port) <= live.last and node in nodes
+        ]
+        if texts and None not in texts:
+            flows[live] = waits.count(False), waits.count(True)
+    return flows
+
+
 # ------------------------------------------------ showing: --dry-run, --status and --explain
 
 
 class DryRun:
     """What a run would do to a host."""
 
-    def __init__(self, visit: Visit, wanted: Wanted) -> None:
-        self.name, self.several = visit.host.name, len(visit.options.host) > 1
+    def __init__(self, visit: Visit, wanted: Wanted, news: Sequence[Publication]) -> None:
+        self.name, self.several, self.news = visit.host.name, len(visit.options.host) > 1, news
         self.changes = changes_between(visit.found, wanted)
         self.inputs = list(next_inputs(wanted, visit.found, visit.options))
 
     def text(self) -> str:
-        """The forwards that would come and go, and the inputs under the commands that read them."""
+        """What would come and go, and the inputs under the commands that read them."""
         lines = [f"# on {self.name}"] if self.several else []
         lines += [change.line for change in self.changes]
+        lines += [painted(f"~ {each.line}", "~") for each in self.news]
         for argv, text in self.inputs:
             lines += [f"# {shlex.join(argv)}", text.rstrip("\n")]
         return "\n".join(lines)
@@ -5566,7 +6299,8 @@ class DryRun:
     def document(self) -> dict[str, Any]:
         changes = [change.document() for change in self.changes]
         inputs = [{"command": argv, "input": text} for argv, text in self.inputs]
-        return {"host": self.name, "changes": changes, "inputs": inputs}
+        news = [each.document() for each in self.news]
+        return {"host": self.name, "changes": changes, "published": news, "inputs": inputs}
 
 
 @dataclass
@@ -5584,6 +6318,8 @@ class Status:
     cluster: str = ""
     pending: list[Change] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    published: Mapping[str, list[Ingress]] = field(default_factory=dict)
+    flows: Flows = field(default_factory=dict)
 
     @property
     def rejections(self) -> list[Rejection]:
@@ -5603,6 +6339,8 @@ class Status:
         self.plan = planner.plan(visit.facts)
         self.pending = changes_between(self.tables, rendered(self.plan, visit.options))
         self.cluster = f"compared with {planner.reader.source.name}"
+        services = [each for each in planner.snapshot.services if self.key in ("", each.key)]
+        self.published = {each.key: each.balanced.ingress for each in services if each.balanced}
 
     def hooks(self, version: int) -> str:
         """Whether epok's hooks are there: "in place", "not used", or "missing in" some chain."""
@@ -5633,32 +6371,38 @@ class Status:
         return ["the next run would change:", *lines] if lines else []
 
     def text(self) -> str:
-        forwards = aligned(forward_rows(self.lives)) if self.lives else ["no forwards"]
+        rows = forward_rows(self.lives, self.flows)
+        forwards = aligned(rows) if self.lives else ["no forwards"]
         lines = [self.title(), *forwards, *self.to_come()]
         lines += [f"rejected: {rejection}" for rejection in self.rejections]
         lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += [f"{key}: EXTERNAL-IP {ips(found)}" for key, found in self.published.items()]
         lines += [self.cluster, *(check.line for check in self.checks if check.problem)]
         passed = sum(not check.problem for check in self.checks)
         return "\n".join([*lines, f"{passed} of {len(self.checks)} checks passed"])
+
+    def tracked(self, live: Live) -> dict[str, int]:
+        return dict(zip(("answered", "waiting"), self.flows.get(live, ()), strict=False))
 
     def document(self) -> dict[str, Any]:
         return {
             "host": self.host,
             "backend": self.backend,
             "hooks": {f"IPv{version}": self.hooks(version) for version in self.tables},
-            "forwards": [live.document() for live in self.lives],
+            "forwards": [live.document() | self.tracked(live) for live in self.lives],
             "cluster": self.cluster,
             "pending": [change.document() for change in self.pending],
             "rejected": [each.document() for each in self.rejections],
             "warnings": self.warnings,
+            "published": msgspec.to_builtins(self.published),
             "checks": [check.document() for check in self.checks],
         }
 
 
-def forward_rows(lives: Sequence[Live]) -> list[list[str]]:
+def forward_rows(lives: Sequence[Live], flows: Flows) -> list[list[str]]:
     """The table of --status; whom a forward is for is in it when one is not for everybody."""
     ways = {way for live in lives for way in live.ways}
-    rows = [["PORT", "SERVICE", "NODEPORT", "NODES", "CLIENT", "CONNECTIONS", "ONLY"]]
+    rows = [["PORT", "SERVICE", "NODEPORT", "NODES", "CLIENT", "CONNECTIONS", "ANSWERED", "ONLY"]]
     for live in lives:
         only = [*live.sources, *(f"by {way}" for way in live.ways if ways - {*live.ways})]
         rows.append([
@@ -5668,10 +6412,14 @@ def forward_rows(lives: Sequence[Live]) -> list[list[str]]:
             f"{len(live.targets)}{' pods' * live.direct}",
             "kept" if live.kept else "hidden",
             f"{live.counts[0]}" if live.counts else "?",
+            f"{flows[live][0]}/{sum(flows[live])}" if live in flows else "?",
             enumerated(only) or "-",
         ])  # fmt: skip
     limited = any(row[-1] != "-" for row in rows[1:])
     return rows if limited else [row[:-1] for row in rows]
+
+
+WORKS = "it works as far as can be seen from here: "
 
 
 @dataclass
@@ -5702,6 +6450,8 @@ class Story(Status):
         services = self.snapshot.services if self.snapshot else ()
         others = {service.key for service in services} - {self.key}
         about = [text for text in super().warnings if text.partition(": ")[0] not in others]
+        if self.plan.claims and self.published.get(self.key) == []:
+            about.append("it has no EXTERNAL-IP: runs write it with --publish, and the permission")
         return [*about, *self.open_relay()]
 
     @property
@@ -5769,9 +6519,9 @@ class Story(Status):
             self.nowhere_to_go(),
             self.not_done(),
             self.in_the_way(),
-            self.nobody_came(),
+            self.evidence(),
         )
-        nothing = "nothing that can be seen from here: connections come in, and the nodes answer"
+        nothing = f"{WORKS}connections come in, and the nodes answer"
         return next(causes, "") or nothing
 
     def not_asked(self) -> Iterator[str]:
@@ -5780,7 +6530,7 @@ class Story(Status):
         if self.snapshot and not service:
             keys = enumerated(sorted(service.key for service in self.snapshot.services)) or "none"
             yield f"there is no Service {self.key}; those with an annotation of epok's: {keys}"
-        if service and not service.annotations.keys() & set(PORT_ANNOTATIONS):
+        if service and not service.mapped and not service.balanced:
             strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
             only = f", only {enumerated(map(quoted, strange))}" if strange else ""
             annotate = f"kubectl annotate service -n {namespace} {name} {PORT_ANNOTATIONS[0]}"
@@ -5815,21 +6565,78 @@ class Story(Status):
                 yield check.problem
         yield from (rejection.message for rejection in self.rejections)
 
-    def nobody_came(self) -> Iterator[str]:
-        doubts = [check.problem for check in self.checks if check.problem]
-        if all(live.counts[:1] == (0,) for live in self.lives):
-            ways = enumerated(dict.fromkeys(way for live in self.lives for way in live.ways))
+    def met(self, live: Live) -> int:
+        """How many connections met its rules since EPOK was written, which is when -i changes."""
+        nat = (self.tables[live.version] or NOTHING)["nat"]
+        pairs = zip(nat.chains.get(ROOT, ()), nat.counts.get(ROOT, ()), strict=False)
+        return min(*live.counts[:1], sum(n for rule, n in pairs if f" -p {live.protocol} " in rule))
+
+    def evidence(self) -> Iterator[str]:
+        """How far packets came, as the kernel counts them."""
+        host, lives = self.host, self.lives
+        if not lives or not all(live.counts for live in lives):
+            return
+        came, met = sum(live.counts[0] for live in lives), sum(map(self.met, lives))
+        some = f"{came} {plural(came, 'connection')} met its rules"
+        if not met:
+            since = f"since the rules of EPOK last changed ({came} before)" if came else "yet"
+            ways = enumerated(dict.fromkeys(way for live in lives for way in live.ways))
+            look = f"tcpdump -ni {self.way} {lives[0].protocol} port {lives[0].first}"
+            doubts = "; or ".join(["", *(check.problem for check in self.checks if check.problem)])
             yield (
-                f"no connection has come in by {ways} yet: try it from another machine, beyond "
-                f"that interface, and look for a firewall or router before "
-                f"{'; or '.join([self.host, *doubts[:1]])}"
+                f"no connection has come in by {ways} {since}: try it from another machine, beyond "
+                f"that interface; if {look} shows nothing on {host}, it is lost before it{doubts}"
             )
+        kept = any(live.kept for live in lives)
+        nats = [(self.tables[live.version] or NOTHING)["nat"] for live in lives]
+        if not kept and not any(nat.counts.get(POSTROUTING, [1])[0] for nat in nats):
+            yield f"{some}, and none has left {host} again: a rule is in the way, or no route"
+        answered, waiting = (sum(each[n] for each in self.flows.values()) for n in (0, 1))
+        waits = f"{waiting} {plural(waiting, 'waits', 'wait')} for an answer"
+        if answered:
+            are = plural(answered, "connection is", "connections are")
+            yield f"{WORKS}{answered} {are} answered{f', {waits}' * bool(waiting)}"
+        elif waiting:
+            back = "nodes have to route back to clients through it (externalTrafficPolicy Local)"
+            yield f"{some}, {waits} after it left {host}: {back if kept else 'see the nodes'}"
+        elif len(self.flows) == len(lives):
+            yield f"{some}, and none is open now: try it, and look again meanwhile"
+
+    @property
+    def way(self) -> str:
+        """An interface that it is reached by."""
+        return self.lives[0].ways[0].split()[-1]
+
+    def trace(self) -> list[str]:
+        """How the kernel itself tells what it does with the first packet of each connection."""
+        live, nft = self.lives[0], self.backend.endswith("(nft)")
+        chain = "trace { type filter hook prerouting priority -350; }"
+        syn = " tcp flags syn" * (live.protocol == "tcp")
+        name = self.way.replace("+", "*")
+        match = f"iifname {name} {live.protocol} dport {live.first}{syn}"
+        begin = (
+            f"add table inet epok; add chain inet epok {chain}; add rule inet epok trace {match}"
+        )
+        steps = (
+            f"nft '{begin} meta nftrace set 1' && nft monitor trace",
+            "nft delete table inet epok",
+        )
+        if not nft:
+            rule = f"PREROUTING -i {self.way} -p {live.protocol} --dport {live.first} -j TRACE"
+            show = "dmesg -w | grep TRACE:"
+            steps = f"iptables -t raw -I {rule} && {show}", f"iptables -t raw -D {rule}"
+        told = f"To see what becomes of its packets, as root on {self.host}:", "To end that:"
+        return [f"{what} {step}" for what, step in zip(told, steps, strict=True)]
 
     def text(self) -> str:
         title = painted(f"{self.key} on {self.host}", "title")
         checks = ["Checks", *(f"  {check.line}" for check in self.checks)]
-        last = painted(f"Most likely: {self.cause()}", "title")
-        return "\n".join([title, *self.about(), *self.rules(), *checks, last])
+        cause = self.cause()
+        # what is open, the kernel knows
+        is_open = cause in self.evidence() and not cause.startswith(WORKS) and self.way != "lo"
+        last = painted(f"Most likely: {cause}", "title")
+        trace = self.trace() if is_open else []
+        return "\n".join([title, *self.about(), *self.rules(), *checks, *trace, last])
 
     def about(self) -> list[str]:
         """What the cluster says."""
@@ -5838,13 +6645,16 @@ class Story(Status):
             return [f"  {self.cluster}"]
         policy = "Local" if service.local else "Cluster"
         affinity = "ClientIP" if service.sticky else "None"
-        lines = [f"type {service.type}, externalTrafficPolicy {policy}, sessionAffinity {affinity}"]
+        balanced = f" of class {BALANCER_CLASS}" * bool(service.balanced)
+        lines = [f"type {service.type}{balanced}, externalTrafficPolicy {policy}"]
+        lines[0] += f", sessionAffinity {affinity}"
         lines += [f"NodePorts: {listed(service.ports)}"]
         for name, text in service.annotations.items():
             strange = " (not one that epok knows)" * (name not in SERVICE_ANNOTATIONS)
             lines.append(f"{name}: {quoted(text)}{strange}")
         if service.source_ranges:
             lines.append(f"loadBalancerSourceRanges: {enumerated(service.source_ranges)}")
+        lines += [f"EXTERNAL-IP: {ips(found)}" for found in self.published.values()]
         if self.pods():
             lines.append(f"pods: {self.pods()}")
         lines += [f"warning: {warning}" for warning in self.warnings]
@@ -5872,6 +6682,9 @@ class Story(Status):
             counts = live.counts[1:] or itertools.repeat("?")
             for target, number in zip(live.targets, counts, strict=False):
                 lines.append(f"    to {target.address} port {target.port}: {number}")
+            if live in self.flows:
+                answered, waiting = self.flows[live]
+                lines.append(f"    tracked now: {answered} answered, {waiting} waiting for that")
         lines += [] if self.lives else ["  none for this Service"]
         return lines + [f"  {line}" for line in self.to_come()]
 
@@ -5942,7 +6755,31 @@ def warn(visit: Visit, forwards: Sequence[Forward]) -> None:
         log.warning("%s; so what else may be in the way was not checked", error)
 
 
-def serve(visit: Visit, planner: Planner | None) -> Outcome:
+def publish(
+    visit: Visit, planner: Planner | None, cleaning: Background | None
+) -> list[Publication]:
+    """Writes what the host forwards to the status of Services; --dry-run only says what it would.
+
+    That it cannot is a warning, for the host is right. But a pod that cleans has a cluster.
+    """
+    publisher, options = planner and planner.publisher, visit.options
+    try:
+        if cleaning:
+            publisher = cleaning.result(visit.deadline, "reading the cluster")
+        if publisher and options.dry_run:
+            with publisher.lock:
+                return publisher.add(visit.facts)
+        if publisher:
+            publisher.publish(visit.facts, visit.deadline)
+    except Fatal as error:
+        if options.clean and in_pod():
+            raise Fatal(f"{error}; the rules are gone, but Services still have addresses") from None
+        left = "; Services may still have addresses" * options.clean
+        log.warning("%s%s", error, left)
+    return []
+
+
+def serve(visit: Visit, planner: Planner | None, cleaning: Background | None) -> Outcome:
     """Makes one host right, or says what would change. Raises Fatal."""
     host, options, deadline = visit.host, visit.options, visit.deadline
     outcome = Outcome(host.name)
@@ -5953,9 +6790,15 @@ def serve(visit: Visit, planner: Planner | None) -> Outcome:
         if planner:
             wanted, forwards = planner.wanted(facts), planner.plan(facts).forwards
         found = visit.found
+    if planner and not facts.interfaces and any(live.direct for live in all_lives(found, found)):
+        raise Fatal(
+            f"{host.name}: its rules are those of a node, and it does not tell whether it is one "
+            "any more: apt-get install iproute2; nothing was changed"
+        )
     if options.dry_run:
         warn(visit, forwards)
-        outcome.shown = dry = DryRun(visit, wanted)
+        news = publish(visit, planner, cleaning)
+        outcome.shown = dry = DryRun(visit, wanted, news)
         outcome.status = 3 if dry.inputs else 0
         return outcome
     with timed(outcome.seconds, "swap"):
@@ -5963,6 +6806,7 @@ def serve(visit: Visit, planner: Planner | None) -> Outcome:
     outcome.changes = changes_between(found, wanted) if inputs else []
     prefix = f"{host.name}: " if options.executor == "ssh" else ""
     report_swap(prefix, found, wanted, inputs, outcome.changes)
+    publish(visit, planner, cleaning)
     warn(visit, forwards)
     if outcome.changes:
         flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
@@ -6018,6 +6862,8 @@ def look(visit: Visit, planning: Background) -> Outcome:
     except Fatal as error:
         visit.asker.blind.append(str(error))
     status.checks += check_host(visit, status.forwards)
+    status.flows = read_flows(visit, status.lives)
+    status.checks += check_sight(visit)
     if key:
         status.checks += check_nodes(host, status.forwards, deadline)
     return Outcome(host.name, int(failed), status)
@@ -6068,8 +6914,12 @@ def run(options: Options) -> int:
             planning = Background(Planner, options, patience)
             outcomes = everywhere(lambda visit: look(visit, planning), visits)
         else:
+            cleaning = None
+            if options.clean and at_hand(options):
+                patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
+                cleaning = Background(cluster_to_clean, options, patience)
             planner = None if options.clean else Planner(options, deadline)
-            outcomes = everywhere(lambda visit: serve(visit, planner), visits)
+            outcomes = everywhere(lambda visit: serve(visit, planner, cleaning), visits)
     except Fatal as error:
         log.error("%s", error)
     print_outcomes(outcomes, options)

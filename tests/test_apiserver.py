@@ -4,22 +4,25 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import epok as program
 from lab.apiserver import ADDRESS, PORT, ApiServer
 from lab.fake_api import write_kubeconfig
-from lab.machine import BACKENDS, need, stretched
-from lab.manifests import account, one
-from lab.network import CLIENT, EPOK, HOST6, Lab, Namespace, warnings_in
-from lab.objects import endpoint, endpoint_slice, port, service
+from lab.machine import BACKENDS, need, stretched, until
+from lab.manifests import CRON, account, manifests, one
+from lab.network import CLIENT, EPOK, HOST, HOST6, Lab, Namespace, warnings_in
+from lab.objects import Object, endpoint, endpoint_slice, port, service
 from lab.sshd import Sshd, make_key
 
 pytestmark = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
@@ -39,6 +42,7 @@ Done = subprocess.CompletedProcess[str]
 def server(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> ApiServer:
     made = ApiServer(lab.host, tmp_path_factory.mktemp("apiserver"))
     made.grant()
+    made.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(manifests(file="publish.yaml")))
     return made
 
 
@@ -100,6 +104,79 @@ def who(lab: Lab, number: int, **how: Any) -> set[str]:
 
 def targets(lab: Lab, version: int = 4) -> set[str]:
     return set(re.findall(r"--to-destination (\S+)", lab.saved(version)))
+
+
+# ---- who may take ports
+
+
+@pytest.fixture
+def policy(api: ApiServer) -> Iterator[Callable[..., None]]:
+    """cron/policy.yaml, and what is refused by it: `denied(method, path, body)`."""
+    file = str(CRON / "policy.yaml")
+    for name in ("open", "closed"):
+        api.kubectl("create", "namespace", name)
+    api.kubectl("label", "namespace", "open", "epok.getbetter.ro/allowed=true")
+    api.kubectl("apply", "-f", file)
+
+    def denied(*request: Any) -> None:
+        with pytest.raises(AssertionError, match=": 403 .*lacks the label epok.getbetter.ro/allowed=true"):
+            api.request(*request)
+
+    def enforced() -> bool:
+        with contextlib.suppress(AssertionError):
+            path = "/api/v1/namespaces/closed/services?dryRun=All"
+            api.request("POST", path, plain("closed", {program.PORT_ANNOTATIONS[0]: "25"}))
+            return False
+        return True
+
+    until(enforced, "the policy is in force", 120)
+    yield denied
+    api.kubectl("delete", "-f", file)
+    api.kubectl("delete", "--wait=false", "namespace", "open", "closed")
+
+
+def plain(namespace: str, annotations: dict[str, str], **spec: Any) -> Object:
+    meta = {"name": "mail", "namespace": namespace, "annotations": annotations}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": {"ports": [{"port": 25}], **spec}}
+
+
+def test_only_services_of_namespaces_with_the_label_may_have_epoks_annotations(
+    api: ApiServer, policy: Callable[..., None]
+) -> None:
+    services, merge = "/api/v1/namespaces/{}/services", "application/merge-patch+json"
+    closed, mail = services.format("closed"), services.format("closed") + "/mail"
+    epoks = {"type": "LoadBalancer", "loadBalancerClass": "getbetter.ro/epok"}
+    for name in program.SERVICE_ANNOTATIONS:
+        policy("POST", closed, plain("closed", {"other": "", name: ""}))
+    policy("POST", closed, plain("closed", {}, **epoks))
+    api.request("POST", closed, plain("closed", {"other": "", "example.org/externalport": "25"}))
+    for name in program.SERVICE_ANNOTATIONS:
+        policy("PATCH", mail, {"metadata": {"annotations": {name: "25"}}}, merge)
+    policy("PATCH", mail, {"spec": epoks}, merge)
+    api.request("PATCH", mail, {"spec": {"sessionAffinity": "ClientIP"}}, merge)
+    everything = dict.fromkeys(program.SERVICE_ANNOTATIONS, "25")
+    api.request("POST", services.format("open"), plain("open", everything, **epoks))
+
+    # one that has lost the label: nothing more comes, and what is there can go
+    mail = services.format("open") + "/mail"
+    keep = {"metadata": {"finalizers": ["example.org/keep"]}}
+    api.request("PATCH", mail, keep, merge)
+    api.kubectl("label", "namespace", "open", "epok.getbetter.ro/allowed-")
+    change = {"spec": {"ports": [{"port": 26}]}}
+
+    def lost() -> bool:
+        try:
+            return not api.request("PATCH", f"{mail}?dryRun=All", change, merge)
+        except AssertionError:
+            return True
+
+    until(lost, "the label's end is known", 120)
+    policy("PATCH", mail, change, merge)
+    api.request("DELETE", mail)
+    policy("PATCH", mail, change, merge)
+    policy("PATCH", mail, {"metadata": {"annotations": {program.PORT_ANNOTATIONS[0]: "26"}}}, merge)
+    api.request("PATCH", mail, {"metadata": {"finalizers": []}}, merge)
+    assert api.kubectl("get", "services", "-n", "open", "-o", "name") == ""
 
 
 # ---- reading
@@ -225,14 +302,19 @@ def test_an_expired_token_leaves_the_rules_alone(lab: Lab, api: ApiServer, confi
     fails(lab, api.kubeconfig("expired", token=api.expired(api.token())), "401", "token")
 
 
-def test_a_pod_needs_no_kubeconfig(lab: Lab, api: ApiServer) -> None:
-    api.create(MAIL)
+def as_pod(lab: Lab, api: ApiServer, account: str, *args: str) -> Done:
+    """epok with the account of a pod."""
     mounted = lab.host.root / "run/secrets/kubernetes.io/serviceaccount"
-    mounted.mkdir(parents=True)
-    (mounted / "token").write_text(api.token())
+    mounted.mkdir(parents=True, exist_ok=True)
+    (mounted / "token").write_text(api.token(account))
     (mounted / "ca.crt").write_bytes(api.authority.pem)
     pod = {"KUBERNETES_SERVICE_HOST": ADDRESS, "KUBERNETES_SERVICE_PORT": str(PORT), "HOME": "/nowhere"}
-    done = lab.epok("-i", "eth0", "local", env=pod)
+    return lab.epok("-i", "eth0", *args, "local", env=pod)
+
+
+def test_a_pod_needs_no_kubeconfig(lab: Lab, api: ApiServer) -> None:
+    api.create(MAIL)
+    done = as_pod(lab, api, "epok")
     assert done.returncode == 0, done.stderr
     assert who(lab, 25) == NODES
     assert api.asked()
@@ -492,3 +574,248 @@ def test_runs_that_change_nothing_write_no_events(lab: Lab, api: ApiServer, conf
     api.create(service("mail", "25:2025, 26:nope", [SMTP]))
     assert epok(lab, config, "--dry-run").returncode == 3
     assert not events(api)
+
+
+# ---- EXTERNAL-IP
+
+SERVICE = "/api/v1/namespaces/default/services/mail"
+PUBLISH = ("--publish", "203.0.113.5")
+HTTPS = port(443, 30443, "https")
+DUAL = ("IPv4", "IPv6")
+NOBODY = "getbetter.ro/NotForwarded"
+WAITING = """#!/bin/sh
+touch /run/waiting
+while [ ! -e /run/go ]; do sleep 0.02; done
+exec /run/alternatives/held "$@"
+"""
+
+
+def balancer(*ports: Object, externalport: "str | None" = None, name: str = "mail", **spec: Any) -> Object:
+    """A Service of epok's own class."""
+    kind = {"type": "LoadBalancer", "loadBalancerClass": program.BALANCER_CLASS, **spec}
+    return service(name, externalport, ports or [SMTP], **kind)
+
+
+def written(api: ApiServer, path: str = SERVICE) -> list[Object]:
+    """The addresses in a Service's status, but for ipMode, which Kubernetes before 1.30 has not."""
+    found = api.request("GET", path)["status"]["loadBalancer"].get("ingress", [])
+    for each in found:
+        assert each.pop("ipMode", "Proxy") == "Proxy"
+    return found
+
+
+def entry(name: str, *numbers: int, **errors: str) -> Object:
+    """As it stands there; `errors` are those of ports, as p443."""
+    ports = [{"port": number, "protocol": "TCP"} for number in numbers]
+    ports += [{"port": int(key[1:]), "protocol": "TCP", "error": error} for key, error in errors.items()]
+    return {"ip" if name[-1].isdigit() else "hostname": name, "ports": ports}
+
+
+def patched(api: ApiServer) -> int:
+    return sum(asked.verb == "patch" and asked.uri.endswith("/status") for asked in api.asked())
+
+
+def test_a_service_of_epoks_class_has_an_external_ip_when_it_is_forwarded(
+    lab: Lab, api: ApiServer, config: str, figure: Callable[[str], None]
+) -> None:
+    api.create(service("a", "443:30080", [port(80, 30080)]))  # of two from the same second it has the first name
+    api.create(balancer(SMTP, HTTPS, families=DUAL))
+    publish = ("--publish", "203.0.113.5,2001:db8::5")
+    assert "<pending>" in api.kubectl("get", "service", "mail")
+    api.forget()
+    done = succeeds(lab, config, *publish)
+    changed = len(api.asked())
+    assert who(lab, 25) == who(lab, 25, to=HOST6) == NODES
+    assert written(api) == [entry(ip, 25, p443="getbetter.ro/PortTaken") for ip in ("203.0.113.5", "2001:db8::5")]
+    assert "info: default/mail: EXTERNAL-IP 203.0.113.5 (tcp/25, tcp/443 getbetter.ro/PortTaken), 2001" in done.stderr
+    assert "2001:db8::5,203.0.113.5" in api.kubectl("get", "service", "mail")
+    api.kubectl("wait", "--for=jsonpath={.status.loadBalancer.ingress}", "service/mail", "--timeout=5s")
+    kind = "application/merge-patch+json"
+    status = {"status": {"loadBalancer": api.request("GET", SERVICE)["status"]["loadBalancer"]}}
+    api.request("PATCH", f"{SERVICE}/status?fieldValidation=Strict", status, kind)
+    api.forget()
+    assert "in sync" in succeeds(lab, config, *publish).stderr
+    idle = len(api.asked()) - 2  # the Event about the port that is taken counts up
+    assert patched(api) == 0
+    figure(f"API requests with --publish, of a run in sync: {idle}; of one with a new Service: {changed}")
+
+
+def test_addresses_change_and_a_host_name_serves_as_well(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(balancer(SMTP, HTTPS, families=DUAL), balancer(port(80, 30080), name="four", externalport="443:80/udp"))
+    steps: dict[str, list[str]] = {
+        "auto": [HOST, HOST6],
+        "gw.example.org": ["gw.example.org"],
+        "203.0.113.5, 203.0.113.4": ["203.0.113.5", "203.0.113.4"],
+        "2001:db8::5": ["2001:db8::5"],
+        "none": ["2001:db8::5"],
+    }
+    for text, names in steps.items():
+        succeeds(lab, config, "--publish", text)
+        assert [each.get("ip") or each["hostname"] for each in written(api)] == names
+    assert written(api, SERVICE.replace("mail", "four")) == []
+    lab.host.wire("addr add 192.0.2.99/24 dev eth0")
+    try:
+        succeeds(lab, config, "--publish", "auto")
+        assert [each["ip"] for each in written(api)] == [HOST, "192.0.2.99", HOST6]
+        succeeds(lab, config, "--publish", "auto", "--addresses", "192.0.2.99")
+        assert written(api) == [entry("192.0.2.99", 25, 443)]
+    finally:
+        lab.host.wire("addr del 192.0.2.99/24 dev eth0")
+
+
+def test_nothing_is_written_to_services_of_other_classes_and_nothing_without_publish(
+    lab: Lab, api: ApiServer, config: str
+) -> None:
+    api.create(
+        balancer(name="theirs", externalport="25:smtp", loadBalancerClass="example.org/lb"),
+        balancer(port(80, 30080), name="nobodys", externalport="80", loadBalancerClass=None),
+        balancer(port(443, 30000), name="quiet", loadBalancerClass=None),
+    )
+    succeeds(lab, config, *PUBLISH)
+    assert who(lab, 25) == who(lab, 80) == NODES
+    api.create(balancer(HTTPS))
+    succeeds(lab, config)
+    assert who(lab, 443) == NODES
+    assert patched(api) == 0
+
+
+def test_when_no_port_can_be_forwarded_any_more_there_is_no_address(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(balancer(SMTP, HTTPS))
+    succeeds(lab, config, *PUBLISH)
+    for text, expected in (
+        ("25", [entry("203.0.113.5", 25, p443=NOBODY)]),
+        ("2525:smtp", [entry("203.0.113.5", p25="getbetter.ro/OtherPort", p443=NOBODY)]),
+        ("25:nope", []),
+    ):
+        api.patch(SERVICE, metadata={"annotations": {"getbetter.ro/externalport": text}})
+        succeeds(lab, config, *PUBLISH)
+        assert written(api) == expected
+    api.patch(SERVICE, metadata={"annotations": {"getbetter.ro/externalport": None}})
+    succeeds(lab, config, *PUBLISH)
+    assert written(api) == [entry("203.0.113.5", 25, 443)]
+    api.patch(SERVICE, spec={"type": "NodePort", "loadBalancerClass": None, "allocateLoadBalancerNodePorts": None})
+    succeeds(lab, config, *PUBLISH)
+    assert written(api) == []
+
+
+def test_without_node_ports_a_service_is_rejected_with_the_line_that_mends_it(
+    lab: Lab, api: ApiServer, config: str
+) -> None:
+    api.create(balancer(port(80), allocateLoadBalancerNodePorts=False))
+    done = succeeds(lab, config, *PUBLISH)
+    [mend] = re.findall("(?m)^warning: rejected: .* has no NodePort; .*: kubectl (patch service .*)$", done.stderr)
+    assert written(api) == []
+    api.kubectl(*shlex.split(mend))
+    succeeds(lab, config, *PUBLISH)
+    assert written(api) == [entry("203.0.113.5", 80)]
+
+
+def test_without_the_role_one_warning_says_how_to_get_it(lab: Lab, api: ApiServer) -> None:
+    api.create(balancer(), balancer(HTTPS, name="web"))
+    small = account_without(api, "nothing")
+    done = succeeds(lab, small, *PUBLISH)
+    [warning] = warnings_in(done.stderr)
+    assert re.search(r"403 to patch services/status .*cron/publish\.yaml", warning), warning
+    assert who(lab, 25) == NODES and written(api) == []
+    for line in warning.partition("publish.yaml: ")[2].partition("; no new EXTERNAL-IP")[0].split(" && "):
+        api.kubectl(*shlex.split(line.partition("kubectl ")[2]))
+    succeeds(lab, small, *PUBLISH)
+    assert written(api) == [entry("203.0.113.5", 25)]
+
+
+@pytest.mark.parametrize("meanwhile", ["changes", "is of another class", "is deleted", "is another one"])
+def test_a_service_that_meanwhile(lab: Lab, api: ApiServer, config: str, meanwhile: str) -> None:
+    """While the host's rules are swapped in, epok knows an old version of it."""
+    api.create(balancer())
+    theirs = [{"ip": "203.0.113.77", "ipMode": "VIP", "ports": [{"port": 1, "protocol": "TCP"}]}]
+    restore = lab.host.root / "run/alternatives/iptables-restore"
+    restore.rename(restore.with_name("held"))
+    restore.write_text(WAITING)
+    restore.chmod(0o755)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(succeeds, lab, config, *PUBLISH)
+            until((lab.host.root / "run/waiting").exists, "the swap begins", 60)
+            if meanwhile in ("is deleted", "is another one"):
+                api.request("DELETE", SERVICE)
+            if meanwhile == "is of another class":
+                api.patch(SERVICE, spec={"type": "NodePort", "loadBalancerClass": None})
+                api.patch(SERVICE, spec={"type": "LoadBalancer", "loadBalancerClass": "example.org/lb"})
+            elif meanwhile == "is another one":
+                api.create(balancer())
+            if meanwhile in ("is of another class", "changes"):
+                kind = "application/merge-patch+json"
+                api.request("PATCH", f"{SERVICE}/status", {"status": {"loadBalancer": {"ingress": theirs}}}, kind)
+            (lab.host.root / "run/go").touch()
+            done = running.result()
+    finally:
+        restore.with_name("held").rename(restore)
+        lab.host.run(["rm", "-f", "/run/go", "/run/waiting"])
+    assert not warnings_in(done.stderr)
+    expected = {"changes": [entry("203.0.113.5", 25)], "is of another class": theirs, "is another one": []}
+    if meanwhile != "is deleted":
+        found = api.request("GET", SERVICE)["status"]["loadBalancer"].get("ingress", [])
+        assert [each["ip"] for each in found] == [each["ip"] for each in expected[meanwhile]]
+    succeeds(lab, config, *PUBLISH)
+    if meanwhile in ("changes", "is another one"):
+        assert written(api) == [entry("203.0.113.5", 25)]
+
+
+def test_dry_run_shows_what_would_be_written_status_and_explain_what_is(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(balancer(SMTP, HTTPS, externalport="25"), WEB)
+    line = f"default/mail: EXTERNAL-IP 203.0.113.5 (tcp/25, tcp/443 {NOBODY})\n"
+    dry = epok(lab, config, *PUBLISH, "--dry-run")
+    assert dry.returncode == 3 and f"~ {line}" in dry.stdout
+    assert patched(api) == 0
+    document = json.loads(epok(lab, config, *PUBLISH, "--dry-run", "-o", "json").stdout)["hosts"][0]
+    assert [(each["service"], len(each["after"])) for each in document["published"]] == [("default/mail", 1)]
+    assert "default/mail: EXTERNAL-IP none\n" in succeeds(lab, config, "--status").stdout
+    assert "it has no EXTERNAL-IP" in succeeds(lab, config, "--explain", "default/mail").stdout
+    succeeds(lab, config, *PUBLISH)
+    assert epok(lab, config, *PUBLISH, "--dry-run").stdout == ""
+    assert line in succeeds(lab, config, "--status").stdout
+    shown = succeeds(lab, config, "--status", "-o", "json").stdout
+    assert json.loads(shown)["hosts"][0]["published"]["default/mail"][0]["ip"] == "203.0.113.5"
+    told = succeeds(lab, config, "--explain", "default/mail").stdout
+    assert "type LoadBalancer of class getbetter.ro/epok" in told and f"  EXTERNAL-IP: {line[26:]}" in told
+    assert "EXTERNAL-IP" not in succeeds(lab, config, "--explain", "default/web").stdout
+
+
+def test_clean_takes_addresses_away(lab: Lab, api: ApiServer, config: str) -> None:
+    api.create(balancer(), balancer(HTTPS, name="theirs", externalport="443", loadBalancerClass="example.org/lb"))
+    status = {"status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.9"}]}}}
+    their_path = SERVICE.replace("mail", "theirs")
+    api.request("PATCH", f"{their_path}/status", status, "application/merge-patch+json")
+    succeeds(lab, config, *PUBLISH)
+    dry = epok(lab, config, "--clean", "--dry-run")
+    assert dry.returncode == 3 and "~ default/mail: EXTERNAL-IP none\n" in dry.stdout
+    small = account_without(api, "secrets")
+    [warning] = warnings_in(succeeds(lab, small, "--clean").stderr)
+    assert "cron/publish.yaml" in warning and warning.endswith("; Services may still have addresses")
+    failed = as_pod(lab, api, "no-secrets", "--clean")  # where an uninstall stops there
+    assert failed.returncode == 1 and re.search("(?m)^error: .*; the rules are gone, but Services .*$", failed.stderr)
+    assert written(api) == [entry("203.0.113.5", 25)]
+    api.create(WEB)
+    succeeds(lab, config, *PUBLISH)
+    assert "EPOK" in lab.saved()
+    assert as_pod(lab, api, "epok", "--clean").returncode == 0
+    assert "EPOK" not in lab.saved()
+    assert written(api) == []
+    assert api.request("GET", their_path)["status"]["loadBalancer"]["ingress"][0]["ip"] == "203.0.113.9"
+
+
+def test_a_host_that_failed_keeps_what_was_written(lab: Lab, api: ApiServer, config: str, tmp_path: Path) -> None:
+    need("sshd", "apt-get install openssh-server")
+    sshd, key = Sshd(lab.host), make_key(tmp_path / "key", "ed25519")
+    sshd.authorize(key.with_suffix(".pub").read_text())
+    api.create(balancer(SMTP, HTTPS))
+    there = {"status": {"loadBalancer": {"ingress": [{**entry("198.51.100.77", 25), "ipMode": "Proxy"}]}}}
+    api.request("PATCH", f"{SERVICE}/status", there, "application/merge-patch+json")
+    for hosts, status, expected in (
+        (f"root@{ADDRESS},root@198.51.100.77", 1, [entry(HOST, 25, 443), entry("198.51.100.77", 25)]),
+        (f"root@{ADDRESS}", 0, [entry(HOST, 25, 443)]),
+    ):
+        args = ("--timeout", str(stretched(8)), "ssh", "--host", hosts, "--key", str(key), "--host-key", "any")
+        done = lab.epok("-i", "eth0", "--publish", "auto", "--kubeconfig", config, *args)
+        assert done.returncode == status, done.stderr
+        assert written(api) == expected

@@ -16,7 +16,7 @@ import yaml
 
 import epok
 from lab.apiserver import ApiServer
-from lab.machine import BACKENDS, need
+from lab.machine import BACKENDS, need, until
 from lab.manifests import CRON, container, environment, manifests, one, template
 from lab.network import EPOK, Lab
 from lab.objects import Object
@@ -142,8 +142,9 @@ def test_epok_takes_the_configuration_on_the_command_line_too(home: Path) -> Non
     assert Path(options.key).is_file() and Path(options.known_hosts).is_file()
 
 
-def test_nothing_is_bound_to_a_namespace_of_ours() -> None:
-    assert namespaces(manifests(namespace="theirs")) == {"theirs"}
+@pytest.mark.parametrize("file", ["cronjob.yaml", "publish.yaml"])
+def test_nothing_is_bound_to_a_namespace_of_ours(file: str) -> None:
+    assert namespaces(manifests(namespace="theirs", file=file)) == {"theirs"}
 
 
 # ---- with envsubst
@@ -296,6 +297,20 @@ def test_account_may_do_what_epok_does_and_nothing_else(installed: Done, shell: 
 
 
 @needs_lab
+def test_publish_adds_one_verb_of_one_resource_and_goes_without_a_trace(installed: Done, shell: Shell) -> None:
+    before, publish = names(shell), INSTALL.replace("cronjob", "publish")
+    asked = f"kubectl auth can-i patch services --subresource=status -n default --as={ACCOUNT}"
+    assert shell(asked, succeeds=False).stdout == "no\n"
+    made = shell(publish)
+    assert made.stderr == "" and len(made.stdout.splitlines()) == 2
+    until(lambda: shell(f"{asked} || true").stdout == "yes\n", "the role counts")
+    for other in ("patch services", "update services --subresource=status", "patch nodes --subresource=status"):
+        assert shell(asked.replace("patch services --subresource=status", other), succeeds=False).stdout == "no\n"
+    shell(publish.replace("apply", "delete"))
+    assert names(shell) == before
+
+
+@needs_lab
 @pytest.mark.parametrize(
     ("asked", "answer"),
     [
@@ -335,12 +350,13 @@ def test_kustomize_gives_what_envsubst_gives_for_the_same_values(shell: Shell, t
         ("namespace: epok", "namespace: other"),
         ("image: registry.example/epok:1.0.0", "image: registry.example:5000/mine/epok:2.0.0"),
         ("value: eth0", 'value: "lo,eth+"'),
+        ("value: none", "value: auto"),
     ):
         assert text.count(old) == 1
         text = text.replace(old, new)
     edited.write_text(text)
     with_kustomize = shell(f"kubectl kustomize {edited.parent}")
-    values = "EPOK_NS=other EPOK_IMAGE=registry.example:5000/mine/epok:2.0.0 EPOK_INTERFACES=lo,eth+"
+    values = "EPOK_NS=other EPOK_IMAGE=registry.example:5000/mine/epok:2.0.0 EPOK_INTERFACES=lo,eth+ EPOK_PUBLISH=auto"
     with_envsubst = shell(f"export {values}", INSTALL.split("|")[0])
     assert with_kustomize.stderr == ""
     assert by_kind(with_kustomize.stdout) == by_kind(with_envsubst.stdout)

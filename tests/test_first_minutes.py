@@ -228,7 +228,7 @@ def test_a_user_without_permission_gets_it_by_the_commands_in_the_messages(newco
 
 @pytest.mark.parametrize("name", ["x; reboot", "$(reboot)", "`reboot`", "x\n", "'"])
 def test_a_user_with_a_strange_name_is_in_no_command(name: str) -> None:
-    advice = epok.how_to_allow("list", f'services is forbidden: User "{name}" cannot list resource "services"')
+    advice = epok.how_to_allow("services", f'services is forbidden: User "{name}" cannot list resource "services"')
     assert advice == "; cron/cronjob.yaml has all that it needs"
 
 

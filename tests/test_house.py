@@ -79,6 +79,7 @@ VALUES = {
     "CHAIN": ("FORWARD", "wall-in_2.a"),
     "ADDRESS": ("192.0.2.1", "2001:db8::1"),
     "PORT": ("1", "65535"),
+    "IF": ("eth0", "br-lan.5"),
 }
 
 
@@ -123,15 +124,32 @@ def test_the_readme_says_each_command_and_no_other() -> None:
     rows = [line.strip("| ").split(" | ") for line in text.partition("\n\n")[0].splitlines()]
     told = {words: "no sudo" not in purpose for cell, purpose in rows for words in re.findall("`(.*?)`", cell)}
     assert told.pop("ip6tables-") and told.pop("-f ipv6")
-    flows = epok.Command.END_FLOWS_6
     short = {"TOOL": ("iptables",), "BACKEND": VALUES["BACKEND"], "TABLE": VALUES["TABLE"]}
     expected = {}
     for command in epok.Command:
         names = re.findall(r"\b[A-Z]{2,}\b", command.text)
         given = {"FAMILY": ("FAMILY",), **short, **({"TABLE": ("TABLE",)} if "FAMILY" in names else {})}
         every = itertools.product(*(given.get(name, (name,)) for name in names))
-        expected |= {" ".join(command.argv((), *values)): command.as_root for values in every if command is not flows}
+        expected |= {
+            " ".join(command.argv((), *values)): command.as_root for values in every if "-f" not in command.text
+        }
     assert told == expected
+
+
+def test_the_policy_has_the_annotations_that_epok_reads_and_no_other() -> None:
+    text = (EPOK.parent / "cron/policy.yaml").read_text()
+    names = re.findall(r'"((?:epok\.)?getbetter\.ro/[a-z-]+)"', text)
+    assert sorted(set(names) - {"getbetter.ro/epok"}) == sorted(epok.SERVICE_ANNOTATIONS)
+
+
+def test_the_readme_names_the_limits() -> None:
+    text = " ".join((EPOK.parent / "README.md").read_text().split())
+    for limit in (
+        f"{epok.MAX_MAPPINGS:,} mappings a Service, {epok.MAX_SOURCES:,} rules for the networks of its",
+        f"{epok.MAX_RULES:,} rules for each IP version",
+        f"at most {epok.MAX_LINES} lines",
+    ):
+        assert limit in text, limit
 
 
 def test_no_command_stands_beside_the_table() -> None:

@@ -41,7 +41,7 @@ once = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 RECORD = False  # a wrapper around iptables-restore would read its input to the end
 SEED = int(os.environ.get("EPOK_TEST_SEED") or random.randrange(1 << 32))
 FORWARDS, SHIFT, FIRST = 64, 6, 10000
-LOCKS = ("run/xtables.lock", "usr/local/sbin/epok-gate")  # legacy's, and the gate's
+LOCKS = ("run/xtables.lock", "run/epok-gate/swap")  # legacy's, and the gate's
 RESTORE_SECONDS = 0.03  # what one takes at most; of legacy a tenth, so that most moments come early
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TOLD = EPOK.read_text().partition("\nimport atexit\n")[0].count("\n") + 1  # a line of epok.py

@@ -48,6 +48,7 @@ ROWS = [
     Row("--max-nodes", "", "EPOK_MAX_NODES", "3", 3, "100"),
     Row("--masquerade", "", "EPOK_MASQUERADE", "always", "always", "never"),
     Row("--ports", "", "EPOK_PORTS", "25, 80 - 90/TCP", (((25, 25), ""), ((80, 90), "tcp")), "1-65535"),
+    Row("--publish", "", "EPOK_PUBLISH", "192.0.2.1, 2001:DB8::1", ("192.0.2.1", "2001:db8::1"), "gw.example.org"),
     Row("--mark", "", "EPOK_MARK", "0x3", (1, 2), "12"),
     Row("--kubeconfig", "", "KUBECONFIG", "/etc/k3s.yaml", "/etc/k3s.yaml", "/other"),
     Row("--context", "", "EPOK_CONTEXT", "home", "home", "work"),
@@ -146,9 +147,9 @@ DEFAULTS = {
     "executor": "local", "dry_run": False, "clean": False, "log_level": "info", "interfaces": ("eth0",),
     "external_interface": "", "addresses": (), "batch_commands": "true", "batch_size": 1_677_722, "max_nodes": 16,
     "ports": (((1, 21), ""), ((22, 22), "udp"), ((22, 22), "sctp"), ((23, 65535), "")),
-    "masquerade": "auto", "mark": (0x10000000, 0x20000000), "kubeconfig": "", "context": "", "snapshot": "",
-    "timeout": 50, "status": False, "explain": "", "output": "text", "metrics_file": "", "host": (), "port": 22,
-    "key": "", "known_hosts": "", "host_key": (),
+    "masquerade": "auto", "publish": (), "mark": (0x10000000, 0x20000000), "kubeconfig": "", "context": "",
+    "snapshot": "", "timeout": 50, "status": False, "explain": "", "output": "text", "metrics_file": "", "host": (),
+    "port": 22, "key": "", "known_hosts": "", "host_key": (),
 }  # fmt: skip
 
 
@@ -245,6 +246,10 @@ def test_clean_needs_no_interfaces(argv: list[str]) -> None:
     ("--masquerade", "auto", "auto"),
     ("--ports", ",25,\n53/ UDP , 25", (((25, 25), ""), ((53, 53), "udp"))),
     ("--ports", "1-65535/sctp", (((1, 65535), "sctp"),)),
+    ("--publish", "auto", ("auto",)),
+    ("--publish", "NONE", ()),
+    ("--publish", "gw.example.ORG", ("gw.example.org",)),
+    ("--publish", "203.0.113.5,2001:DB8:0::5 ,203.0.113.5", ("203.0.113.5", "2001:db8::5")),
     ("--mark", "3", (1, 2)),
     ("--mark", "0X80000001", (1, 1 << 31)),
     ("--mark", "3221225472", (1 << 30, 1 << 31)),
@@ -306,6 +311,10 @@ BAD = {  # option: what its message shows of what is accepted, and texts that ar
     "--host-key": ("SHA256:", [
         "none", "ANY", "SHA256:", "SHA256:short", PIN + "A", PIN + "==", "sha256:" + "A" * 43, "MD5:00:11", "AAAA",
         "ssh-ed25519", "ssh-ed25519 AA*A", "ssh-ed25519 AAAA===", "any,none", "SHA256:" + "\u00e9" * 43, "x" * 10_000]),
+    "--publish": ("IP addresses", [
+        "192.0.2.1,gw.example.org", "a.example.org,b.example.org", "auto,192.0.2.1", "none,auto", "192.0.2.256",
+        "1.2.3", "127.0.0.1", "0.0.0.0", "fe80::1", "::1", "ff02::1", "::ffff:192.0.2.1", "192.0.2.0/24", "gw_1", "-gw",
+        "gw.", "http://gw", "gw:80", "[2001:db8::1]", " ", ",", "g\u00e9", "x" * 64, "a." * 127 + "a", "x" * 10_000]),
     "--explain": ("namespace/name", [
         "mail", "default/", "/mail", "a/b/c", "default/mail ", "default mail", "default/m\u00e9l", "$(x)/y", "-/;",
         " ", "a/" + "b" * 254]),
@@ -536,5 +545,5 @@ def test_the_messages_that_the_readme_tells_of_are_epoks() -> None:
     assert len(told) > 8 and SAID_BY_SUDO in told
     program = Path(epok.__file__).read_text(encoding="utf-8")
     for words in told:
-        made = re.escape(words).replace("tcp/25", r"\{port\}").replace("eth0", r"\{name\}").replace("IPv4", "IPv.*")
+        made = re.escape(words).replace("tcp/25", r"\{some\}").replace("eth0", r"\{name\}").replace("IPv4", "IPv.*")
         assert words == SAID_BY_SUDO or re.search(made, program), words

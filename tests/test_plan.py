@@ -34,6 +34,13 @@ PORTS = [
 
 def planned(*objects: Object, argv: Sequence[str] = LOCAL, own: Sequence[str] = (), login_port: int = 0) -> epok.Plan:
     """The plan for a cluster of these objects, with one good node when they name none; `own` nodes are the host."""
+    return planned_for(*objects, argv=argv, own=own, login_port=login_port)[0]
+
+
+def planned_for(
+    *objects: Object, argv: Sequence[str] = LOCAL, own: Sequence[str] = (), login_port: int = 0
+) -> tuple[epok.Plan, list[epok.Service]]:
+    """And the Services of epok's class."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         nodes = [] if any(item["kind"] == "Node" for item in objects) else [NODE]
         json.dump(snapshot(*objects, *nodes), file)
@@ -41,7 +48,8 @@ def planned(*objects: Object, argv: Sequence[str] = LOCAL, own: Sequence[str] = 
         options = epok.parse_options(["--snapshot", file.name, *argv], {})
         reader = epok.Reader(options, epok.Deadline(50))
         read = reader.with_endpoints(reader.snapshot(), bool(own))
-        return epok.make_plan(read, options, frozenset(own), login_port)
+        plan = epok.make_plan(read, options, frozenset(own), login_port)
+        return plan, [each for each in read.services if each.balanced]
 
 
 def span(first: int, size: int) -> str:
@@ -1049,3 +1057,202 @@ def test_a_host_that_is_a_node_forwards_to_all_pods_however_many() -> None:
     pods = [endpoint(f"n{n}", f"10.42.{n}.5") for n in range(1, 61)]
     slices = endpoint_slice("web0", pods, [slice_port(8080)])
     assert len(addresses(planned(*MANY, *webs(1), slices, argv=FEW, own=["n1"]))) == 60
+
+
+# ------------------------------------------------ of epok's own class, and their status
+
+BOTH = ("203.0.113.5", "2001:db8::5")
+PAIR = [port(25, 2025, "smtp"), port(443, 30443, "https")]
+
+
+def balancer(
+    name: str = "mail", externalport: "str | None" = None, ports: Sequence[Object] = PAIR, **kw: Any
+) -> Object:
+    kind = {"type": "LoadBalancer", "loadBalancerClass": epok.BALANCER_CLASS, **kw}
+    return service(name, externalport, ports, **kind)
+
+
+def statuses(*objects: Object, names: Sequence[str] = BOTH[:1], **how: Any) -> dict[str, list[str]]:
+    """What is to be written, by Service, as people are shown it."""
+    plan, services = planned_for(*objects, **how)
+    by_service = epok.grouped(plan.forwards)
+    return {
+        each.key.removeprefix("default/"): [
+            str(entry) for entry in epok.ingress_of(each, by_service.get(each.key, ()), plan, names)
+        ]
+        for each in services
+    }
+
+
+def test_without_a_mapping_each_port_of_epoks_class_is_forwarded_by_its_own_number() -> None:
+    plan = planned(balancer(ports=PORTS), service("plain", None, PORTS, type="LoadBalancer"))
+    own = [(each["port"], each["nodePort"]) for each in PORTS]
+    assert sorted((external, node_port) for _, external, _, node_port in every_port(plan)) == sorted(own)
+    assert not plan.rejections
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ("25", ["tcp 25 mail 2025"]),
+    ("26:https", ["tcp 26 mail 30443"]),
+    ("", []),
+    ("nope", []),
+])  # fmt: skip
+def test_with_a_mapping_epoks_class_has_what_it_says_and_no_more(text: str, found: list[str]) -> None:
+    assert forwards(planned(balancer(externalport=text))) == found
+
+
+@pytest.mark.parametrize("name", ["external-port", "externalprot", "intrenal", "allowrange", "x"])
+def test_a_misspelt_annotation_opens_no_port_of_epoks_class(name: str) -> None:
+    """A mapping narrows it down, so one misspelt is a restriction too."""
+    misspelt = {f"getbetter.ro/{name}": "25"}
+    plan = planned(balancer(annotations=misspelt))
+    assert not plan.forwards
+    assert re.search("epok knows no annotation .* meant[?] It is not forwarded until", reasons(plan)[0])
+    assert len(planned(balancer(externalport="25", annotations={"getbetter.ro/external-port": "1"})).forwards) == 1
+
+
+def test_a_service_of_another_class_has_no_status() -> None:
+    others = [
+        balancer("theirs", "25", loadBalancerClass="example.org/lb"),
+        balancer("nobodys", "443", type="NodePort"),
+    ]
+    assert statuses(*others) == {}
+
+
+ERRORS = {
+    "all": (None, [], "tcp/25, tcp/443"),
+    "one taken": (None, [service("a", "443:30080", [port(80, 30080)])], "tcp/25, tcp/443 getbetter.ro/PortTaken"),
+    "one not asked for": ("25", [], "tcp/25, tcp/443 getbetter.ro/NotForwarded"),
+    "one elsewhere": ("25,8443:https", [], "tcp/25, tcp/443 getbetter.ro/OtherPort"),
+    "crossed": ("25:https,443:smtp", [], "tcp/25 getbetter.ro/OtherPort, tcp/443 getbetter.ro/OtherPort"),
+    "taken from itself": ("25:https,25:smtp,443", [], "tcp/25 getbetter.ro/PortTaken, tcp/443"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_port_that_is_not_forwarded_by_its_own_number_has_an_error(case: str) -> None:
+    text, others, expected = ERRORS[case]
+    assert statuses(balancer(externalport=text), *others)["mail"] == [f"203.0.113.5 ({expected})"]
+
+
+def test_ports_that_no_service_may_take_have_an_error() -> None:
+    ports = [port(22, 30022, "ssh"), PAIR[1]]
+    found = statuses(balancer(ports=ports), argv=["-i", "eth0", "ssh", "-H", "root@h"])
+    assert found == {"mail": ["203.0.113.5 (tcp/22 getbetter.ro/PortReserved, tcp/443)"]}
+    found = statuses(balancer(), argv=[*LOCAL, "--ports", "443"])
+    assert found == {"mail": ["203.0.113.5 (tcp/25 getbetter.ro/PortNotAllowed, tcp/443)"]}
+
+
+@given(clusters(), st.lists(st.sampled_from(["", "class", "class without a mapping"]), min_size=3, max_size=3))
+def test_what_is_written_is_what_is_forwarded(cluster: list[Object], kinds: list[str]) -> None:
+    for made, kind in zip(cluster, kinds, strict=False):
+        if kind:
+            made["spec"] |= {"type": "LoadBalancer", "loadBalancerClass": epok.BALANCER_CLASS}
+        if kind == "class without a mapping":
+            del made["metadata"]["annotations"]["getbetter.ro/externalport"]
+    cluster.append(node("n9", "10.0.0.19", "2001:db8::19"))
+    plan, services = planned_for(*cluster)
+    assert [each.key[-1] for each in services] == [name for name, kind in zip("abc", kinds, strict=True) if kind]
+    for each in services:
+        its = [made for made in plan.forwards if made.service == each.key]
+        entries = epok.ingress_of(each, its, plan, BOTH)
+        there = {entry.ip: {(p.protocol.lower(), p.port) for p in entry.ports if not p.error} for entry in entries}
+        for name, version in zip(BOTH, (4, 6), strict=True):
+            reached = {
+                (made.protocol, made.first + n, target.port + n)
+                for made in its
+                for n in range(made.last - made.first + 1)
+                for target in made.targets
+                if target.address.version == version
+            }
+            own = {(p.protocol, p.port) for p in each.ports if (p.protocol, p.port, p.node_port) in reached}
+            assert there.get(name, set()) == own
+            assert (name in there) == bool(reached)
+        for entry in entries:
+            assert [(p.port, p.protocol) for p in entry.ports] == [(p.port, p.protocol.upper()) for p in each.ports]
+            assert all(re.fullmatch("(getbetter.ro/[A-Z][A-Za-z]+)?", p.error) for p in entry.ports)
+
+
+def facts(**interfaces: str) -> epok.Facts:
+    found = {name: [epok.ipaddress.ip_address(text) for text in texts.split()] for name, texts in interfaces.items()}
+    return epok.Facts(found, {})
+
+
+LEFT, RIGHT = facts(eth0="192.0.2.1 2001:db8::1", eth1="10.0.0.1"), facts(eth0="192.0.2.2", cni0="10.42.0.1")
+NAMES = {
+    "auto": ("auto", "-i eth0", [["192.0.2.1", "2001:db8::1"], ["192.0.2.2"]]),
+    "auto of a pattern": ("auto", "-i eth+", [["10.0.0.1", "192.0.2.1", "2001:db8::1"], ["192.0.2.2"]]),
+    "auto within": ("auto", "-i eth0 --addresses 2001:db8::/32", [["2001:db8::1"], []]),
+    "auto by no such interface": ("auto", "-i wan0", [[], []]),
+    "each its own": ("192.0.2.2,192.0.2.1", "-i eth0", [["192.0.2.1"], ["192.0.2.2"]]),
+    "a router's": ("203.0.113.5", "-i eth0", [["203.0.113.5"], ["203.0.113.5"]]),
+    "a name": ("gw.example.org", "-i eth0", [["gw.example.org"], ["gw.example.org"]]),
+}
+
+
+def publisher(publish: str, words: str, *objects: Object, before: Sequence[str] = ()) -> epok.Publisher:
+    """For two hosts, and Services that have these addresses already."""
+    argv = ["--publish", publish, *words.split(), "ssh", "--host", "root@left,root@right"]
+    for made in objects:
+        made["status"]["loadBalancer"]["ingress"] = [{"ip": ip, "ipMode": "Proxy"} for ip in before]
+    plan, services = planned_for(*objects, node("n1", "10.0.0.11", "2001:db8:2::11"), argv=argv)
+    source: Any = None
+    return epok.Publisher(epok.parse_options(argv, {}), source, services, lambda _: plan)
+
+
+def after(found: Sequence[epok.Publication]) -> list[str]:
+    [one] = found
+    return [entry.name for entry in one.after]
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_of_two_hosts_the_one_that_is_right_alone_has_its_addresses_written(case: str) -> None:
+    publish, words, names = NAMES[case]
+    made = balancer(families=DUAL)
+    everything = sorted({*names[0], *names[1]}, key=lambda name: (":" in name, name))
+    for order in ([0, 1], [1, 0]):
+        both = publisher(publish, words, made, before=["198.51.100.9"])
+        first, second = ((LEFT, RIGHT)[n] for n in order)
+        one, two = both.add(first), both.add(second)
+        kept = after(one) if one else ["198.51.100.9"]
+        assert sorted(kept) == sorted([*names[order[0]], "198.51.100.9"]), "the other may have failed"
+        assert sorted(after(two)) == sorted(everything)
+
+
+def test_when_both_are_right_it_does_not_matter_which_was_first() -> None:
+    made = balancer(families=DUAL)
+    orders = [(LEFT, RIGHT), (RIGHT, LEFT)]
+    for publish in ("auto", "192.0.2.2,192.0.2.1"):
+        found = []
+        for order in orders:
+            both = publisher(publish, "-i eth0", made)
+            found.append([after(both.add(each)) for each in order][-1])
+        assert found[0] == found[1]
+
+
+def test_an_internal_service_has_no_address_of_the_external_interface() -> None:
+    words = "-i eth0,eth1 --external-interface eth0"
+    internal = balancer(annotations={"epok.getbetter.ro/internal": ""})
+    assert after(publisher("auto", words, internal).add(LEFT)) == ["10.0.0.1"]
+    assert after(publisher("auto", words, balancer()).add(LEFT)) == ["10.0.0.1", "192.0.2.1"]
+
+
+def test_a_host_that_does_not_tell_its_addresses_keeps_what_was_written() -> None:
+    both = publisher("auto", "-i eth0", balancer(), before=["192.0.2.2", "198.51.100.9"])
+    assert both.add(facts()) == []
+    assert after(both.add(LEFT)) == ["192.0.2.1", "192.0.2.2", "198.51.100.9"]
+
+
+def test_what_kubernetes_before_1_30_keeps_is_what_was_written() -> None:
+    """It knows no ipMode."""
+    one = publisher("192.0.2.1", "-i eth0", balancer())
+    [first] = one.add(LEFT)
+    kept = epok.msgspec.to_builtins(first.after)
+    del kept[0]["ipMode"]
+    made = balancer()
+    again = publisher("192.0.2.1", "-i eth0", made)
+    made["status"]["loadBalancer"]["ingress"] = kept
+    plan, services = planned_for(made)
+    source: Any = None
+    again = epok.Publisher(again.options, source, services, lambda _: plan)
+    assert again.add(LEFT) == []

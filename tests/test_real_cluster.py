@@ -28,7 +28,7 @@ from lab.load import Load
 from lab.machine import lacking, need, need_lab, until
 from lab.network import CLIENT, ECHO, EPOK, HOST, Answer
 from lab.objects import Object
-from lab.readme import BLOCKS, BROKEN, CLUSTER, IN_CLUSTER, OLDER, README, UNINSTALL, UPGRADE, Reader
+from lab.readme import BALANCER, BLOCKS, BROKEN, CLUSTER, IN_CLUSTER, OLDER, README, UNINSTALL, UPGRADE, Reader
 from lab.real_cluster import NAMESPACE, NODES, REGISTRY, Cluster, Run, Watch, hierarchies, remove_stale_cgroups
 from lab.sshd import make_key
 
@@ -36,6 +36,17 @@ pytestmark = pytest.mark.long
 IMAGE, ECHO_IMAGE = f"{REGISTRY}/epok:1.0.0", f"{REGISTRY}/echo:1"
 SECRET = f"/api/v1/namespaces/{NAMESPACE}/secrets/epok-ssh"
 JOBS, CRONJOB = (f"/apis/batch/v1/namespaces/{NAMESPACE}/{name}" for name in ("jobs", "cronjobs/epok"))
+ASK = f"""
+import socket
+answered = 0
+for _ in range(10):
+    try:
+        answered += bool(socket.create_connection(("{HOST}", 8080), 3).recv(99))
+    except OSError:
+        pass
+print(answered)
+"""
+SHOP = "/api/v1/namespaces/default/services/shop"
 BASH = ("bash", "--norc", "--noprofile", "--noediting")
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted pod-security.kubernetes.io/warn=restricted"
 # A namespace as strict as they come. With a quota of cpu, a LimitRange says what a pod has that says nothing.
@@ -367,7 +378,7 @@ def test_status_and_explain_tell_the_same_in_the_cluster(world: World) -> None:
     shown = world.desk.read(BROKEN, 1)
     assert re.search(r"tcp/25 +default/mail:smtp-tcp +2025 +2  hidden +[1-9]", shown), shown
     assert "\ndefault/mail on epok@10.0.0.1\n" in shown
-    assert "Most likely: nothing that can be seen from here" in shown
+    assert "Most likely: it works as far as can be seen from here" in shown
     owners = {job["metadata"]["name"]: job["metadata"].get("ownerReferences") for job in jobs(world)}
     assert owners.pop("look") is None and owners and all(owners.values())
 
@@ -412,6 +423,61 @@ def test_a_pod_needs_the_api_server_and_ssh_alone(world: World) -> None:
         ("tcp", CLUSTER_ADDRESS, "443"),
         ("tcp", "10.0.0.1", "22"),
     }
+
+
+# ------------------------------------------------ as a load balancer
+
+
+def test_a_chart_that_waits_for_its_load_balancer_is_ready_and_reached_end_to_end(world: World, figure: Figure) -> None:
+    settings = world.desk.clone / "cron" / "epok.config"
+    text = settings.read_text().replace("EPOK_INTERFACES=eth0", "EPOK_INTERFACES=eth0,eth1")
+    settings.write_text(text.replace("EPOK_PUBLISH=none", f"EPOK_PUBLISH={HOST}"))
+    world.desk.read(BALANCER, 0)
+    deployment, service = echo("shop", {"http-tcp": (8080, 30081)}, 2, "Cluster")
+    service["spec"] |= {"type": "LoadBalancer", "loadBalancerClass": epok.BALANCER_CLASS}
+    world.kubectl("apply", "-f", "-", input=yaml.safe_dump_all([deployment, service]))
+    begun = time.time()
+    wait = "--for=jsonpath={.status.loadBalancer.ingress}", "--timeout=180s"
+    world.kubectl("wait", *wait, "service/shop")
+    figure(f"from kubectl apply to EXTERNAL-IP: {seconds(time.time() - begun)}, applied at second {begun % 60:.0f}")
+    world.kubectl("rollout", "status", "deployment/shop", "--timeout=60s")
+    head, row = world.kubectl("get", "service", "shop").splitlines()
+    assert row.split()[1:2] + row.split()[3:5] == ["LoadBalancer", HOST, "8080:30081/TCP"]
+    assert f"\n{' '.join(head.split())}\n" in re.sub(" +", " ", README)
+    assert answering(world, 8080) == set(NODES)
+    assert "cannot" not in world.run_now("published").log
+
+
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+def test_pods_reach_a_published_address_through_the_host_whatever_kube_proxy_does(world: World, mode: str) -> None:
+    """It would take what has another ipMode."""
+    world.suspend(True)
+    for node in world.cluster.machines.values():
+        world.cluster.host.run(["bridge", "link", "set", "dev", node.name, "hairpin", "on"])
+        node.start_proxy(mode)
+    until(lambda: through_the_host(world) == (10, 10), "all goes through the host", 60, 0.3)
+    [ingress] = world.server.request("GET", SHOP)["status"]["loadBalancer"]["ingress"]
+    status = {"status": {"loadBalancer": {"ingress": [ingress | {"ipMode": "VIP"}]}}}
+    world.server.request("PATCH", f"{SHOP}/status", status, "application/merge-patch+json")
+    until(lambda: through_the_host(world) == (10, 0), "kube-proxy takes it", 60, 0.3)
+    assert f"default/shop: EXTERNAL-IP {HOST} (tcp/8080)" in world.run_now(f"mended-{mode}").log
+    until(lambda: through_the_host(world) == (10, 10), "all goes through the host again", 60, 0.3)
+    for node in world.cluster.machines.values():
+        node.start_proxy("iptables")
+    world.suspend(False)
+
+
+def through_the_host(world: World) -> tuple[int, int]:
+    """How many of ten connections of a pod to the published address are answered, and were the gateway's."""
+    before = counted(world)
+    answered = world.kubectl("exec", "deploy/shop", "--", "python3", "-I", "-c", ASK)
+    return int(answered), counted(world) - before
+
+
+def counted(world: World) -> int:
+    """New connections that the gateway has forwarded to the Service shop."""
+    saved = world.cluster.host.run(["iptables-save", "-c", "-t", "nat"]).stdout
+    return sum(map(int, re.findall(r"(?m)^\[(\d+):\d+\] .*default/shop http-tcp", saved)))
 
 
 # ------------------------------------------------ the gateway and the way to it
@@ -662,6 +728,7 @@ def test_the_uninstall_that_is_pasted_again_leaves_nothing(world: World) -> None
     sleep_until(next_minute())
     world.desk.read(UNINSTALL, 0)
     assert world.ask(25) is None and "EPOK" not in world.cluster.saved() + world.cluster.saved(6)
+    assert world.server.request("GET", SHOP)["status"]["loadBalancer"] == {}
     everywhere = world.kubectl("get", "ns,cronjob,job,pod,secret,sa,clusterrole,clusterrolebinding", "-A", "-o", "name")
     assert "epok" not in everywhere
     world.desk.read(UNINSTALL, 1)

@@ -67,13 +67,13 @@ def test_the_table_tells_what_is_forwarded_and_how_many_came(lab: Lab) -> None:
     title = rf"this host: iptables [0-9.]+ \({lab.backend}\); IPv4 hooks in place; IPv6 hooks in place"
     assert re.fullmatch(title, lines[0])
     assert [line.split() for line in lines[1:8]] == [
-        ["PORT", "SERVICE", "NODEPORT", "NODES", "CLIENT", "CONNECTIONS", "ONLY"],
-        ["tcp/25", "default/mail:smtp", "2025", "3", "hidden", "12", "-"],
-        ["udp/53", "default/dns:dns", "30053", "3", "hidden", "1", "-"],
-        ["tcp/80", "default/web:http", "30080", "3", "hidden", "0", "-"],
-        ["tcp/80", "IPv6", "default/web:http", "30080", "3", "hidden", "1", "-"],
-        ["tcp/8000-8009", "default/kept:p30000-p30009", "30000-30009", "1", "kept", "1", "-"],
-        ["tcp/8080", "default/limited:80", "30443", "3", "hidden", "1", "192.0.2.10/32"],
+        ["PORT", "SERVICE", "NODEPORT", "NODES", "CLIENT", "CONNECTIONS", "ANSWERED", "ONLY"],
+        ["tcp/25", "default/mail:smtp", "2025", "3", "hidden", "12", "12/12", "-"],
+        ["udp/53", "default/dns:dns", "30053", "3", "hidden", "1", "1/1", "-"],
+        ["tcp/80", "default/web:http", "30080", "3", "hidden", "0", "0/0", "-"],
+        ["tcp/80", "IPv6", "default/web:http", "30080", "3", "hidden", "1", "1/1", "-"],
+        ["tcp/8000-8009", "default/kept:p30000-p30009", "30000-30009", "1", "kept", "1", "1/1", "-"],
+        ["tcp/8080", "default/limited:80", "30443", "3", "hidden", "1", "1/1", "192.0.2.10/32"],
     ]
     assert lines[8].startswith("not compared with the cluster: kubeconfig ")
     assert re.fullmatch(r"(\d+) of \1 checks passed", lines[-1])
@@ -250,7 +250,7 @@ def test_a_service_that_works_is_told_from_its_annotation_to_its_counts(lab: Lab
         f"  ok      10.0.0.{n} port 2025 answers" for n in (11, 12, 13)
     ]
     assert "web" not in text
-    assert lines[-1] == "Most likely: nothing that can be seen from here: connections come in, and the nodes answer"
+    assert lines[-1] == "Most likely: it works as far as can be seen from here: 7 connections are answered"
     assert lab.saved() == before
 
 
@@ -304,7 +304,7 @@ def test_what_the_older_epok_left_is_told_and_is_never_the_cause(lab: Lab) -> No
     assert passed == checks - 1
     lines = explain(lab, *lab.node_objects(), MAIL)
     assert [line for line in lines if line.startswith(f"  FAILED  {told}")]
-    assert lines[-1].startswith("Most likely: nothing that can be seen from here")
+    assert lines[-1].startswith("Most likely: it works as far as can be seen from here: 1 connection is answered")
     assert "older" not in lab.epok("--clean", "--dry-run", "local").stderr
 
 

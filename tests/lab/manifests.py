@@ -12,10 +12,17 @@ CRON = EPOK.parent / "cron"
 ACCOUNT = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding")
 
 
-def manifests(namespace: str = "kube-system", image: str = "epok", interfaces: str = "eth0") -> list[Object]:
+def manifests(
+    namespace: str = "kube-system",
+    image: str = "epok",
+    interfaces: str = "eth0",
+    publish: str = "none",
+    file: str = "cronjob.yaml",
+) -> list[Object]:
     """All objects. Raises KeyError or ValueError at a $ that stands for none of these variables."""
-    values = {"EPOK_NS": namespace, "EPOK_IMAGE": image, "EPOK_INTERFACES": interfaces, "EPOK_PORTS": ""}
-    text = string.Template((CRON / "cronjob.yaml").read_text()).substitute(values)
+    values = {"EPOK_NS": namespace, "EPOK_IMAGE": image, "EPOK_INTERFACES": interfaces, "EPOK_PUBLISH": publish}
+    values["EPOK_PORTS"] = ""
+    text = string.Template((CRON / file).read_text()).substitute(values)
     return list(yaml.safe_load_all(text))
 
 

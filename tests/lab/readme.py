@@ -19,12 +19,13 @@ TIMER = "On the host, every minute, by systemd"
 HAND = "By hand"
 BROKEN = "When it does not work"
 OLDER = "Coming from the older epok in Rust"
+BALANCER = "As a load balancer"
 UNINSTALL = "Uninstall"
 UPGRADE = "Upgrade, renew the key"
 DEVELOPERS = "For developers"
 # What test_real_cluster.py runs; the rest is test_readme.py's.
 IN_CLUSTER = {(CLUSTER, number) for number in range(5)} | {(OLDER, number) for number in range(3)}
-IN_CLUSTER |= {(UPGRADE, 0), (UPGRADE, 1), (BROKEN, 1), (UNINSTALL, 0), (UNINSTALL, 1)}
+IN_CLUSTER |= {(UPGRADE, 0), (UPGRADE, 1), (BROKEN, 1), (BALANCER, 0), (UNINSTALL, 0), (UNINSTALL, 1)}
 
 
 class Reader:

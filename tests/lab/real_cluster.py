@@ -80,7 +80,6 @@ storage: {filesystem: {rootdirectory: DISK}}
 http: {addr: "ADDRESS"}
 """
 PROXY = {
-    "proxy-mode": "iptables",
     "cluster-cidr": "10.244.0.0/16",
     # settings that a network namespace does not have of its own
     "conntrack-max-per-core": "0",
@@ -138,14 +137,14 @@ class Node:
             *config,
             f"--node-ip={self.address}",
         )
+        self.start_proxy("iptables")
+
+    def start_proxy(self, mode: str) -> None:
+        """kube-proxy, instead of one that runs already."""
+        self.machine.run(["pkill", "-x", "kube-proxy"], check=False)
         admin = self.cluster.server.kubeconfig("admin", certificate=self.cluster.server.admin)
-        self.start(
-            "kube-proxy",
-            asset("kube-proxy"),
-            f"--kubeconfig={admin}",
-            config[1],
-            *(f"--{name}={value}" for name, value in PROXY.items()),
-        )
+        options = PROXY | {"kubeconfig": admin, "hostname-override": self.name, "proxy-mode": mode}
+        self.start("kube-proxy", asset("kube-proxy"), *(f"--{name}={value}" for name, value in options.items()))
 
     def write(self, path: str, text: str) -> None:
         file = self.machine.root / path[1:]

@@ -73,6 +73,7 @@ def services(draw: st.DrawFn, name: str, number: int, strange: bool) -> Object:
     if seldom(draw, 10):
         annotations["epok.getbetter.ro/externalports"] = draw(mappings(ports, strange))
     spec: Object = {"loadBalancerSourceRanges": draw(st.lists(st.sampled_from(NETWORKS)))} if seldom(draw, 6) else {}
+    spec |= {"loadBalancerClass": "getbetter.ro/epok"} if seldom(draw, 4) else {}
     return service(
         name,
         None if strange and seldom(draw, 6) else draw(mappings(ports, strange)),
@@ -242,6 +243,7 @@ VALUES: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # of options: good o
     "--external-interface": (["eth0"], ["eth9", "eth0,eth1"]),
     "--addresses": (["192.0.2.1", "192.0.2.1,2001:db8:1::1", "0.0.0.0/0,::/0", "10.0.0.0/8", "127.0.0.1"], ["x", ","]),
     "--masquerade": (["always", "never", "auto"], ["maybe"]),
+    "--publish": (["192.0.2.1", "auto", "gw.example.org", "none"], ["", "a,b"]),
     "--mark": (["0x3", "0x80000001", "5"], ["0", "0x7", "1e3", "0x300000000"]),
     "--max-nodes": (["1", "2", "999999999999"], ["0", "-1", "\u0663"]),
     "--batch-size": (["1", "300", "2000", "999999999999"], ["0", "1k"]),
