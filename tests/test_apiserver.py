@@ -551,13 +551,19 @@ def test_a_namespace_that_takes_no_events_silences_no_other(lab: Lab, api: ApiSe
     assert events(api) == [("second", "Warning", "ExternalPortRejected", 2)]
 
 
+@pytest.fixture(scope="module")
+def key(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With which root logs in to the host."""
+    need("sshd", "apt-get install openssh-server")
+    sshd, made = Sshd(lab.host), make_key(tmp_path_factory.mktemp("ssh") / "key", "ed25519")
+    sshd.authorize(made.with_suffix(".pub").read_text())
+    return made
+
+
 def test_a_host_that_cannot_be_reached_keeps_no_events_from_the_others(
-    lab: Lab, api: ApiServer, config: str, tmp_path: Path
+    lab: Lab, api: ApiServer, config: str, key: Path
 ) -> None:
     api.create(service("mail", "25:2025, 26:nope", [SMTP]))
-    need("sshd", "apt-get install openssh-server")
-    sshd, key = Sshd(lab.host), make_key(tmp_path / "key", "ed25519")
-    sshd.authorize(key.with_suffix(".pub").read_text())
     logins = f"root@{ADDRESS},root@198.51.100.77"
     args = ("--timeout", str(stretched(8)), "ssh", "--host", logins, "--key", str(key), "--host-key", "any")
     done = lab.epok("-i", "eth0", "--kubeconfig", config, *args)
@@ -804,10 +810,7 @@ def test_clean_takes_addresses_away(lab: Lab, api: ApiServer, config: str) -> No
     assert api.request("GET", their_path)["status"]["loadBalancer"]["ingress"][0]["ip"] == "203.0.113.9"
 
 
-def test_a_host_that_failed_keeps_what_was_written(lab: Lab, api: ApiServer, config: str, tmp_path: Path) -> None:
-    need("sshd", "apt-get install openssh-server")
-    sshd, key = Sshd(lab.host), make_key(tmp_path / "key", "ed25519")
-    sshd.authorize(key.with_suffix(".pub").read_text())
+def test_a_host_that_failed_keeps_what_was_written(lab: Lab, api: ApiServer, config: str, key: Path) -> None:
     api.create(balancer(SMTP, HTTPS))
     there = {"status": {"loadBalancer": {"ingress": [{**entry("198.51.100.77", 25), "ipMode": "Proxy"}]}}}
     api.request("PATCH", f"{SERVICE}/status", there, "application/merge-patch+json")

@@ -119,5 +119,5 @@ def test_a_host_that_prints_250_mb_does_not_fill_the_memory(
     tool.chmod(0o755)
     status, log = run(lab, server, str(tmp_path))
     assert status == 1, log[-2000:]
-    assert re.match("error: this host: iptables-save: more than 64 MiB, or 800,000 lines", log)
+    assert re.match("error: this host: iptables-save: more than 64 MiB, or 700,000 lines", log)
     figure(f"250 MB printed: {log.splitlines()[-1]}")
