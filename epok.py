@@ -412,7 +412,8 @@ CODING = ("utf-8", "surrogateescape")
 PIECE = 1 << 16  # bytes, or characters, that are handed on at once
 PIECES = 64  # that wait to be taken
 TEXT_LIMIT = 1 << 24  # bytes of an output that is kept as it is
-RULES_LIMIT, RULES_LINES = 1 << 26, 700_000  # bytes and lines of a host's rules, an IP version
+# bytes, lines and chains of epok's in a host's rules, an IP version: more than the gate lets in
+RULES_LIMIT, RULES_LINES, RULES_CHAINS = 1 << 26, 700_000, 210_000
 OTHERS = 100_000  # rules in a table that are not epok's, and may be before its own
 
 
@@ -3084,6 +3085,9 @@ class Rules(Sequence[str]):
         return repr(list(self))
 
 
+NO_RULES = Rules(())
+
+
 @dataclass
 class Table:
     """What is, or shall be, epok's in a table: its chains, and the rules that jump to them.
@@ -3662,7 +3666,9 @@ class Saved:
         elif self.inside and line.startswith(":"):
             chain, _, policy = line[1:].partition(" ")
             if owned(chain):
-                self.table.chains[chain] = []
+                self.table.chains[chain] = NO_RULES
+                if len(self.table.chains) > RULES_CHAINS:
+                    raise Fatal(f"{self.meter.complaint}, or {RULES_CHAINS:,} chains of epok's")
             else:
                 self.policies[chain] = policy.split(" ")[0]
         self.broken |= odd
