@@ -549,6 +549,7 @@ def test_a_namespace_that_takes_no_events_silences_no_other(lab: Lab, api: ApiSe
     api.kubectl("delete", "namespace", "closed", "--wait=false")
     assert all("rejected: " in warning for warning in warnings_in(succeeds(lab, config).stderr))
     assert events(api) == [("second", "Warning", "ExternalPortRejected", 2)]
+    api.request("DELETE", "/api/v1/namespaces/closed/services/first")
 
 
 @pytest.fixture(scope="module")
