@@ -409,7 +409,7 @@ CODING = ("utf-8", "surrogateescape")
 PIECE = 1 << 16  # bytes, or characters, that are handed on at once
 PIECES = 64  # that wait to be taken
 TEXT_LIMIT = 1 << 24  # bytes of an output that is kept as it is
-RULES_LIMIT, RULES_LINES = 1 << 26, 300_000  # bytes and lines of a host's rules, an IP version
+RULES_LIMIT, RULES_LINES = 1 << 26, 700_000  # bytes and lines of a host's rules, an IP version
 OTHERS = 100_000  # rules in a table that are not epok's, and may be before its own
 
 
@@ -2854,25 +2854,22 @@ def affordable(
     plan: Plan,
 ) -> Iterator[Forward]:
     """Those of a Service's forwards for which there are rules left; it rejects the others."""
+    mappings: dict[tuple[str, int], str] = {}
     for forward in forwards:
         lacking = [version for version in costs if costs[version] > left[version]]
         if not lacking:
             left.update({version: left[version] - cost for version, cost in costs.items()})
             yield forward
             continue
-        what = f"external port {Range(forward.first, forward.last)} ({forward.protocol})"
-        rules = (
-            f"{costs[lacking[0]]} rules, more than are left of {MAX_RULES:,} for IPv{lacking[0]}"
-        )
-        why = f"{what} would take {rules}, which older Services get first"
-        its = [
-            each
-            for each in claims
-            if each.port.protocol == forward.protocol
-            and forward.first <= each.external <= forward.last
-        ]
-        for mapping in dict.fromkeys(claim.mapping for claim in its):
-            plan.reject(service, f"{why}; ask for fewer ports or networks", mapping)
+        mappings = mappings or {(port.protocol, n): mapping for mapping, n, port in claims}
+        ports = Range(forward.first, forward.last)
+        lost = [(forward.protocol, n) for n in range(ports.first, ports.last + 1)]
+        if service.key == plan.explained:
+            plan.claims = [c for c in plan.claims if (c.port.protocol, c.external) not in lost]
+        why = f"external port {ports} ({forward.protocol}) would take {costs[lacking[0]]} rules"
+        why += f", more than are left of {MAX_RULES:,} for IPv{lacking[0]}, which older Services"
+        for mapping in dict.fromkeys(mappings[port] for port in lost):
+            plan.reject(service, f"{why} get first; ask for fewer ports or networks", mapping)
 
 
 def bucket_count(known: int) -> int:
@@ -3754,7 +3751,7 @@ def needed_chains(wanted: Table, found: Table) -> dict[str, Sequence[str]]:
 
     The others are what a run left that was broken off, or somebody who has the key.
     """
-    used, todo = {ROOT, POSTROUTING, *found.held}, [ROOT]
+    used, todo = {ROOT, POSTROUTING, *found.held}, [ROOT, *found.held]
     while todo:
         targets = {rule.rpartition(" -g ")[2] for rule in found.chains.get(todo.pop(), ())}
         todo += targets - used
@@ -3762,12 +3759,13 @@ def needed_chains(wanted: Table, found: Table) -> dict[str, Sequence[str]]:
     chains = {chain: rules for chain, rules in found.chains.items() if chain in used}
     if sum(map(len, chains.values())) > HOST_RULES:
         chains = {ROOT: []}
-    right = {
-        chain: rules
+    # what is wrong with a wanted one goes, and not the chain: others that are right lead to it
+    known = {
+        chain: rules if wanted.chains[chain] == rules else []
         for chain, rules in found.chains.items()
-        if chain not in chains and wanted.chains.get(chain) == rules
+        if chain in wanted.chains
     }
-    return {**chains, **right}
+    return {**known, **chains}
 
 
 def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
@@ -5803,7 +5801,8 @@ class Firewall(NamedTuple):
 
     @property
     def before_nat(self) -> bool:
-        return self.hook == "prerouting" and self.priority <= TRANSLATED
+        early = self.priority <= TRANSLATED or self.rivals is not None
+        return early and self.hook == "prerouting"
 
     def cure_for(self, mark: Mark, name: str, protocol: str, ports: Sequence[str]) -> str:
         """For what comes by an interface to ports of the host, and then has epok's mark."""

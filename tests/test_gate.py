@@ -574,13 +574,14 @@ def long_way(chains: int) -> str:
 def test_what_piles_up_over_several_inputs_is_refused_too() -> None:
     saved, nat_chains = gate.Saved(), gate.Chains()
     gate.Input(long_way(10).encode(), 4, gate.MARK, lambda table: saved, nat_chains)
-    assert not gate.grown((0, 0, 0), nat_chains.sizes())
+    assert not gate.grown((0, 0, 0, 0), nat_chains.sizes())
     before = nat_chains.sizes()
     entry = "*nat\n:EPOK - [0:0]\n-A EPOK -i eth0 -p tcp -g EPOK-tcp-25-000000\nCOMMIT\n"
     gate.Input(entry.encode(), 4, gate.MARK, lambda table: saved, nat_chains)
     assert "one connection meets" in gate.grown(before, nat_chains.sizes())
-    assert gate.grown((10, 100, 0), (10, gate.HOST_RULES + 1, 0)) and gate.grown((10, 0, 0), (200_001, 0, 0))
-    assert not gate.grown((300_000, 800_000, 90_000), (299_999, 800_000, 90_000))  # it may become less
+    for more in ((200_001, 0, 0, 0), (10, 450_001, 0, 0), (10, 10, 60_000_001, 0)):
+        assert gate.grown((10, 10, 10, 0), more)
+    assert not gate.grown((300_000, 800_000, 0, 90_000), (299_999, 800_000, 0, 90_000))  # it may become less
 
 
 def tables_of(folder: Path, made: dict[str, Any]) -> epok.Tables:
@@ -597,7 +598,7 @@ class Host:
     def __init__(self, nat_table: epok.Table) -> None:
         self.saved, self.nat = gate.Saved(), gate.Chains()
         for chain, rules in nat_table.chains.items():
-            self.nat[chain] = [0, {}]
+            self.nat[chain] = [0, {}, 0]
             for rule in rules:
                 self.nat.add(chain, f"{chain} {rule}")
 
@@ -617,9 +618,9 @@ def test_ten_thousand_forwards_on_sixteen_nodes_get_through(tmp_path: Path, figu
     host.swap(all_nodes, epok.NOTHING)
     host.swap(one_less, all_nodes)
     assert host.nat.sizes()[1] == sum(map(len, one_less["nat"].chains.values()))
-    figure(f"10,000 forwards on 16 nodes: {', '.join(map(str, host.nat.sizes()))} chains, rules, rules on a way")
+    figure(f"10,000 forwards on 16 nodes: {', '.join(map(str, host.nat.sizes()))} chains, rules, bytes, rules on a way")
     host.swap(epok.NOTHING, one_less)
-    assert host.nat.sizes() == (0, 0, 0)
+    assert host.nat.sizes() == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("used", [True, False], ids=["which are used", "which nothing leads to"])

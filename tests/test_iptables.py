@@ -363,7 +363,7 @@ BROKEN_TOOLS: dict[str, Any] = {
     "rules without end": (
         "iptables-save",
         "echo '*nat'; exec yes -- '-A INPUT -j ACCEPT'",
-        "more than 32 MiB, or 300,000 lines",
+        "more than 64 MiB, or 700,000 lines",
     ),
     "addresses without end": ("ip", "exec cat /dev/zero", "ip -br addr.* more than 16 MiB"),
     "complaints without end": ("iptables-restore", "exec yes >&2", "more than 16 MiB"),

@@ -56,7 +56,8 @@ for place in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o mode=1777 tmpfs $place
 umount /run/checkout
 """
 # What a gateway.py's host has in /home and so on is in /run too; the checkout is not the host's.
-LEFT = f"find /tmp /var/tmp /dev/shm/ /run -path /run/dev -prune -o -path {EPOK.parent} -prune -o -print"
+PASSED_OVER = " -o ".join(f"-path {path} -prune" for path in ("/run/dev", "/run/epok-gate", EPOK.parent))
+LEFT = f"find /tmp /var/tmp /dev/shm/ /run {PASSED_OVER} -o -print"
 
 
 class Set(NamedTuple):

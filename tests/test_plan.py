@@ -600,6 +600,14 @@ def test_older_services_get_the_rules_that_there_are_and_the_rest_is_rejected(mo
     assert plan.rejections[0].reason == f"{why}, which older Services get first; ask for fewer ports or networks"
 
 
+def test_a_mapping_that_there_are_no_rules_for_is_not_told_to_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epok, "MAX_RULES", 3)
+    argv = ["-i", "eth0", "--explain", "default/web", "local"]
+    plan = planned(webs_of("web", "80,82", 0), argv=argv)
+    assert [claim.mapping for claim in plan.claims] == ["80"]
+    assert [each.mapping for each in plan.rejections] == ["82"]
+
+
 @pytest.mark.parametrize("more", [
     {}, {"policy": "Local"}, {"sessionAffinity": "ClientIP"}, {"families": ("IPv4", "IPv6")},
     {"annotations": {ALLOW: "192.0.2.0/24,198.51.100.0/24,2001:db8::/32"}, "families": ("IPv4", "IPv6")},
