@@ -195,9 +195,9 @@ def test_the_role_is_no_larger_than_what_epok_asks_for(lab: Lab, api: ApiServer,
 def test_1200_services_of_every_kind_are_read_in_pages(lab: Lab, api: ApiServer, config: str) -> None:
     ports = [(n, 3000 + n) for n in range(300)]
     api.create(
-        *(service(f"node-port-{n}", f"{n + 1}:{node_port}", [port(80, node_port)]) for n, node_port in ports[:200]),
+        *(service(f"node-port-{n}", f"{n + 2001}:{node_port}", [port(80, node_port)]) for n, node_port in ports[:200]),
         *(
-            service(f"balanced-{n}", f"{n + 1}:web", [port(80, node_port, "web")], type="LoadBalancer")
+            service(f"balanced-{n}", f"{n + 2001}:web", [port(80, node_port, "web")], type="LoadBalancer")
             for n, node_port in ports[200:]
         ),
         *(service(f"cluster-ip-{n}", None, [port(80)], type="ClusterIP") for n in range(300)),
@@ -538,17 +538,18 @@ def test_without_the_permission_events_are_one_warning(lab: Lab, api: ApiServer)
 
 
 def test_a_namespace_that_takes_no_events_silences_no_other(lab: Lab, api: ApiServer, config: str) -> None:
-    api.kubectl("create", "namespace", "closed")
-    api.create(service("first", "80:nope", [port(80)], namespace="closed"), service("second", "81:nope", [port(81)]))
+    api.kubectl("create", "namespace", "shut")
+    api.create(service("first", "80:nope", [port(80)], namespace="shut"), service("second", "81:nope", [port(81)]))
     here_alone = account_without(api, "events")
     account = "--serviceaccount=kube-system:no-events"
     api.kubectl("create", "rolebinding", "here-alone", "-n", "default", "--clusterrole=epok", account)
     *_, warning = warnings_in(succeeds(lab, here_alone).stderr)
-    assert re.search(r"403.*\bevents\b.*namespace closed$", warning)
+    assert re.search(r"403.*\bevents\b.*namespace shut$", warning)
     assert events(api) == [("second", "Warning", "ExternalPortRejected", 1)]
-    api.kubectl("delete", "namespace", "closed", "--wait=false")
+    api.kubectl("delete", "namespace", "shut", "--wait=false")
     assert all("rejected: " in warning for warning in warnings_in(succeeds(lab, config).stderr))
     assert events(api) == [("second", "Warning", "ExternalPortRejected", 2)]
+    api.request("DELETE", "/api/v1/namespaces/shut/services/first")
 
 
 @pytest.fixture(scope="module")
