@@ -61,7 +61,8 @@ Options (the command line wins, then the environment, then the default):
   --dry-run                    Print the forwards that would come (+), go (-) and change (~), then
                                the exact iptables-restore input; change nothing.
   --clean                      Remove every rule that epok, or the older epok in Rust, put on the
-                               host, and what --publish wrote. Needs no cluster.
+                               host. Needs no cluster; with --publish, or where one is named or
+                               this is a pod of it, takes away what --publish wrote, too.
   --status                     Print what the host forwards now, from its live rules, with the new
                                connections of each forward since its rules were made; what is wanted
                                and not there, when the cluster answers; and what on the host is in
@@ -1152,18 +1153,15 @@ def resolve(folder: str, entry: msgspec.Struct, *fields: str) -> None:
             setattr(entry, name, os.path.normpath(os.path.join(folder, path)))
 
 
-KUBECONFIG = "~/.kube/config"
-
-
 def at_hand(options: Options) -> bool:
-    """Whether there is a cluster that may be asked, though none is needed."""
-    named = options.kubeconfig or options.context or in_pod()
-    return not options.snapshot and bool(named or os.path.exists(os.path.expanduser(KUBECONFIG)))
+    """Whether a cluster is named that --clean may ask, which needs none."""
+    named = options.kubeconfig or options.context or options.publish or in_pod()
+    return bool(named and not options.snapshot)
 
 
 def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
     """What the kubeconfigs say, read as kubectl reads them. Raises Fatal."""
-    names = options.kubeconfig or KUBECONFIG
+    names = options.kubeconfig or "~/.kube/config"
     # the variable is a list; the option names one file, whatever is in its name
     listed = names.split(os.pathsep) if names == os.environ.get("KUBECONFIG") else [names]
     files = [os.path.expanduser(file) for file in listed if file]

@@ -56,8 +56,10 @@ for place in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o mode=1777 tmpfs $place
 [ -d "$1" ] || { mkdir -p "$1"; mount --bind /run/checkout "$1"; }
 umount /run/checkout
 """
-# What a gateway.py's host has in /home and so on is in /run too; the checkout is not the host's.
-PASSED_OVER = " -o ".join(f"-path {path} -prune" for path in ("/run/dev", "/run/epok-gate", EPOK.parent))
+# What a gateway.py's host has in /home and so on is in /run too, with the inputs that the gate keeps; the checkout is
+# not the host's.
+KEPT = ("/run/dev", "/run/epok-gate", "*/epok-gate/*.gz", EPOK.parent)
+PASSED_OVER = " -o ".join(f"-path {path} -prune" for path in KEPT)
 LEFT = f"find /tmp /var/tmp /dev/shm/ /run {PASSED_OVER} -o -print"
 
 

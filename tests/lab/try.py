@@ -93,7 +93,7 @@ def main() -> None:
         count = meet_all_nodes(lab)
         table = run_epok(lab, "what is forwarded, and how many came", "--status", *ARGS)
         lines = [line.split() for line in table.splitlines() if "default/mail:smtp" in line]
-        must(lines[0][-1:] == [f"{count}"], f"the status table counts {count} connections to port 25")
+        must(lines[0][-2:-1] == [f"{count}"], f"the status table counts {count} connections to port 25")
 
 
 if __name__ == "__main__":
