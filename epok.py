@@ -6355,7 +6355,8 @@ def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
     nodes = {ip for node in snapshot.nodes for ip in node.addresses}
     pods = [(each.node, each.address) for some in snapshot.endpoints.values() for each in some]
     inner = [(name, ip) for name, ip in pods if ip and ip not in nodes]
-    its = ([ip for name, ip in inner if name in own] or [ip for _, ip in inner])[:3]
+    near = [ip for name, ip in inner if name in own]
+    its = (near or [ip for _, ip in inner])[:3]
 
     @functools.cache
     def hop(to: Address) -> str | None:
@@ -6363,9 +6364,10 @@ def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
         found = result and re.search(r"(\bvia \S+ )?\bdev \S+", result.out)
         return found[0] if found else result and ""
 
-    # where all goes that no route is for, if anywhere
+    # a node's own pods are never where all goes that no route is for; those of other nodes may be
     beyond = {4: BEYOND, 6: ipaddress.ip_address("2000::1")}
-    lost = [ip for ip in its if own and hop(ip) in ("", hop(beyond[ip.version]))]
+    astray = {version: hop(to) if own and near else "" for version, to in beyond.items()}
+    lost = [ip for ip in its if own and hop(ip) in ("", astray[ip.version])]
     if not own or not its or None in map(hop, its):
         return
     names, problem = enumerated(own), ""

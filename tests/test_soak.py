@@ -100,6 +100,7 @@ class Clean:
         self.lab.host = lab.namespace("clean", FORWARDING + CHOOSE_BACKEND.replace("BACKEND", lab.backend))
         self.lab.host.wire("link add eth1 type bridge")
         self.lab.address(self.lab.host, "eth1", "10.0.0.1/24", "2001:db8:2::1/64")
+        self.lab.host.wire("route add 10.244.0.0/16 dev eth1", "route add 2001:db8:244::/48 dev eth1")
         self.file = place / "cluster.json"
         self.process = ManyRuns(self.lab.host, EPOK, place / "clean.log")
 

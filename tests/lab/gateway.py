@@ -63,7 +63,8 @@ gate = load_gate()
 
 def must_pass(text: str, version: int = 4) -> None:
     """An input that epok made for itself: the gate lets it through. Rules to delete are taken to be on the host."""
-    deleted = {f"-A{line[2:]}" for line in text.split("\n") if line.startswith("-D ")}
+    lines = text.encode("utf-8", "surrogateescape").decode("latin-1").split("\n")  # as the gate reads them
+    deleted = {f"-A{line[2:]}" for line in lines if line.startswith("-D ")}
     low, high = (
         re.search(rf"-A {chain} -m connmark --mark (\w+)/", text) for chain in ("EPOK-FORWARD", "EPOK-POSTROUTING")
     )
@@ -73,7 +74,7 @@ def must_pass(text: str, version: int = 4) -> None:
     saved = gate.Saved()
     saved.others = deleted
     # chains that epok would not make are on the host, and nothing is added to them
-    saved.chains |= {line[1:-8]: [0, {}, 0] for line in text.split("\n") if line.startswith(":") and "-A" not in line}
+    saved.chains |= {line[1:-8]: [0, {}, 0] for line in lines if line.startswith(":") and "-A" not in line}
     check(text, version, mark, saved)
 
 
