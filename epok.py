@@ -157,6 +157,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import atexit
 import base64
+import bisect
 import contextlib
 import dataclasses
 import datetime
@@ -3027,7 +3028,6 @@ HOOKS = {  # with lo, nat's OUTPUT has HOST_HOOK too
 # The trie over the 16 bits of a port is cut at these bits: fewer bits a level send less when a
 # port changes, more bits a level make fewer chains.
 CUTS = (13, 10, 8, 6, 4, 2, 0)
-HALVES = {4: ("0.0.0.0/1", "128.0.0.0/1"), 6: ("::/1", "8000::/1")}  # of all addresses
 
 
 class Family(NamedTuple):
@@ -3267,18 +3267,49 @@ def add_leaf(forward: Forward, family: Family, mark: Mark, nat: Table) -> list[L
         raise Fatal(f"{quoted(comment)} cannot stand in a comment of iptables; nothing was changed")
     jump = f'-m comment --comment "{comment}" -g'
     if sources and all(network.prefixlen for network in sources):
-        leaf = chain
-        for start in reversed(range(0, len(sources), CHAIN_SOURCES)):
-            some = sources[start : start + CHAIN_SOURCES]
-            rules = [f"-s {text_of(source)} {jump} {leaf}" for source in some]
-            if chain != leaf:  # all other clients
-                rules += [f"-s {half} {jump} {chain}" for half in HALVES[version]]
-            chain = nat.add(prefix, rules)
+        leads = {}
+        for within, some in parted(sources):
+            guards = [f"-s {text_of(source)} {jump} {chain}" for source in some]
+            leads[nat.add(prefix, guards)] = within
+        [chain, *more] = leads
+        if more:
+            guards = [f"-s {text_of(within)} {jump} {guard}" for guard, within in leads.items()]
+            chain = nat.add(prefix, guards)
     external = f"{forward.first}"
     if forward.last > forward.first:
         external += f":{forward.last}"
     rule = f"-p {protocol} -m {protocol} --dport {external} {jump} {chain}"
     return [Leaf(forward.first, forward.last, protocol, forward.internal, rule)]
+
+
+def without_inner(networks: Iterable[Network]) -> list[Network]:
+    """Networks in their order, less those that are within another."""
+    outer: list[Network] = []
+    last = -1
+    for network in sorted(networks, key=lambda each: (int(each.network_address), each.prefixlen)):
+        if int(network.network_address) > last:
+            outer.append(network)
+            last = int(network.broadcast_address)
+    return outer
+
+
+def parted(networks: Sequence[Network]) -> Iterator[tuple[Network, Sequence[Network]]]:
+    """Networks of one IP version in groups of at most CHAIN_SOURCES, and what each is within.
+
+    One group has them all as they are.
+    """
+    everything = networks[0].supernet(new_prefix=0)
+    todo = [(everything, without_inner(networks) if len(networks) > CHAIN_SOURCES else networks)]
+    while todo:
+        within, some = todo.pop()
+        if len(some) <= CHAIN_SOURCES:
+            yield within, some
+            continue
+        low, high = within.subnets()
+        start = int(high.network_address)
+        middle = bisect.bisect_left(some, start, key=lambda each: int(each.network_address))
+        halves = (high, some[middle:]), (low, some[:middle])
+        todo += [half for half in halves if half[1]]
 
 
 @functools.lru_cache
@@ -3477,19 +3508,29 @@ def target_in(address: str, port: str) -> Target | None:
     return Target(there, number_in(port)) if there else None
 
 
+GUARD = re.compile(r"-s (\S+) .* -g (\S+)")  # of some clients, and where they are led
+
+
+def leaf_of(chain: str, nat: Table) -> tuple[str, list[str]]:
+    """The leaf behind chains that let only some networks pass, and these networks."""
+    leaf, sources, todo, seen = chain, [], [chain], {chain}
+    while todo:
+        for guard in filter(None, map(GUARD.fullmatch, nat.chains.get(todo.pop(0), ()))):
+            source, target = guard.groups()
+            if not GUARD.fullmatch(next(iter(nat.chains.get(target, ())), "")):
+                leaf = target
+                sources.append(source)
+            elif target not in seen:
+                seen.add(target)
+                todo.append(target)
+    return leaf, sources
+
+
 def read_forward(key: Key, dispatch: Dispatch, nat: Table, version: int) -> Live:
     """The forward that a rule leads to."""
     (first, last, protocol, service), (match, ways) = key, dispatch
     port, pods, chain = match.groups()[4:]
-    leaf, sources = chain, []
-    for _ in range(MAX_SOURCES // CHAIN_SOURCES + 1):
-        found = [rule for rule in nat.chains.get(leaf, []) if re.match("-s .* -g ", rule)]
-        jumps = [(words[1], words[-1]) for words in map(str.split, found)]
-        first_target, leaf = (jumps[0][1], jumps[-1][1]) if jumps else ("", leaf)
-        # of several chains each but the last ends with two rules that lead on
-        sources += [source for source, target in jumps if target == first_target]
-        if first_target in ("", leaf):
-            break
+    leaf, sources = leaf_of(chain, nat)
     rules, counts = nat.chains.get(leaf, []), nat.counts.get(leaf, [])
     met: dict[Target, int] = {}
     for rule, count in zip(rules, itertools.chain(counts, itertools.repeat(0)), strict=False):
@@ -4483,8 +4524,9 @@ def login_port(host: Host, deadline: Deadline) -> int:
     if isinstance(host, LocalHost) or host.options.clean:
         return 0
     result = host.run(Command.CONNECTION.argv(host.sudo), "", deadline)
-    if port := re.fullmatch(r"\S+ [0-9]+ \S+ ([0-9]{1,5})\n", result.out):
-        return int(port[1])
+    # last, as a shell may say something first
+    if ports := re.findall(r"(?m)^\S+ [0-9]+ \S+ ([0-9]{1,5})$", result.out):
+        return int(ports[-1])
     told = f"{host.name}: {Command.CONNECTION.text}: {result.said}; so epok keeps for itself only"
     told += f" port {host.login.port}, and not the one that a router may have brought it to"
     log.warning("%s%s", told, ANOTHER_GATE * (result.status != 127))

@@ -360,6 +360,34 @@ def test_a_rule_without_words_in_a_leaf_is_no_trouble() -> None:
     assert "for 192.0.2.0/24 only" in live.text
 
 
+@pytest.mark.parametrize("count", [999, 1001, 15_000])
+def test_however_many_networks_a_client_meets_few_chains_and_is_let_in_if_it_is_in_one_of_them(count: int) -> None:
+    """The kernel takes no more than 16 chains in a row, those of ports included; networks may be within others."""
+    draw = random.Random(count)
+    first = [draw.choice([7, 1 << 24 | draw.getrandbits(20), draw.getrandbits(32)]) for _ in range(count)]
+    some = [ipaddress.ip_network((number, draw.choice([20, 24, 32])), strict=False) for number in first]
+    some.append(ipaddress.ip_network("1.0.0.0/9"))
+    nat = epok.render([forward(25, sources=some)], V4, options())["nat"]
+    [live] = epok.forwards_in({"nat": nat}, 4).values()
+    guards = {name: list(map(epok.GUARD.fullmatch, rules)) for name, rules in nat.chains.items()}
+
+    def lets_in(address: int, chain: str, depth: int = 0) -> bool:
+        assert depth < 4
+        if None in guards[chain]:
+            return True
+        client = ipaddress.ip_address(address)
+        jumps = (match.groups() for match in guards[chain] if match)
+        fitting = (target for source, target in jumps if client in ipaddress.ip_network(source))
+        target = next(fitting, None)
+        return bool(target) and lets_in(address, target, depth + 1)
+
+    assert max(len(rules) for rules in nat.chains.values()) <= epok.CHAIN_SOURCES
+    assert {ipaddress.ip_network(text) for text in live.sources} <= set(some)
+    for address in (*first[:40], *(number + 300 for number in first[:40]), *(draw.getrandbits(32) for _ in range(20))):
+        expected = any(ipaddress.ip_address(address % 2**32) in network for network in some)
+        assert lets_in(address % 2**32, live.chain) == expected
+
+
 @FAMILIES
 @given(forwards=plans(), opts=settings_of_a_host(), seed=st.integers(0, 999))
 def test_the_order_of_forwards_and_of_their_rendering_does_not_matter(
