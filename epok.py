@@ -3830,15 +3830,17 @@ def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
         chain: rules for chain, rules in wanted.chains.items() if found.chains.get(chain) != rules
     }
     changed = {chain: rules for chain, rules in differing.items() if chain in (ROOT, POSTROUTING)}
-    hooks = [
-        line
-        for chain in dict.fromkeys((*BUILT_IN[name], *found.hooks))
-        for line in hook_changes(chain, wanted.hooks.get(chain, []), found.hooks.get(chain, []))
-    ]
+    strange: list[str] = []
+    hooks: list[str] = []
+    for chain in dict.fromkeys((*BUILT_IN[name], *found.hooks)):
+        # first goes what leads from elsewhere to epok: nft has no DNAT where INPUT leads to
+        lines = hooks if chain in wanted.hooks or not wanted.hooks else strange
+        lines += hook_changes(chain, wanted.hooks.get(chain, []), found.hooks.get(chain, []))
+    ahead = [Block({}, strange)] if strange else []
     older = [] if wanted.hooks else [f"-D {chain} {rule}" for chain, rule in found.older]
     stale = [chain for chain in found.chains if chain not in wanted.chains]
     return (
-        [Block({chain: differing[chain]}) for chain in differing if chain not in changed],
+        ahead + [Block({chain: differing[chain]}) for chain in differing if chain not in changed],
         [Block(changed, [*hooks, *older])] if changed or hooks or older else [],
         [Block({each: ()}) for each in stale if each not in found.held or found.chains[each]],
         [Block({}, [f"-X {chain}"]) for chain in stale if chain not in found.held],
