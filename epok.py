@@ -3833,9 +3833,12 @@ def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
     strange: list[str] = []
     hooks: list[str] = []
     for chain in dict.fromkeys((*BUILT_IN[name], *found.hooks)):
-        # first goes what leads from elsewhere to epok: nft has no DNAT where INPUT leads to
-        lines = hooks if chain in wanted.hooks or not wanted.hooks else strange
-        lines += hook_changes(chain, wanted.hooks.get(chain, []), found.hooks.get(chain, []))
+        wants = wanted.hooks.get(chain, [])
+        leads = {rule.split()[-1] for rule in wants}
+        for line in hook_changes(chain, wants, found.hooks.get(chain, [])):
+            # first goes what leads to where it never should: nft has no DNAT behind INPUT
+            lost = wanted.hooks and line.split()[-1] not in leads
+            (strange if lost else hooks).append(line)
     ahead = [Block({}, strange)] if strange else []
     older = [] if wanted.hooks else [f"-D {chain} {rule}" for chain, rule in found.older]
     stale = [chain for chain in found.chains if chain not in wanted.chains]
@@ -5543,6 +5546,10 @@ class Asker:
         elif sudo and re.search("password|not allowed", result.err):
             # sudo says so too when there is no such command
             cure = f"; run cron/setup-host of this epok on the host, if that has {tool}"
+        elif (
+            "Permission denied" in result.err
+        ):  # of legacy's list of tables, as with the unit's user
+            cure = "; root may"
         elif result.status == 127 or "BusyBox" in result.err:
             said = f"not BusyBox's {tool}" if result.status != 127 else said
             cure = f": apt-get install {PACKAGES.get(tool, tool)}"

@@ -53,6 +53,8 @@ VOCABULARY = (
     r"iptables-save -c -t nat",
     r"ip6tables-save -c -t nat",
     r"nft -j list chains",
+    r'iptables-save ""',
+    r'ip6tables-save ""',
     r"conntrack -L -p udp",
     r"conntrack -L -p udp -f ipv6",
     r"conntrack -D -p udp --orig-dst [0-9a-f.:]+ --orig-port-dst [0-9]+ --reply-src [0-9a-f.:]+( -f ipv6)?",

@@ -341,6 +341,9 @@ def test_clean_works_in_the_sandbox(machine: Machine) -> None:
         machine.lab.ask(25)
 
 
+CHAIN = "nft -j list chain inet mine wall"
+
+
 @pytest.mark.parametrize("what", ["--status", "--explain default/mail"])
 def test_all_that_matters_is_seen_in_the_sandbox(machine: Machine, what: str) -> None:
     machine.start()
@@ -354,12 +357,16 @@ def test_all_that_matters_is_seen_in_the_sandbox(machine: Machine, what: str) ->
     finally:
         machine.lab.host.run(["nft", "delete table inet mine"])
     assert run[:2] == ("success", 0), run.log
-    commands = ("iptables-save -c -t nat", "ip netconf", "ip route", "ss -Hltun", "nft -j list chain inet mine wall")
+    commands = ("iptables-save -c -t nat", "ip netconf", "ip route get 10.0.0.11", "ss -Hltun", CHAIN)
     assert [name for name in commands if f"{name}: exit status 0\n" not in run.log] == [], run.log
     shown = [line for line in run.log.splitlines() if not line.startswith("debug:")]
-    assert not [line for line in shown if "does not tell" in line or "FAILED" in line], run.log
+    bad = [line.strip() for line in shown if "does not tell" in line or "FAILED" in line]
+    # legacy's other tables are root's to list
+    listing = "iptables-save: Failed to list table names in /proc/net/ip_tables_names: Permission denied; root may"
+    blind = [f"maybe   this host does not tell all that matters: {listing}"]
+    assert bad == (blind if machine.lab.backend == "legacy" else []), run.log
     if "--status" in what:
-        assert [line.split()[-1] for line in shown if line.startswith("tcp/25 ")] == ["1", "0"], run.log
+        assert [line.split()[-2] for line in shown if line.startswith("tcp/25 ")] == ["1", "0"], run.log
     else:
         assert sum("port 2025 answers" in line for line in shown) == 6, run.log
 
