@@ -416,7 +416,7 @@ PIECES = 64  # that wait to be taken
 TEXT_LIMIT = 1 << 24  # bytes of an output that is kept as it is
 # bytes, lines and chains of epok's in a host's rules, an IP version: more than the gate lets in
 RULES_LIMIT, RULES_LINES, RULES_CHAINS = 1 << 26, 700_000, 210_000
-OTHERS = 100_000  # rules in a table that are not epok's, and may be before its own
+OTHERS = 60_000  # rules in a table that are not epok's, and may be before its own
 
 
 class Result(NamedTuple):
@@ -438,7 +438,7 @@ class Meter:
     """Lets so many bytes and lines pass, of one output or several, so that no memory is filled."""
 
     def __init__(self, what: str, size: int, lines: int) -> None:
-        self.left = [size, lines]
+        self.left, self.chains = [size, lines], RULES_CHAINS
         self.complaint = f"{what}: more than {size >> 20} MiB, or {lines:,} lines"
 
     def passing(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -3706,7 +3706,8 @@ class Saved:
             chain, _, policy = line[1:].partition(" ")
             if owned(chain):
                 self.table.chains[chain] = NO_RULES
-                if len(self.table.chains) > RULES_CHAINS:
+                self.meter.chains -= 1
+                if self.meter.chains < 0:
                     raise Fatal(f"{self.meter.complaint}, or {RULES_CHAINS:,} chains of epok's")
             else:
                 self.policies[chain] = policy.split(" ")[0]
