@@ -23,6 +23,7 @@ from lab.network import EPOK, HOST, HOST6, PROGRAM, Lab
 from lab.objects import endpoint, endpoint_slice, port, service, slice_port
 from lab.sshd import make_key
 
+pytestmark = pytest.mark.long
 once = pytest.mark.parametrize("lab", BACKENDS[:1], indirect=True)
 REFUSED = 126
 RECORD = False  # thieves send what the gate would not let through
