@@ -4928,7 +4928,7 @@ class Publisher:
             for interface, addresses in facts.interfaces.items()
             if comes_in(interface, options) and not (closed and like(closed, interface))
             for address in addresses
-            if not options.addresses or any(address in network for network in options.addresses)
+            if options.covers(address)
         ]
 
     def add(self, facts: Facts) -> list[Publication]:
@@ -6407,6 +6407,8 @@ def check_nodes(host: Host, forwards: Iterable[Forwarding], deadline: Deadline) 
 def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
     """Whether a host that is taken for a node has a route to its pods, or is another machine."""
     own, snapshot = planner.own(visit.facts), planner.snapshot
+    if not own:
+        return
     nodes = {ip for node in snapshot.nodes for ip in node.addresses}
     pods = [(each.node, each.address) for some in snapshot.endpoints.values() for each in some]
     inner = [(name, ip) for name, ip in pods if ip and ip not in nodes]
@@ -6421,9 +6423,9 @@ def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
 
     # a node's own pods are never where all goes that no route is for; those of other nodes may be
     beyond = {4: BEYOND, 6: ipaddress.ip_address("2000::1")}
-    astray = {version: hop(to) if own and near else "" for version, to in beyond.items()}
-    lost = [ip for ip in its if own and hop(ip) in ("", astray[ip.version])]
-    if not own or not its or None in map(hop, its):
+    astray = {version: hop(to) if near else "" for version, to in beyond.items()}
+    lost = [ip for ip in its if hop(ip) in ("", astray[ip.version])]
+    if not its or None in map(hop, its):
         return
     names, problem = enumerated(own), ""
     if len(lost) == len(its):
@@ -6992,8 +6994,7 @@ def serve(visit: Visit, planner: Planner | None, cleaning: Background | None) ->
         facts = visit.facts
         if planner:
             wanted, forwards = planner.wanted(facts), planner.plan(facts).forwards
-            if planner.own(facts):
-                check_taken(visit, planner)
+            check_taken(visit, planner)
         found = visit.found
     if planner and not facts.interfaces and any(live.direct for live in all_lives(found, found)):
         raise Fatal(
