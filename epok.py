@@ -6870,7 +6870,7 @@ class Story(Status):
 
     def rules(self) -> list[str]:
         """What the host does."""
-        lines = ["RulesOf", f"  {self.title()}"]
+        lines = ["Rules", f"  {self.title()}"]
         for live in self.lives:
             count = "not counted"
             if live.counts:
