@@ -2520,27 +2520,25 @@ def listed(ports: Iterable[Port]) -> str:
     return enumerated(texts) or "none"
 
 
-PortIndex = dict[tuple[str, int | str], list[Port]]
-
-
-def index_ports(service: Service) -> PortIndex:
-    """The ports of a Service by NodePort, by name and by port."""
-    index: PortIndex = {}
+def index_ports(service: Service) -> dict[str, list[Port]]:
+    """The ports of a Service by NodePort, by name and by port, in the words of messages."""
+    index: dict[str, list[Port]] = {}
     for port in service.ports:
-        for key in (("NodePort", port.node_port), ("port named", port.name), ("port", port.port)):
-            index.setdefault(key, []).append(port)
+        for what in (f"NodePort {port.node_port}", f"port named {port.name}", f"port {port.port}"):
+            index.setdefault(what, []).append(port)
     return index
 
 
-def ports_for(service: Service, index: PortIndex, mapping: PortMapping, offset: int) -> list[Port]:
+def ports_for(
+    service: Service, index: Mapping[str, list[Port]], mapping: PortMapping, offset: int
+) -> list[Port]:
     """Where the external port number `offset` of a mapping goes. Raises ValueError if nowhere."""
-    key: tuple[str, int | str] = ("port", mapping.external.first + offset)
+    what = f"port {mapping.external.first + offset}"
     if isinstance(mapping.target, Range):
-        key = ("NodePort", mapping.target.first + offset)
+        what = f"NodePort {mapping.target.first + offset}"
     elif mapping.target:
-        key = ("port named", mapping.target)
-    what = f"{key[0]} {key[1]}"
-    ports = index.get(key, [])
+        what = f"port named {mapping.target}"
+    ports = index.get(what, [])
     wanted = [port for port in ports if mapping.protocol in ("", port.protocol)]
     if not wanted:
         problem = f"{what} has no {mapping.protocol}" if ports else f"no {what}"
@@ -2663,21 +2661,18 @@ def allowed_sources(service: Service) -> Networks | None:
 
 def choose_nodes(nodes: Iterable[Node], plan: Plan) -> list[Node]:
     """The nodes that forwards go to, as people expect it of a load balancer."""
-    rest = sorted((node for node in nodes if not node.excluded), key=lambda node: node.name)
+    rest = [node for node in nodes if not node.excluded]
     ready = [node for node in rest if node.ready]
-    unlabelled = [node for node in rest if not node.labelled]
     if best := [node for node in ready if not node.labelled]:
         return best
+    what = "every node is excluded by an annotation, label or taint; nothing can be forwarded"
     if ready:
         what = f"every Ready node has the label {STANDARD_EXCLUDE_LABEL}"
-        plan.warnings.append(f"{what}; forwarding to them all the same")
-        return ready
-    if rest:
-        plan.warnings.append("no node is Ready; forwarding to all of them")
-        return unlabelled or rest
-    what = "every node is excluded by an annotation, label or taint"
-    plan.warnings.append(f"{what}; nothing can be forwarded")
-    return []
+        what += "; forwarding to them all the same"
+    elif rest:
+        what = "no node is Ready; forwarding to all of them"
+    plan.warnings.append(what)
+    return ready or [node for node in rest if not node.labelled] or rest
 
 
 class Place(NamedTuple):
@@ -2699,10 +2694,7 @@ class Place(NamedTuple):
         return Target(self.address, number)
 
 
-Places = Mapping[int, list[Place]]  # by IP version
-
-
-def each_address_once(places: Iterable[Place]) -> Places:
+def each_address_once(places: Iterable[Place]) -> list[Place]:
     """In order; of an address that two have, the live one counts, with the ports of both."""
     unique: dict[Address, Place] = {}
     for place in sorted(places, key=lambda place: (place.live, place.name)):
@@ -2710,10 +2702,7 @@ def each_address_once(places: Iterable[Place]) -> Places:
         if place.ports and other and other.ports:
             place = place._replace(ports={**other.ports, **place.ports})
         unique[place.address] = place
-    by_version: dict[int, list[Place]] = {4: [], 6: []}
-    for address in sorted(unique, key=lambda address: (address.version, address)):
-        by_version[address.version].append(unique[address])
-    return by_version
+    return [unique[address] for address in sorted(unique, key=lambda ip: (ip.version, ip))]
 
 
 def node_places(nodes: Iterable[Node], chosen: Sequence[Node]) -> list[Place]:
@@ -2727,22 +2716,21 @@ def node_places(nodes: Iterable[Node], chosen: Sequence[Node]) -> list[Place]:
 def pod_places(service: Service, endpoints: Iterable[Endpoint], own: Set[str]) -> list[Place]:
     """A Service's pods; with policy Local those on the nodes that are the host itself."""
     having = [e for e in endpoints if e.address and (not service.local or e.node in own)]
-    pairs = zip(having, in_use(having), strict=True)
-    return [Place(e.node, e.address, e.ports, live) for e, live in pairs if e.address]
+    return [Place(e.node, e.address, e.ports, live) for e, live in in_use(having) if e.address]
 
 
 def having_pods(nodes: Iterable[Place], endpoints: Sequence[Endpoint]) -> list[Place]:
     """Of the nodes those that have pods; only where these can be used they are live."""
     having = {each.node for each in endpoints}
-    using = {each.node for each in itertools.compress(endpoints, in_use(endpoints))}
+    using = {each.node for each, used in in_use(endpoints) if used}
     some = [node for node in nodes if node.name in having]
     return [node._replace(live=node.live and node.name in using) for node in some]
 
 
-def in_use(endpoints: Sequence[Endpoint]) -> list[bool]:
+def in_use(endpoints: Sequence[Endpoint]) -> list[tuple[Endpoint, bool]]:
     """Which get connections: the ready ones, or if there is none those that end but still serve."""
-    ready = [endpoint.ready for endpoint in endpoints]
-    return ready if any(ready) else [endpoint.serving for endpoint in endpoints]
+    ready = any(endpoint.ready for endpoint in endpoints)
+    return [(each, each.ready if ready else each.serving) for each in endpoints]
 
 
 def highest(service: str, places: list[Place], most: int) -> list[Place]:
@@ -2765,75 +2753,16 @@ def highest(service: str, places: list[Place], most: int) -> list[Place]:
     return sorted(homes + stand_ins, key=lambda place: place.address)
 
 
-class Nodes(NamedTuple):
-    """Where the nodes are; `unique` is where all Services go but those of policy Local."""
-
-    places: list[Place]
-    unique: Places
-
-
-def places_of(
-    service: Service, snapshot: Snapshot, nodes: Nodes, own: Set[str], options: Options
-) -> list[Place]:
-    """Where a Service's connections may go: nodes, or, on a host that is one of them, its pods.
-
-    On such a host a NodePort cannot be the target: a connection is translated only once, so
-    kube-proxy would not see it.
-    """
-    endpoints = snapshot.endpoints.get(service.key, ())
-    if own:
-        places = each_address_once(pod_places(service, endpoints, own))
-    elif service.local:
-        places = each_address_once(having_pods(nodes.places, endpoints))
-    else:
-        places = nodes.unique
-    most = sys.maxsize if own else options.max_nodes
-    families = [places[version] for version in sorted({*service.versions})]
-    return [place for family in families for place in highest(service.key, family, most)]
+def spans(ports: Iterable[int]) -> str:
+    """Ports for a message, neighbours as a range: "25, 8000-8010"."""
+    runs = itertools.groupby(enumerate(sorted(ports)), lambda pair: pair[1] - pair[0])
+    blocks = [[port for _, port in run] for _, run in runs]
+    return enumerated(str(Range(block[0], block[-1])) for block in blocks)
 
 
-def make_plan(
-    snapshot: Snapshot, options: Options, own: Set[str] = frozenset(), login_port: int = 0
-) -> Plan:
-    """Decides what is forwarded.
-
-    `own` are the names of the nodes that the host itself is, `login_port` is that of Facts.
-    """
-    plan = Plan(options.explain)
-    left = dict.fromkeys((4, 6), MAX_RULES)
-    chosen = [] if own else choose_nodes(snapshot.nodes, plan)
-    candidates = node_places(snapshot.nodes, chosen)
-    nodes = Nodes(candidates, each_address_once(candidates))
-    taken: dict[tuple[str, int], tuple[str, int]] = {}
-    if options.executor == "ssh":
-        logins = {login_port, *(login.port for login in options.host)}
-        taken = {("tcp", port): ("", 0) for port in logins}
-    # the older Service wins a port that two ask for
-    for service in sorted(snapshot.services, key=lambda each: (each.created or "~", each.key)):
-        try:
-            check_annotations(service, plan)
-            sources = allowed_sources(service)
-        except ValueError as error:
-            plan.reject(service, error)
-            continue
-        claims = list(granted(service, taken, options, plan))
-        places = places_of(service, snapshot, nodes, own, options)
-        if service.key == options.explain:
-            plan.claims, plan.places = claims, places
-        forwards = [
-            forward_of(service, claim, places, sources, options, bool(own)) for claim in claims
-        ]
-        if chosen or own:
-            plan.warnings += nowhere(service, forwards, places, bool(own))
-        merged = merge(forward for forward in forwards if forward.targets)
-        if len(merged) * len(sources or ()) > MAX_SOURCES:
-            what = f"{len(merged)} external ports for {len(sources or ())} networks"
-            plan.reject(service, f"{what} make more than {MAX_SOURCES} rules; ask for fewer")
-            continue
-        costs = rule_counts(service, places, sources)
-        plan.forwards += affordable(service, merged, claims, costs, left, plan)
-    plan.forwards.sort(key=lambda forward: (forward.first, forward.protocol))
-    return plan
+def bucket_count(known: int) -> int:
+    """Into how many parts clients are divided that are shared out over so many places."""
+    return max(64, min(1 << (4 * known - 1).bit_length(), MAX_BUCKETS))
 
 
 def rule_counts(
@@ -2851,116 +2780,6 @@ def rule_counts(
         if sources is None or networks:
             counts[version] = picks + networks + 2  # the mark, and what leads there
     return counts
-
-
-def affordable(
-    service: Service,
-    forwards: Iterable[Forward],
-    claims: Sequence[Claim],
-    costs: Mapping[int, int],
-    left: dict[int, int],
-    plan: Plan,
-) -> Iterator[Forward]:
-    """Those of a Service's forwards for which there are rules left; it rejects the others."""
-    mappings: dict[tuple[str, int], str] = {}
-    for forward in forwards:
-        lacking = [version for version in costs if costs[version] > left[version]]
-        if not lacking:
-            left.update({version: left[version] - cost for version, cost in costs.items()})
-            yield forward
-            continue
-        mappings = mappings or {(port.protocol, n): mapping for mapping, n, port in claims}
-        ports = Range(forward.first, forward.last)
-        lost = [(forward.protocol, n) for n in range(ports.first, ports.last + 1)]
-        if service.key == plan.explained:
-            plan.claims = [c for c in plan.claims if (c.port.protocol, c.external) not in lost]
-        why = f"external port {ports} ({forward.protocol}) would take {costs[lacking[0]]} rules"
-        why += f", more than are left of {MAX_RULES:,} for IPv{lacking[0]}, which older Services"
-        for mapping in dict.fromkeys(mappings[port] for port in lost):
-            plan.reject(service, f"{why} get first; ask for fewer ports or networks", mapping)
-
-
-def bucket_count(known: int) -> int:
-    """Into how many parts clients are divided that are shared out over so many places."""
-    return max(64, min(1 << (4 * known - 1).bit_length(), MAX_BUCKETS))
-
-
-def nowhere(
-    service: Service, forwards: Sequence[Forward], places: Sequence[Place], own: bool
-) -> Iterator[str]:
-    """Warns about forwards of a Service that have no target."""
-    lacking = [forward.port for forward in forwards if not forward.targets]
-    if lacking and any(place.live for place in places):
-        yield f"{service.key}: not forwarded, no ready pod has the port {enumerated(lacking)}"
-    elif lacking:
-        what = "ready endpoint" if own or service.local else "node"
-        why = f"there is no {what} of its IP families to forward to"
-        yield f"{service.key}: not forwarded, {why}"
-
-
-def granted(
-    service: Service, taken: dict[tuple[str, int], tuple[str, int]], options: Options, plan: Plan
-) -> Iterator[Claim]:
-    """The claims of a Service that nobody made before; `taken` learns them."""
-    refused: dict[tuple[str, str, str], list[Claim]] = {}
-    for claim in claims_of(service, plan):
-        key, wish = (claim.port.protocol, claim.external), (service.key, claim.port.node_port)
-        if key not in taken and any(allowed.has(*key) for allowed in options.ports):
-            taken[key] = wish
-            plan.decide(service, claim)
-            yield claim
-            continue
-        owner, port = taken.get(key, (None, 0))
-        if (owner, port) == wish:  # a mapping given twice counts once
-            continue
-        reason = told = "the host's own SSH port, kept for epok"
-        if owner is None:
-            reason = told = f"not in --ports ({enumerated(map(str, options.ports))})"
-        elif owner:
-            reason, told = f"taken by {owner}", "taken by an older Service"
-            if owner == service.key:
-                told = "taken by another mapping of this Service"
-        error = {None: "PortNotAllowed", "": "PortReserved"}.get(owner, "PortTaken")
-        plan.decide(service, claim, error)
-        refused.setdefault((claim.mapping, reason, told), []).append(claim)
-    for (mapping, reason, told), claims in refused.items():
-        ports = spans({claim.external for claim in claims})
-        protocols = ", ".join(sorted({claim.port.protocol for claim in claims}))
-        what = f"external port {ports} ({protocols}) is "
-        plan.reject(service, what + reason, mapping, what + told)
-
-
-def spans(ports: Iterable[int]) -> str:
-    """Ports for a message, neighbours as a range: "25, 8000-8010"."""
-    runs = itertools.groupby(enumerate(sorted(ports)), lambda pair: pair[1] - pair[0])
-    blocks = [[port for _, port in run] for _, run in runs]
-    return enumerated(str(Range(block[0], block[-1])) for block in blocks)
-
-
-def forward_of(
-    service: Service,
-    claim: Claim,
-    places: Sequence[Place],
-    sources: Sequence[Network] | None,
-    options: Options,
-    direct: bool,
-) -> Forward:
-    targets = [place.target(claim.port) for place in places if place.live]
-    homes = [place.address for place in places if not place.stand_in]
-    masquerade = {"always": True, "never": False, "auto": not service.local}
-    return Forward(
-        protocol=claim.port.protocol,
-        first=claim.external,
-        last=claim.external,
-        service=service.key,
-        port=claim.port.name or str(claim.port.port),
-        targets=tuple(target for target in targets if target.port),
-        direct=direct,
-        masquerade=masquerade[options.masquerade],
-        internal=any(name in service.annotations for name in INTERNAL_ANNOTATIONS),
-        sources=sources,
-        known=tuple(homes) if service.sticky else (),
-    )
 
 
 def merge(forwards: Iterable[Forward]) -> list[Forward]:
@@ -2982,6 +2801,161 @@ def merge(forwards: Iterable[Forward]) -> list[Forward]:
     return merged
 
 
+class Planning:
+    """A plan in the making, and what is left for the Services that come next."""
+
+    def __init__(
+        self, snapshot: Snapshot, options: Options, own: Set[str], login_port: int
+    ) -> None:
+        self.snapshot, self.options, self.own = snapshot, options, own
+        self.plan = Plan(options.explain)
+        chosen = [] if own else choose_nodes(snapshot.nodes, self.plan)
+        self.possible = bool(own or chosen)  # else there is one warning for all
+        self.nodes = node_places(snapshot.nodes, chosen)
+        self.unique = each_address_once(self.nodes)
+        self.left = dict.fromkeys((4, 6), MAX_RULES)
+        self.taken: dict[tuple[str, int], tuple[str, int]] = {}  # ports by Services and NodePorts
+        if options.executor == "ssh":
+            logins = {login_port, *(login.port for login in options.host)}
+            self.taken = {("tcp", port): ("", 0) for port in logins}
+
+    def add(self, service: Service) -> None:
+        """Plans what a Service asks for and can have."""
+        plan = self.plan
+        try:
+            check_annotations(service, plan)
+            sources = allowed_sources(service)
+        except ValueError as error:
+            plan.reject(service, error)
+            return
+        claims, places = list(self.granted(service)), self.places_of(service)
+        if service.key == plan.explained:
+            plan.claims, plan.places = claims, places
+        forwards = list(self.forwards_of(service, claims, places, sources))
+        lacking = [forward.port for forward in forwards if not forward.targets]
+        if lacking and self.possible:
+            what = f"there is no {'ready endpoint' if self.own or service.local else 'node'}"
+            why = f"{what} of its IP families to forward to"
+            if any(place.live for place in places):
+                why = f"no ready pod has the port {enumerated(lacking)}"
+            plan.warnings.append(f"{service.key}: not forwarded, {why}")
+        merged = merge(forward for forward in forwards if forward.targets)
+        if len(merged) * len(sources or ()) > MAX_SOURCES:
+            what = f"{len(merged)} external ports for {len(sources or ())} networks"
+            plan.reject(service, f"{what} make more than {MAX_SOURCES} rules; ask for fewer")
+            return
+        self.afford(service, merged, claims, rule_counts(service, places, sources))
+
+    def granted(self, service: Service) -> Iterator[Claim]:
+        """The claims of a Service that nobody made before."""
+        plan, ports = self.plan, self.options.ports
+        refused: dict[tuple[str, str, str], list[Claim]] = {}
+        for claim in claims_of(service, plan):
+            key, wish = (claim.port.protocol, claim.external), (service.key, claim.port.node_port)
+            if key not in self.taken and any(allowed.has(*key) for allowed in ports):
+                self.taken[key] = wish
+                plan.decide(service, claim)
+                yield claim
+                continue
+            owner, port = self.taken.get(key, (None, 0))
+            if (owner, port) == wish:  # a mapping given twice counts once
+                continue
+            reason = told = "the host's own SSH port, kept for epok"
+            if owner is None:
+                reason = told = f"not in --ports ({enumerated(map(str, ports))})"
+            elif owner:
+                reason, told = f"taken by {owner}", "taken by an older Service"
+                if owner == service.key:
+                    told = "taken by another mapping of this Service"
+            error = {None: "PortNotAllowed", "": "PortReserved"}.get(owner, "PortTaken")
+            plan.decide(service, claim, error)
+            refused.setdefault((claim.mapping, reason, told), []).append(claim)
+        for (mapping, reason, told), claims in refused.items():
+            protocols = ", ".join(sorted({claim.port.protocol for claim in claims}))
+            what = f"external port {spans({claim.external for claim in claims})} ({protocols}) is "
+            plan.reject(service, what + reason, mapping, what + told)
+
+    def places_of(self, service: Service) -> list[Place]:
+        """Where a Service's connections may go: nodes, or, on a host that is one of them, its pods.
+
+        On such a host a NodePort cannot be the target: a connection is translated only once, so
+        kube-proxy would not see it.
+        """
+        endpoints = self.snapshot.endpoints.get(service.key, ())
+        places, most = self.unique, self.options.max_nodes
+        if self.own:
+            pods = pod_places(service, endpoints, self.own)
+            places, most = each_address_once(pods), len(pods)
+        elif service.local:
+            places = each_address_once(having_pods(self.nodes, endpoints))
+        chosen: list[Place] = []
+        for version in sorted({*service.versions}):
+            its = [place for place in places if place.address.version == version]
+            chosen += highest(service.key, its, most)
+        return chosen
+
+    def forwards_of(
+        self, service: Service, claims: list[Claim], places: list[Place], sources: Networks | None
+    ) -> Iterator[Forward]:
+        """One for each claim; those of ports that no pod has are without targets."""
+        live = [place for place in places if place.live]
+        homes = tuple(place.address for place in places if not place.stand_in)
+        masquerade = {"always": True, "never": False, "auto": not service.local}
+        for _, external, port in claims:
+            targets = (place.target(port) for place in live)
+            yield Forward(
+                protocol=port.protocol,
+                first=external,
+                last=external,
+                service=service.key,
+                port=port.name or str(port.port),
+                targets=tuple(target for target in targets if target.port),
+                direct=bool(self.own),
+                masquerade=masquerade[self.options.masquerade],
+                internal=not service.annotations.keys().isdisjoint(INTERNAL_ANNOTATIONS),
+                sources=sources,
+                known=homes if service.sticky else (),
+            )
+
+    def afford(
+        self, service: Service, forwards: list[Forward], claims: list[Claim], costs: dict[int, int]
+    ) -> None:
+        """Takes forwards of a Service as long as there are rules left; rejects the others."""
+        fitting = ((self.left[version] // cost, version) for version, cost in costs.items())
+        count, version = min(fitting, default=(len(forwards), 0))
+        self.plan.forwards += forwards[:count]
+        for each, cost in costs.items():
+            self.left[each] -= cost * len(forwards[:count])
+        mappings = {(claim.port.protocol, claim.external): claim.mapping for claim in claims}
+        for forward in forwards[count:]:
+            ports = Range(forward.first, forward.last)
+            why = (
+                f"external port {ports} ({forward.protocol}) would take {costs[version]} rules, "
+                f"more than are left of {MAX_RULES:,} for IPv{version}, which older Services get "
+                "first; ask for fewer ports or networks"
+            )
+            lost = [(forward.protocol, port) for port in range(ports.first, ports.last + 1)]
+            for mapping in dict.fromkeys(map(mappings.pop, lost)):
+                self.plan.reject(service, why, mapping)
+        if service.key == self.plan.explained:
+            self.plan.claims = [c for c in claims if (c.port.protocol, c.external) in mappings]
+
+
+def make_plan(
+    snapshot: Snapshot, options: Options, own: Set[str] = frozenset(), login_port: int = 0
+) -> Plan:
+    """Decides what is forwarded.
+
+    `own` are the names of the nodes that the host itself is, `login_port` is that of Facts.
+    """
+    planning = Planning(snapshot, options, own, login_port)
+    # the older Service wins a port that two ask for
+    for service in sorted(snapshot.services, key=lambda each: (each.created or "~", each.key)):
+        planning.add(service)
+    planning.plan.forwards.sort(key=lambda forward: (forward.first, forward.protocol))
+    return planning.plan
+
+
 def ingress_of(
     service: Service, forwards: Iterable[Forward], plan: Plan, names: Iterable[str]
 ) -> list[Ingress]:
@@ -2992,8 +2966,8 @@ def ingress_of(
     reached: dict[tuple[str, int], set[int]] = {}  # by IP version
     for forward in forwards:
         some: set[int] = {target.address.version for target in forward.targets}
-        ports = range(forward.first, forward.last + 1)
-        reached |= {(forward.protocol, port): some for port in ports}
+        for number in range(forward.first, forward.last + 1):
+            reached[forward.protocol, number] = some
     entries = []
     for name in names:
         address = to_address(name)
@@ -3078,9 +3052,6 @@ class Rules(Sequence[str]):
         if isinstance(other, Rules):
             return self.ends == other.ends and self.starts == other.starts
         return list(self) == other
-
-    def __repr__(self) -> str:
-        return repr(list(self))
 
 
 NO_RULES = Rules(())
@@ -3449,7 +3420,7 @@ TARGET = re.compile(r"--to-destination \[?([0-9a-f.:]+)\]?:(\d{1,5})", re.ASCII)
 # whether the address is negated, address, interface and chain
 ENTRY = re.compile(r"(?:(! )?-d (\S+) )?(?:-i|-o) (\S+) -p \w+ -g (\S+)")
 # A rule that leads to a forward, and the ways by which packets come to it.
-Dispatch = tuple[re.Match[str], tuple[str, ...]]
+Dispatch = tuple[str, tuple[str, ...]]
 
 
 def dispatches_in(tables: Tables) -> dict[Key, Dispatch]:
@@ -3465,7 +3436,7 @@ def dispatches_in(tables: Tables) -> dict[Key, Dispatch]:
                     protocol, first, last, service = match.groups()[:4]
                     key = int(first), int(last or first), protocol, service
                     ways = dispatches[key][1] if key in dispatches else ()
-                    dispatches[key] = match, ways if way in ways else (*ways, way)
+                    dispatches[key] = rule, ways if way in ways else (*ways, way)
                 elif jump not in seen:
                     seen.add(jump)
                     todo.append(jump)
@@ -3476,8 +3447,7 @@ def forwards_in(
     tables: Tables, version: int, counts: dict[str, list[int]] | None = None
 ) -> dict[Key, Live]:
     """What rules forward; `counts` are those of the rules, by chain, if not the table's own."""
-    nat = tables["nat"]
-    nat = dataclasses.replace(nat, counts=counts) if counts else nat
+    nat = dataclasses.replace(tables["nat"], counts=counts or tables["nat"].counts)
     dispatches = dispatches_in(tables).items()
     return {key: read_forward(key, dispatch, nat, version) for key, dispatch in dispatches}
 
@@ -3501,13 +3471,6 @@ def ways_in(tables: Tables) -> list[tuple[str, str]]:
 number_in = functools.lru_cache(maxsize=100)(int)
 address_in = functools.lru_cache(maxsize=1000)(to_address)
 
-
-@functools.lru_cache(maxsize=1000)
-def target_in(address: str, port: str) -> Target | None:
-    there = address_in(address)
-    return Target(there, number_in(port)) if there else None
-
-
 GUARD = re.compile(r"-s (\S+) .* -g (\S+)")  # of some clients, and where they are led
 
 
@@ -3528,14 +3491,15 @@ def leaf_of(chain: str, nat: Table) -> tuple[str, list[str]]:
 
 def read_forward(key: Key, dispatch: Dispatch, nat: Table, version: int) -> Live:
     """The forward that a rule leads to."""
-    (first, last, protocol, service), (match, ways) = key, dispatch
-    port, pods, chain = match.groups()[4:]
+    (first, last, protocol, service), (dispatching, ways) = key, dispatch
+    port, pods, chain = DISPATCH.findall(dispatching)[0][4:]
     leaf, sources = leaf_of(chain, nat)
     rules, counts = nat.chains.get(leaf, []), nat.counts.get(leaf, [])
     met: dict[Target, int] = {}
     for rule, count in zip(rules, itertools.chain(counts, itertools.repeat(0)), strict=False):
         place = TARGET.search(rule)
-        if place and (target := target_in(place[1], place[2])):
+        if place and (address := address_in(place[1])):
+            target = Target(address, number_in(place[2]))
             met[target] = met.get(target, 0) + count
     marks = re.search(r"--set-xmark (\w+)/(\w+)", next(iter(rules), ""))
     return Live(
@@ -3618,7 +3582,7 @@ def changes_between(before: Found, after: Wanted) -> list[Change]:
         chains = [chain for chain in had.chains if chain != ROOT and chain in has.chains]
         tampered = any(had.chains[chain] != has.chains[chain] for chain in chains)
         for key in sorted(old.keys() | new.keys()):
-            if key in old and key in new and not tampered and same(old[key], new[key]):
+            if not tampered and old.get(key) == new.get(key):
                 continue  # the names of chains say what is in them
             was = read_forward(key, old[key], had, version) if key in old else None
             now = read_forward(key, new[key], has, version) if key in new else None
@@ -3627,10 +3591,6 @@ def changes_between(before: Found, after: Wanted) -> list[Change]:
             elif was and not now:
                 changes.append(Change("-", was))
     return changes
-
-
-def same(one: Dispatch, other: Dispatch) -> bool:
-    return one[0].string == other[0].string and one[1] == other[1]
 
 
 # ------------------------------------------------ transaction: iptables-save -> iptables-restore
@@ -3833,7 +3793,7 @@ def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
     changed = {chain: rules for chain, rules in differing.items() if chain in (ROOT, POSTROUTING)}
     strange: list[str] = []
     hooks: list[str] = []
-    for chain in dict.fromkeys((*BUILT_IN[name], *found.hooks)):
+    for chain in BUILT_IN[name]:
         wants = wanted.hooks.get(chain, [])
         leads = {rule.split()[-1] for rule in wants}
         for line in hook_changes(chain, wants, found.hooks.get(chain, [])):
