@@ -2513,7 +2513,7 @@ def to_mapping(text: str) -> PortMapping:
     return PortMapping(external, target, protocol.lower())
 
 
-def listed(ports: Iterable[Port]) -> str:
+def list_node_ports(ports: Iterable[Port]) -> str:
     """The NodePorts of a Service for a message."""
     having = (port for port in ports if port.node_port)
     texts = (f"{each.node_port} ({each.name or each.port}/{each.protocol})" for each in having)
@@ -2542,7 +2542,9 @@ def ports_for(
     wanted = [port for port in ports if mapping.protocol in ("", port.protocol)]
     if not wanted:
         problem = f"{what} has no {mapping.protocol}" if ports else f"no {what}"
-        raise ValueError(f"{problem}; the NodePorts of this Service are {listed(service.ports)}")
+        raise ValueError(
+            f"{problem}; the NodePorts of this Service are {list_node_ports(service.ports)}"
+        )
     if not all(port.node_port for port in wanted):
         namespace, _, name = service.key.partition("/")
         patch = """'{"spec": {"allocateLoadBalancerNodePorts": true}}'"""
@@ -2782,7 +2784,7 @@ def rule_counts(
     return counts
 
 
-def merge(forwards: Iterable[Forward]) -> list[Forward]:
+def in_ranges(forwards: Iterable[Forward]) -> list[Forward]:
     """Those of a Service's forwards to neighbouring ports of the same targets become one range."""
 
     def run_of(pair: tuple[int, Forward]) -> tuple[object, ...]:
@@ -2790,15 +2792,15 @@ def merge(forwards: Iterable[Forward]) -> list[Forward]:
         shifts = [(target.address, target.port - forward.first) for target in forward.targets]
         return forward.protocol, forward.first - number, shifts
 
-    merged = []
+    ranges = []
     ordered = sorted(forwards, key=lambda forward: (forward.protocol, forward.first))
     for _, run in itertools.groupby(enumerate(ordered), run_of):
         first, *others = [forward for _, forward in run]
         if others:
             last, ports = others[-1].last, f"{first.port}-{others[-1].port}"
             first = dataclasses.replace(first, last=last, port=ports)
-        merged.append(first)
-    return merged
+        ranges.append(first)
+    return ranges
 
 
 class Planning:
@@ -2839,12 +2841,12 @@ class Planning:
             if any(place.live for place in places):
                 why = f"no ready pod has the port {enumerated(lacking)}"
             plan.warnings.append(f"{service.key}: not forwarded, {why}")
-        merged = merge(forward for forward in forwards if forward.targets)
-        if len(merged) * len(sources or ()) > MAX_SOURCES:
-            what = f"{len(merged)} external ports for {len(sources or ())} networks"
+        ranges = in_ranges(forward for forward in forwards if forward.targets)
+        if len(ranges) * len(sources or ()) > MAX_SOURCES:
+            what = f"{len(ranges)} external ports for {len(sources or ())} networks"
             plan.reject(service, f"{what} make more than {MAX_SOURCES} rules; ask for fewer")
             return
-        self.afford(service, merged, claims, rule_counts(service, places, sources))
+        self.afford(service, ranges, claims, rule_counts(service, places, sources))
 
     def granted(self, service: Service) -> Iterator[Claim]:
         """The claims of a Service that nobody made before."""
@@ -3019,7 +3021,7 @@ FAMILIES = (
 
 
 @functools.lru_cache(maxsize=10_000)
-def shared(texts: tuple[str, ...]) -> tuple[str, ...]:
+def once_in_memory(texts: tuple[str, ...]) -> tuple[str, ...]:
     """The same texts, but once in memory."""
     return tuple(map(sys.intern, texts))
 
@@ -3036,7 +3038,9 @@ class Rules(Sequence[str]):
     def __init__(self, rules: Sequence[str]) -> None:
         sourced = rules[:1] and rules[0].startswith("-s ")
         cuts = [rule.find(" -m ") if sourced else rule.rfind(":") + 1 for rule in rules]
-        self.starts = shared(tuple(rule[:cut] for rule, cut in zip(rules, cuts, strict=True)))
+        self.starts = once_in_memory(
+            tuple(rule[:cut] for rule, cut in zip(rules, cuts, strict=True))
+        )
         self.ends = tuple(sys.intern(rule[cut:]) for rule, cut in zip(rules, cuts, strict=True))
 
     def __len__(self) -> int:
@@ -3096,7 +3100,7 @@ NOTHING: Tables = {"filter": Table(), "nat": Table()}
 def render(forwards: Sequence[Forward], family: Family, options: Options) -> Tables:
     """The tables of one IP version that make the forwards work."""
     external, mark = options.external_interface, options.mark
-    ways = {name: entries(name, family, options.addresses) for name in options.interfaces}
+    ways = {name: matches_for(name, family, options.addresses) for name in options.interfaces}
     inner = any(ways[name] for name in ways if name != external)
     outer = bool(ways.get(external))
     nat = Table()
@@ -3109,11 +3113,12 @@ def render(forwards: Sequence[Forward], family: Family, options: Options) -> Tab
     bit = f"{mark.masquerade:#x}/{mark.masquerade:#x}"
     nat.chains[ROOT] = root_rules(ways, inside, outside, external)
     nat.chains[POSTROUTING] = [f"-m connmark --mark {bit} -j MASQUERADE --random-fully"]
-    nat.hooks = {chain: [hook] for chain, hook in HOOKS["nat"].items()}
-    nat.hooks["OUTPUT"] = [HOST_HOOK] if "lo" in options.interfaces else []
     accept = Table({FORWARD: [f"-m connmark {marked(mark)} -j ACCEPT"]})
-    accept.hooks = {chain: [hook] for chain, hook in HOOKS["filter"].items()}
-    return {"filter": accept, "nat": nat}
+    tables = {"filter": accept, "nat": nat}
+    for name, table in tables.items():
+        table.hooks = {chain: [hook] for chain, hook in HOOKS[name].items()}
+    nat.hooks["OUTPUT"] = [HOST_HOOK] if "lo" in options.interfaces else []
+    return tables
 
 
 def marked(mark: Mark) -> str:
@@ -3144,7 +3149,7 @@ def root_rules(
     return rules
 
 
-def entries(interface: str, family: Family, addresses: Sequence[Network]) -> list[str]:
+def matches_for(interface: str, family: Family, addresses: Sequence[Network]) -> list[str]:
     """What packets match that come in through an interface to these addresses, one rule each."""
     given = [network for network in addresses if network.version == family.version]
     everywhere = not addresses or any(not network.prefixlen for network in given)
@@ -3152,15 +3157,15 @@ def entries(interface: str, family: Family, addresses: Sequence[Network]) -> lis
     if interface == "lo" and everywhere:
         return [f"! -d {family.loopback} -o lo"]
     if interface == "lo":
-        parts = [part for network in given for part in without(network, family.loopback)]
+        parts = [part for network in given for part in cut_out(family.loopback, network)]
         return [f"-d {text_of(part)} -o lo" for part in parts]
     if everywhere:
         return [f"-i {interface}"]
     return [f"-d {text_of(network)} -i {interface}" for network in given]
 
 
-def without(network: Any, hole: Any) -> list[Network]:
-    """The networks that are left of one when another is taken out."""
+def cut_out(hole: Any, network: Any) -> list[Network]:
+    """The networks that are left of one when another is taken out of it."""
     if not network.overlaps(hole):
         return [network]
     return sorted(network.address_exclude(hole)) if hole.subnet_of(network) else []
@@ -3238,13 +3243,13 @@ def add_leaf(forward: Forward, family: Family, mark: Mark, nat: Table) -> list[L
         raise Fatal(f"{quoted(comment)} cannot stand in a comment of iptables; nothing was changed")
     jump = f'-m comment --comment "{comment}" -g'
     if sources and all(network.prefixlen for network in sources):
-        leads = {}
-        for within, some in parted(sources):
+        everything, leads = sources[0].supernet(new_prefix=0), {}
+        for area, some in parted(everything, without_inner(sources)):
             guards = [f"-s {text_of(source)} {jump} {chain}" for source in some]
-            leads[nat.add(prefix, guards)] = within
+            leads[nat.add(prefix, guards)] = area
         [chain, *more] = leads
         if more:
-            guards = [f"-s {text_of(within)} {jump} {guard}" for guard, within in leads.items()]
+            guards = [f"-s {text_of(area)} {jump} {guard}" for guard, area in leads.items()]
             chain = nat.add(prefix, guards)
     external = f"{forward.first}"
     if forward.last > forward.first:
@@ -3253,8 +3258,10 @@ def add_leaf(forward: Forward, family: Family, mark: Mark, nat: Table) -> list[L
     return [Leaf(forward.first, forward.last, protocol, forward.internal, rule)]
 
 
-def without_inner(networks: Iterable[Network]) -> list[Network]:
-    """Networks in their order, less those that are within another."""
+def without_inner(networks: list[Network]) -> list[Network]:
+    """Networks in their order, less those within another, if they are too many for one chain."""
+    if len(networks) <= CHAIN_SOURCES:
+        return networks
     outer: list[Network] = []
     last = -1
     for network in sorted(networks, key=lambda each: (int(each.network_address), each.prefixlen)):
@@ -3264,23 +3271,20 @@ def without_inner(networks: Iterable[Network]) -> list[Network]:
     return outer
 
 
-def parted(networks: Sequence[Network]) -> Iterator[tuple[Network, Sequence[Network]]]:
-    """Networks of one IP version in groups of at most CHAIN_SOURCES, and what each is within.
+def parted(area: Any, networks: list[Network]) -> Iterator[tuple[Network, list[Network]]]:
+    """The networks of an area in groups of at most CHAIN_SOURCES, each with the area that it is in.
 
-    One group has them all as they are.
+    They are in order where there are more.
     """
-    everything = networks[0].supernet(new_prefix=0)
-    todo = [(everything, without_inner(networks) if len(networks) > CHAIN_SOURCES else networks)]
-    while todo:
-        within, some = todo.pop()
-        if len(some) <= CHAIN_SOURCES:
-            yield within, some
-            continue
-        low, high = within.subnets()
-        start = int(high.network_address)
-        middle = bisect.bisect_left(some, start, key=lambda each: int(each.network_address))
-        halves = (high, some[middle:]), (low, some[:middle])
-        todo += [half for half in halves if half[1]]
+    if len(networks) <= CHAIN_SOURCES:
+        yield area, networks
+        return
+    low, high = area.subnets()
+    start = int(high.network_address)
+    middle = bisect.bisect_left(networks, start, key=lambda each: int(each.network_address))
+    for half, some in ((low, networks[:middle]), (high, networks[middle:])):
+        if some:
+            yield from parted(half, some)
 
 
 @functools.lru_cache
@@ -3578,14 +3582,14 @@ def changes_between(before: Found, after: Wanted) -> list[Change]:
         if tables is None:
             continue
         old, new = dispatches_in(tables), dispatches_in(after[version])
-        had, has = tables["nat"], after[version]["nat"]
-        chains = [chain for chain in had.chains if chain != ROOT and chain in has.chains]
-        tampered = any(had.chains[chain] != has.chains[chain] for chain in chains)
+        one, other = tables["nat"], after[version]["nat"]
+        chains = [chain for chain in one.chains if chain != ROOT and chain in other.chains]
+        tampered = any(one.chains[chain] != other.chains[chain] for chain in chains)
         for key in sorted(old.keys() | new.keys()):
             if not tampered and old.get(key) == new.get(key):
                 continue  # the names of chains say what is in them
-            was = read_forward(key, old[key], had, version) if key in old else None
-            now = read_forward(key, new[key], has, version) if key in new else None
+            was = read_forward(key, old[key], one, version) if key in old else None
+            now = read_forward(key, new[key], other, version) if key in new else None
             if now and now != was:
                 changes.append(Change("~" if was else "+", now, was))
             elif was and not now:
@@ -3634,16 +3638,16 @@ class Saved:
         return self.read(lines_of(self.meter.passing(pieces))).said
 
     def read(self, lines: Iterable[str]) -> Saved:
-        parts = (found for line in lines if (found := SAVED_LINE.match(line)))
-        for chain, group in itertools.groupby(parts, lambda found: found[3]):
-            if chain is None:
-                for found in group:
-                    self.read_line(found[5])
-            elif self.inside and owned(chain):
+        matches = (match for line in lines if (match := SAVED_LINE.match(line)))
+        for chain, group in itertools.groupby(matches, lambda match: match[3]):
+            if self.inside and chain and owned(chain):
                 self.read_own(chain, group)
-            elif self.inside:
-                for found in group:
-                    self.read_other(*found.groups()[1:4])
+                continue
+            for match in group:
+                if chain is None:
+                    self.read_line(match[5])
+                elif self.inside:
+                    self.read_other(*match.groups()[1:4])
         for chain, policy in self.policies.items() if self.count <= OTHERS else ():
             self.others.setdefault(chain, []).append(f"-P {chain} {policy}")
         self.table.foreign = self.others
@@ -3673,15 +3677,15 @@ class Saved:
                 self.policies[chain] = policy.split(" ")[0]
         self.broken |= odd
 
-    def read_own(self, chain: str, found: Iterable[re.Match[str]]) -> None:
+    def read_own(self, chain: str, matches: Iterable[re.Match[str]]) -> None:
         if chain not in self.table.chains:  # iptables-save names all chains first
             self.broken = True
             return
         rules = list(self.table.chains[chain])
-        for rule in found:
-            rules.append(rule[4])
-            if rule[1]:
-                self.table.counts.setdefault(chain, []).append(int(rule[1]))
+        for match in matches:
+            rules.append(match[4])
+            if match[1]:
+                self.table.counts.setdefault(chain, []).append(int(match[1]))
         self.table.chains[chain] = Rules(rules)
 
     def read_other(self, line: str, chain: str, rule: str) -> None:
@@ -3774,12 +3778,10 @@ def needed_chains(wanted: Table, found: Table) -> dict[str, Sequence[str]]:
     if sum(map(len, chains.values())) > HOST_RULES:
         chains = {ROOT: []}
     # what is wrong with a wanted one goes, and not the chain: others that are right lead to it
-    known = {
-        chain: rules if wanted.chains[chain] == rules else []
-        for chain, rules in found.chains.items()
-        if chain in wanted.chains
-    }
-    return {**known, **chains}
+    for chain, rules in found.chains.items():
+        if chain in wanted.chains:
+            chains.setdefault(chain, rules if wanted.chains[chain] == rules else [])
+    return chains
 
 
 def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
@@ -6805,7 +6807,7 @@ class Story(Status):
         balanced = f" of class {BALANCER_CLASS}" * bool(service.balanced)
         lines = [f"type {service.type}{balanced}, externalTrafficPolicy {policy}"]
         lines[0] += f", sessionAffinity {affinity}"
-        lines += [f"NodePorts: {listed(service.ports)}"]
+        lines += [f"NodePorts: {list_node_ports(service.ports)}"]
         for name, text in service.annotations.items():
             strange = " (not one that epok knows)" * (name not in SERVICE_ANNOTATIONS)
             lines.append(f"{name}: {quoted(text)}{strange}")
