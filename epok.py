@@ -2408,7 +2408,7 @@ class Forward(Route):
 
     masquerade: bool
     internal: bool
-    sources: Sequence[Network] | None
+    sources: Iterable[Network] | None
     known: tuple[Address, ...] = ()
 
 
@@ -2430,7 +2430,7 @@ class Rejection(NamedTuple):
 
     @property
     def message(self) -> str:
-        return f"{self.mapping and quoted(self.mapping) + ': '}{self.reason}"
+        return f"{quoted(self.mapping)}: {self.reason}" if self.mapping else self.reason
 
     def event(self, name: str) -> Event:
         message = self._replace(reason=self.told or self.reason).message
@@ -2624,16 +2624,13 @@ def nearest(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Networks(Sequence[Network]):
+class Networks:
     """Networks as one text, which takes a tenth of the memory that they take themselves."""
 
     text: str
 
     def __len__(self) -> int:
         return len(self.text.split())
-
-    def __getitem__(self, number: Any) -> Any:
-        return list(self)[number]
 
     def __iter__(self) -> Iterator[Network]:
         return map(ipaddress.ip_network, self.text.split())
@@ -3127,10 +3124,7 @@ def marked(mark: Mark) -> str:
 
 
 def root_rules(
-    ways: Mapping[str, list[str]],
-    inside: Mapping[str, str],
-    outside: Mapping[str, str],
-    external: str,
+    ways: dict[str, list[str]], inside: dict[str, str], outside: dict[str, str], external: str
 ) -> list[str]:
     """The rules of EPOK, from each way in to a protocol's first chain; the external one first."""
     rules = []
@@ -3142,10 +3136,8 @@ def root_rules(
             # so that another interface that covers this one, like eth+, does not let its packets in
             rules.append(f"{'-o' if interface == 'lo' else '-i'} {interface} -j RETURN")
     if len(rules) > ROOT_RULES:
-        what = (
-            f"--interfaces and --addresses make {len(rules)} rules that each new connection meets"
-        )
-        raise Fatal(f"{what}, more than {ROOT_RULES}: give fewer, or larger networks")
+        what = f"--interfaces and --addresses make {len(rules)} rules, more than {ROOT_RULES}"
+        raise Fatal(f"{what} that each new connection meets: give fewer, or larger networks")
     return rules
 
 
@@ -3421,8 +3413,8 @@ DISPATCH = re.compile(
     re.ASCII,
 )
 TARGET = re.compile(r"--to-destination \[?([0-9a-f.:]+)\]?:(\d{1,5})", re.ASCII)
-# whether the address is negated, address, interface and chain
-ENTRY = re.compile(r"(?:(! )?-d (\S+) )?(?:-i|-o) (\S+) -p \w+ -g (\S+)")
+# address, unless it is negated, interface and chain
+ENTRY = re.compile(r"(?:! -d \S+ |-d (\S+) )?(?:-i|-o) (\S+) -p \w+ -g (\S+)")
 # A rule that leads to a forward, and the ways by which packets come to it.
 Dispatch = tuple[str, tuple[str, ...]]
 
@@ -3431,7 +3423,8 @@ def dispatches_in(tables: Tables) -> dict[Key, Dispatch]:
     """What rules lead to forwards."""
     chains = tables["nat"].chains
     dispatches: dict[Key, Dispatch] = {}
-    for way, start in ways_in(tables):
+    for address, interface, start in entries_in(tables):
+        way = f"{address} by {interface}" if address else interface
         todo, seen = [start], {start}
         while todo:
             for rule in chains.get(todo.pop(), []):
@@ -3456,19 +3449,10 @@ def forwards_in(
     return {key: read_forward(key, dispatch, nat, version) for key, dispatch in dispatches}
 
 
-def entries_in(tables: Tables) -> list[re.Match[str]]:
-    """The rules of EPOK that lead packets in; see ENTRY."""
-    matches = (ENTRY.fullmatch(rule) for rule in tables["nat"].chains.get(ROOT, []))
-    return [match for match in matches if match]
-
-
-def ways_in(tables: Tables) -> list[tuple[str, str]]:
-    """How packets come in, "eth0" or "192.0.2.1/32 by eth0", and the chain that they come to."""
-    ways = []
-    for negated, address, interface, chain in (match.groups() for match in entries_in(tables)):
-        by_address = address and not negated
-        ways.append((f"{address} by {interface}" if by_address else interface, chain))
-    return ways
+def entries_in(tables: Tables) -> list[tuple[str, str, str]]:
+    """What EPOK's rules let in: to which address, if to one alone, by what, and to which chain."""
+    matches = map(ENTRY.fullmatch, tables["nat"].chains.get(ROOT, ()))
+    return [(match[1] or "", match[2], match[3]) for match in matches if match]
 
 
 # the same objects for the same words, which many rules have
@@ -3621,9 +3605,9 @@ class Saved:
     """
 
     def __init__(self, name: str, meter: Meter | None = None) -> None:
-        self.name, self.table, self.said = name, Table(), ""
-        self.meter = meter or Meter("rules", RULES_LIMIT, RULES_LINES)
         self.others: dict[str, list[str]] = {}
+        self.name, self.table, self.said = name, Table(foreign=self.others), ""
+        self.meter = meter or Meter("rules", RULES_LIMIT, RULES_LINES)
         self.count = 0  # of these
         self.policies: dict[str, str] = {}
         self.seen = self.inside = self.broken = False
@@ -3650,7 +3634,6 @@ class Saved:
                     self.read_other(*match.groups()[1:4])
         for chain, policy in self.policies.items() if self.count <= OTHERS else ():
             self.others.setdefault(chain, []).append(f"-P {chain} {policy}")
-        self.table.foreign = self.others
         return self
 
     def read_line(self, line: str) -> None:
@@ -3792,7 +3775,7 @@ def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
     differing = {
         chain: rules for chain, rules in wanted.chains.items() if found.chains.get(chain) != rules
     }
-    changed = {chain: rules for chain, rules in differing.items() if chain in (ROOT, POSTROUTING)}
+    changed = {chain: differing.pop(chain) for chain in (ROOT, POSTROUTING) if chain in differing}
     strange: list[str] = []
     hooks: list[str] = []
     for chain in BUILT_IN[name]:
@@ -3806,7 +3789,7 @@ def stages(name: str, wanted: Table, found: Table) -> tuple[list[Block], ...]:
     older = [] if wanted.hooks else [f"-D {chain} {rule}" for chain, rule in found.older]
     stale = [chain for chain in found.chains if chain not in wanted.chains]
     return (
-        ahead + [Block({chain: differing[chain]}) for chain in differing if chain not in changed],
+        ahead + [Block({chain: rules}) for chain, rules in differing.items()],
         [Block(changed, [*hooks, *older])] if changed or hooks or older else [],
         [Block({each: ()}) for each in stale if each not in found.held or found.chains[each]],
         [Block({}, [f"-X {chain}"]) for chain in stale if chain not in found.held],
@@ -6996,15 +6979,15 @@ def serve(visit: Visit, planner: Planner | None, cleaning: Background | None) ->
 def as_found(options: Options, found: Found) -> Options:
     """The options, and where they name no interfaces those, and addresses, of the live rules."""
     present = [tables for tables in found.values() if tables]
-    ways = [match.groups() for tables in present for match in entries_in(tables)]
+    ways = [way for tables in present for way in entries_in(tables)]
     if options.interfaces or not ways:
         return options
     rules = [rule for tables in present for rule in tables["nat"].chains.get(ROOT, ())]
     returns = [
         match[1] for rule in rules if (match := re.fullmatch(r"-[io] (\S+) -j RETURN", rule))
     ]
-    names = dict.fromkeys([*(name for _, _, name, _ in ways), *returns[:1]])
-    addresses = ",".join(address for negated, address, _, _ in ways if address and not negated)
+    names = dict.fromkeys([*(name for _, name, _ in ways), *returns[:1]])
+    addresses = ",".join(address for address, _, _ in ways if address)
     return dataclasses.replace(
         options,
         interfaces=tuple(names),
