@@ -2973,7 +2973,7 @@ def ingress_of(
         versions: set[int] = {address.version} if address else {4, 6}
         if not any(versions & each for each in reached.values()):
             continue
-        entry = Ingress(ip=name, ports=[]) if address else Ingress(hostname=name, ports=[])
+        entry = Ingress(ip=name) if address else Ingress(hostname=name)
         for port in service.ports:
             error = plan.fates.get((service.key, port.protocol, port.port), "NotForwarded")
             if not error and not versions & reached.get((port.protocol, port.port), set()):
