@@ -3479,8 +3479,8 @@ def leaf_of(chain: str, nat: Table) -> tuple[str, list[str]]:
 
 def read_forward(key: Key, dispatch: Dispatch, nat: Table, version: int) -> Live:
     """The forward that a rule leads to."""
-    (first, last, protocol, service), (dispatching, ways) = key, dispatch
-    port, pods, chain = DISPATCH.findall(dispatching)[0][4:]
+    (first, last, protocol, service), (jump, ways) = key, dispatch
+    port, pods, chain = DISPATCH.findall(jump)[0][4:]
     leaf, sources = leaf_of(chain, nat)
     rules, counts = nat.chains.get(leaf, []), nat.counts.get(leaf, [])
     met: dict[Target, int] = {}
