@@ -2769,14 +2769,14 @@ def rule_counts(
 ) -> dict[int, int]:
     """How many rules each forward of a Service takes, by IP version."""
     counts: dict[int, int] = {}
-    for version in sorted({place.address.version for place in places if place.live}):
+    for version in sorted({*service.versions}):
         its = [place for place in places if place.address.version == version]
         live = sum(place.live for place in its)
         picks = live
         if service.sticky and live > 1:
             picks = 2 * bucket_count(sum(not place.stand_in for place in its))
         networks = sum(network.version == version for network in sources or ())
-        if sources is None or networks:
+        if live and (sources is None or networks):
             counts[version] = picks + networks + 2  # the mark, and what leads there
     return counts
 
@@ -2925,6 +2925,8 @@ class Planning:
         self.plan.forwards += forwards[:count]
         for each, cost in costs.items():
             self.left[each] -= cost * len(forwards[:count])
+        if count >= len(forwards):
+            return
         mappings = {(claim.port.protocol, claim.external): claim.mapping for claim in claims}
         for forward in forwards[count:]:
             ports = Range(forward.first, forward.last)
