@@ -3896,66 +3896,58 @@ def older_rules(found: Found) -> int:
 
 
 class Command(enum.Enum):
-    """Every command that epok can run on a host: its words, whether it takes root, and what for.
+    """Every command that epok can run on a host; there is no other.
 
-    There is no other. Each word goes as it is; over SSH, where a shell reads them, quoted. What
-    takes root is run by sudo -n, unless epok is root there. In capitals is what differs: TOOL is
-    iptables or ip6tables, BACKEND legacy or nft, TABLE nat or filter; of nft TABLE, as FAMILY and
-    CHAIN, is what "list chains" has shown.
+    Each word goes as it is; over SSH, where a shell reads them, quoted. What takes root is run by
+    sudo -n, unless epok is root there. In capitals is what differs: TOOL is iptables or ip6tables,
+    BACKEND legacy or nft, TABLE nat or filter; of nft TABLE, as FAMILY and CHAIN, is what
+    "list chains" has shown.
     """
 
     # what a run does
-    SAVE = "TOOL-save -t TABLE", True, "what is there"
-    RESTORE = "TOOL-restore --noflush --wait 5", True, "the swap, with the changes as its input"
-    FLOWS = "conntrack -L -p udp", True, "UDP flows, which may go on to what is no target now"
-    FLOWS_6 = f"{FLOWS[0]} -f ipv6", True, "the same of IPv6"
-    END_FLOWS = (
-        "conntrack -D -p udp --orig-dst ADDRESS --orig-port-dst PORT --reply-src ADDRESS",
-        True,
-        "each of these, so that its client goes the new way",
-    )
-    END_FLOWS_6 = f"{END_FLOWS[0]} -f ipv6", True, "the same of IPv6"
-    FORWARDING = (
-        "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding",
-        False,
-        "whether the host forwards packets",
-    )
-    ADDRESSES = "ip -br addr", False, "the interfaces, and whether the host is itself a node"
-    CONNECTION = "printenv SSH_CONNECTION", False, "the port that epok logs in by, seen from there"
+    SAVE = "TOOL-save -t TABLE"  # what is there
+    RESTORE = "TOOL-restore --noflush --wait 5"  # the swap, with the changes as its input
+    FLOWS = "conntrack -L -p udp"  # UDP flows, which may go on to what is no target now
+    FLOWS_6 = f"{FLOWS} -f ipv6"
+    # ends one of them, so that its client goes the new way
+    END_FLOWS = "conntrack -D -p udp --orig-dst ADDRESS --orig-port-dst PORT --reply-src ADDRESS"
+    END_FLOWS_6 = f"{END_FLOWS} -f ipv6"
+    # whether the host forwards packets
+    FORWARDING = "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding"
+    ADDRESSES = "ip -br addr"  # the interfaces, and whether the host is itself a node
+    CONNECTION = "printenv SSH_CONNECTION"  # the port that epok logs in by, seen from there
     # what only looks
-    COUNTS = "TOOL-save -c -t nat", True, "how many connections came: to show, and as metrics"
-    NETCONF = "ip netconf", False, "whether an interface forwards, and what rp_filter drops"
-    LISTENERS = "ss -Hltun", False, "whether a forward hides a program of the host"
-    NFT_CHAINS = "nft -j list chains", True, "whether nft's own rules are in the way"
-    NFT_CHAIN = "nft -j list chain FAMILY TABLE CHAIN", True, "the same: the rules of one that is"
-    OTHER_SAVE = "TOOL-BACKEND-save", True, "whether rules of the other iptables are in the way"
-    REACH = "nc -nvz -w 2 ADDRESS PORT", False, "whether a node answers: --explain over SSH"
+    COUNTS = "TOOL-save -c -t nat"  # how many connections came: to show, and as metrics
+    NETCONF = "ip netconf"  # whether an interface forwards, and what rp_filter drops
+    LISTENERS = "ss -Hltun"  # whether a forward hides a program of the host
+    NFT_CHAINS = "nft -j list chains"  # whether nft's own rules are in the way
+    NFT_CHAIN = "nft -j list chain FAMILY TABLE CHAIN"  # the rules of one that may be
+    OTHER_SAVE = "TOOL-BACKEND-save"  # whether rules of the other iptables are in the way
+    REACH = "nc -nvz -w 2 ADDRESS PORT"  # whether a node answers: --explain over SSH
     # what gates learnt later
-    LOCAL = "ip route show table local", False, "the addresses, where ip knows no -br"
-    SAVE_ALL = "TOOL-save", True, "whether rules of the tables raw and mangle are in the way"
-    WAY = "ip route get ADDRESS", False, "the same: by which interface packets leave"
-    WAY_6 = "ip -6 route get ADDRESS", False, "the same of IPv6"
-    WAY_FROM = "ip route get ADDRESS from ADDRESS iif IF", False, "the same: those of others"
-    RULES = "ip rule", False, "the same: where packets' marks, or their sources, decide"
-    PORT_FLOWS = (
-        "conntrack -L -p tcp --orig-port-dst PORT",
-        True,
-        "how many connections are answered, and how many wait, without their clients",
-    )
-    PORT_FLOWS_6 = f"{PORT_FLOWS[0]} -f ipv6", True, "the same of IPv6"
+    LOCAL = "ip route show table local"  # the addresses, where ip knows no -br
+    SAVE_ALL = "TOOL-save"  # whether rules of the tables raw and mangle are in the way
+    WAY = "ip route get ADDRESS"  # by which interface packets leave
+    WAY_6 = "ip -6 route get ADDRESS"
+    WAY_FROM = "ip route get ADDRESS from ADDRESS iif IF"  # by which those of others do
+    RULES = "ip rule"  # whether packets' marks, or their sources, decide that
+    # how many connections are answered, and how many wait, without their clients
+    PORT_FLOWS = "conntrack -L -p tcp --orig-port-dst PORT"
+    PORT_FLOWS_6 = f"{PORT_FLOWS} -f ipv6"
 
-    def __init__(self, text: str, as_root: bool, purpose: str) -> None:
-        self.text, self.as_root, self.purpose = text, as_root, purpose
+    @property
+    def as_root(self) -> bool:
+        return str(self.value).startswith(("TOOL", "conntrack", "nft"))
 
     def argv(self, sudo: Sequence[str], *values: object) -> tuple[str, ...]:
         """The command, behind `sudo` where it takes root, with values in place of the capitals."""
         left = map(str, values)
-        words = (re.sub(r"\b[A-Z]{2,}\b", lambda _: next(left), word) for word in self.text.split())
+        words = (re.sub(r"\b[A-Z]{2,}\b", lambda _: next(left), w) for w in self.value.split())
         return (*(sudo if self.as_root else ()), *words)
 
 
 REACH_SECONDS = 2  # as Command.REACH has it
-SYSCTLS = Command.FORWARDING.text.split()[1:]
+SYSCTLS = Command.FORWARDING.value.split()[1:]
 
 
 class LocalHost:
@@ -3985,9 +3977,7 @@ class LocalHost:
     def run(
         self, argv: Sequence[str], text: str, deadline: Deadline, take: Take | None = None
     ) -> Result:
-        path = os.pathsep.join(
-            filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin", "/usr/bin", "/bin"))
-        )
+        path = f"{os.environ.get('PATH') or os.defpath}:/usr/sbin:/sbin:/usr/bin:/bin"
         doing = f"{self.name}: {shlex.join(argv)}"
         env = {**os.environ, "LC_ALL": "C", "PATH": path}
         done = execute(argv, text, env, deadline, doing, take=take)
@@ -3996,10 +3986,9 @@ class LocalHost:
 
     def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
         """Why a TCP port does not answer, "" when it does; None when that cannot be tried."""
+        seconds = min(REACH_SECONDS, deadline.remaining())
         try:
-            socket.create_connection(
-                (address, port), timeout=min(REACH_SECONDS, deadline.remaining())
-            ).close()
+            socket.create_connection((address, port), seconds).close()
         except OSError as error:
             return one_line(error.strerror or error)
         return ""
@@ -4095,8 +4084,8 @@ class SshHost:
         if name and seconds > 2 and not self.slow:
             slow = f"sudo takes {seconds:.0f} s there, since {name[1]} does not know its own name"
             slow += f": as root on the host run: echo 127.0.1.1 {name[1]} >>/etc/hosts"
-            self.slow = f"; {slow}"
             log.warning("%s: %s", self.name, slow)
+            self.slow = f"; {slow}"
 
     def connect(self, deadline: Deadline) -> Any:
         """Logs in. Raises Fatal for what will not change, Transient for the rest."""
@@ -4127,11 +4116,10 @@ class SshHost:
                 login = isinstance(error, paramiko.SSHException) and alive and not late
                 if login and deadline.remaining() > 0.01:  # not the connection's fault
                     raise Fatal(f"{self.name}: {self.how_to_let_in(key, error)}") from None
-                if self.closed:
-                    raise Fatal(f"{self.name}: {one_line(error)}") from None
-                where = "" if transport is None else f"{self.login.host} port {self.login.port}: "
+                where = f"{self.login.host} port {self.login.port}: " if transport else ""
                 what = f"{self.name}: {where}{one_line(error)}"
-                raise Transient(what, advice=HOW_TO_REACH) from None
+                advice = "; is the address right, sshd running there, and no firewall between?"
+                raise Fatal(what) if self.closed else Transient(what, advice=advice) from None
             except ValueError as error:  # a host name that is none, a key in ~/.ssh that is no text
                 what = f"{self.name}: {one_line(error)}"
                 raise Fatal(f"{what}; check --host, and give a key with --key") from None
@@ -4140,9 +4128,7 @@ class SshHost:
     def unresolved(self, error: socket.gaierror) -> Exception:
         """What a name without an address means: Transient where no name server answers."""
         what = f"{self.name}: {quoted(self.login.host)} does not resolve ({error.strerror})"
-        advice = (
-            "; give an address, or a name that has one where epok runs; ~/.ssh/config is not read"
-        )
+        advice = "; give an address, or a name that epok can look up; ~/.ssh/config is not read"
         if error.errno == socket.EAI_AGAIN and not self.closed:
             return Transient(what, attempts=3, advice=advice)
         return Fatal(what + advice)
@@ -4212,8 +4198,6 @@ def end_input(channel: Any) -> None:
 
 AGAIN = "run cron/setup-host on the host, with the options that it had before"
 RENEW = AGAIN + ", and replace the Secret by what it prints"
-HOW_TO_REACH = "; is the address right, sshd running there, and no firewall between?"
-KNOWN_HOSTS = ["~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts"]
 HOST_KEY_TYPES: tuple[Sequence[str], ...] = (  # in the order that ssh prefers
     ("ssh-ed25519",),
     ("ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521"),
@@ -4288,8 +4272,6 @@ def load_key(name: str) -> Any:
 
 def convert_key(name: str) -> Any:
     """A private key that paramiko cannot read: in PKCS#8, or OpenSSH's without a comment."""
-    import io
-
     import paramiko
     from cryptography.hazmat.primitives import serialization as form
 
@@ -4388,8 +4370,8 @@ class HostKeyCheck:
 
     def __init__(self, login: Login, options: Options) -> None:
         self.login, self.pins = login, options.host_key
-        self.files = [options.known_hosts] if options.known_hosts else KNOWN_HOSTS
-        self.files = [os.path.expanduser(file) for file in self.files]
+        system = [os.path.expanduser("~/.ssh/known_hosts"), "/etc/ssh/ssh_known_hosts"]
+        self.files = [options.known_hosts] if options.known_hosts else system
         host = login.host.lower()
         self.name = host if login.port == 22 else f"[{host}]:{login.port}"
         self.seen: list[Any] = []
@@ -4426,11 +4408,8 @@ class HostKeyCheck:
         """paramiko calls this for each connection, since it was given no keys to know."""
         self.seen.append(key)
         if "any" in self.pins:
-            log.warning(
-                "%s: its host key is not checked (--host-key any); pin %s",
-                self.login,
-                key.fingerprint,
-            )
+            told = "its host key is not checked (--host-key any); pin"
+            log.warning("%s: %s %s", self.login, told, key.fingerprint)
         elif self.pins:
             pinned = {pin.split()[:2][-1].rstrip("=") for pin in self.pins}
             if not {key.get_base64().rstrip("="), key.fingerprint} & pinned:
@@ -4533,7 +4512,7 @@ def login_port(host: Host, deadline: Deadline) -> int:
     # last, as a shell may say something first
     if ports := re.findall(r"(?m)^\S+ [0-9]+ \S+ ([0-9]{1,5})$", result.out):
         return int(ports[-1])
-    told = f"{host.name}: {Command.CONNECTION.text}: {result.said}; so epok keeps for itself only"
+    told = f"{host.name}: {Command.CONNECTION.value}: {result.said}; so epok keeps for itself only"
     told += f" port {host.login.port}, and not the one that a router may have brought it to"
     if result.status == 127:  # as with some BusyBox, and nobody can mend that
         log.info("%s", told)
@@ -4554,17 +4533,13 @@ def read_tables(
 ) -> Tables | None:
     """epok's part of some tables, None when the host has no such IP version. Raises Fatal."""
     meter = Meter(f"{host.name}: {family.tool}-save", RULES_LIMIT, RULES_LINES)
-    how = meter, deadline, counted
     reading = [
-        (name, Background(persist, deadline, read_table, host, family, name, *how))
+        Background(persist, deadline, read_table, host, family, name, meter, deadline, counted)
         for name in names
     ]
-    tables = {}
-    for name, thread in reading:
-        tables[name] = thread.result(deadline, f"{host.name}: reading its rules")
-        if tables[name] is None:
-            return None
-    return tables
+    doing = f"{host.name}: reading its rules"
+    tables = [thread.result(deadline, doing) for thread in reading]
+    return None if None in tables else dict(zip(names, tables, strict=True))
 
 
 def read_table(
@@ -4868,6 +4843,15 @@ def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     seconds[step] = time.monotonic() - start
 
 
+@contextlib.contextmanager
+def warned(then: str) -> Iterator[None]:
+    """What fails within is a warning, for the host is right without it."""
+    try:
+        yield
+    except Fatal as error:
+        log.warning("%s%s", error, then)
+
+
 def rendered(plan: Plan, options: Options) -> Wanted:
     return {family.version: render(plan.forwards, family, options) for family in FAMILIES}
 
@@ -4967,20 +4951,22 @@ class Publisher:
         place = given.index(entry.name) if entry.name in given else len(given)
         return place, ":" in entry.name, entry.name
 
-    def publish(self, facts: Facts, deadline: Deadline) -> None:
-        """Writes what differs. Raises Fatal."""
+    def publish(self, facts: Facts, deadline: Deadline) -> list[Publication]:
+        """Writes what differs, and returns it; in a --dry-run only that. Raises Fatal."""
         seconds = min(STATUS_SECONDS, deadline.remaining() / 2)
         deadline = Deadline(seconds, "the time for the status of Services,")
         with self.lock:
-            tasks = [(each.service.key, self.write, each) for each in self.add(facts)]
-            if not tasks or self.failed:
-                return
+            news = self.add(facts)
+            if not news or self.options.dry_run or self.failed:
+                return news
             self.failed = True
             if not isinstance(self.source, Cluster):
                 raise Fatal(f"{self.source.name} is a file; no new EXTERNAL-IP was written")
+            tasks = [(each.service.key, self.write, each) for each in news]
             writing = Background(self.source.write_all, "new EXTERNAL-IP", tasks, deadline)
             writing.result(deadline, f"{self.source.name}: writing the status of Services")
             self.failed = False
+            return news
 
     def write(self, publication: Publication, deadline: Deadline) -> None:
         service, _, ingress = publication
@@ -5095,10 +5081,7 @@ class Planner:
         self.untold |= dict.fromkeys(events)
 
     def tell(self, news: Iterable[Event]) -> None:
-        """Writes Events about a host, then those about rejections, which the first host takes.
-
-        That they cannot be written is a warning, since the host is right without them.
-        """
+        """Writes Events about a host, then those about rejections, which the first host takes."""
         with self.lock:
             untold, self.untold = [*self.untold], {}
         # in any order: where the time does not suffice for all, each gets its turn
@@ -5111,11 +5094,9 @@ class Planner:
         deadline = Deadline(seconds, "the time for Events,")
         uids = {service.key: service.uid for service in self.snapshot.services}
         tasks = [(event.service, source.record, event, uids) for event in events]
-        try:
+        with warned(""):
             writing = Background(source.write_all, "Events", tasks, deadline)
             writing.result(deadline, f"{source.name}: writing Events")
-        except Fatal as error:
-            log.warning("%s", error)
 
 
 def events_of(changes: Iterable[Change], machine: str) -> list[Event]:
@@ -6929,11 +6910,11 @@ class OneLine(logging.Formatter):
         return printable(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
-def start_log(level: str) -> None:
+def start_log() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine())
     log.handlers, log.propagate = [handler], False
-    log.setLevel(level.upper())
+    log.setLevel("INFO")
     logging.captureWarnings(True)
     # or Python prints what libraries log, which comes as an exception too
     if not logging.getLogger().handlers:
@@ -6944,20 +6925,11 @@ def warn(visit: Visit, forwards: Sequence[Forward]) -> None:
     """Warns about what makes forwards fail without a word; not to be able to look is no failure."""
     seconds = min(LOOK_SECONDS, visit.deadline.remaining() / 2)
     visit.asker.deadline = Deadline(seconds, "the time for looking,")
-    try:
+    with warned("; so what else may be in the way was not checked"):
         visit.look_around()
         for check in check_host(visit, forwards):
             if check.problem and check.sure:
                 log.warning("%s", check.problem)
-    except Fatal as error:
-        log.warning("%s; so what else may be in the way was not checked", error)
-
-
-def check_taken(visit: Visit, planner: Planner) -> None:
-    """Raises Fatal for a host that is taken for a node and has no route to its pods."""
-    for check in check_pods(visit, planner):
-        if check.problem:
-            raise Fatal(f"{check.problem}; nothing was changed")
 
 
 def publish(
@@ -6967,21 +6939,29 @@ def publish(
 
     That it cannot is a warning, for the host is right. But a pod that cleans has a cluster.
     """
-    publisher, options = planner and planner.publisher, visit.options
+    publisher, clean = planner and planner.publisher, visit.options.clean
     try:
         if cleaning:
             publisher = cleaning.result(visit.deadline, "reading the cluster")
-        if publisher and options.dry_run:
-            with publisher.lock:
-                return publisher.add(visit.facts)
-        if publisher:
-            publisher.publish(visit.facts, visit.deadline)
+        return publisher.publish(visit.facts, visit.deadline) if publisher else []
     except Fatal as error:
-        if options.clean and in_pod():
+        if clean and in_pod():
             raise Fatal(f"{error}; the rules are gone, but Services still have addresses") from None
-        left = "; Services may still have addresses" * options.clean
-        log.warning("%s%s", error, left)
-    return []
+        log.warning("%s%s", error, "; Services may still have addresses" * clean)
+        return []
+
+
+def check_node(visit: Visit, planner: Planner) -> None:
+    """Raises Fatal for a host that is taken, or was, for a node that it perhaps is not."""
+    for check in check_pods(visit, planner):
+        if check.problem:
+            raise Fatal(f"{check.problem}; nothing was changed")
+    found = visit.found
+    if not visit.facts.interfaces and any(live.direct for live in all_lives(found, found)):
+        raise Fatal(
+            f"{visit.host.name}: its rules are those of a node, and it does not tell whether it is "
+            "one any more: apt-get install iproute2; nothing was changed"
+        )
 
 
 def serve(visit: Visit, planner: Planner | None, cleaning: Background | None) -> Outcome:
@@ -6994,37 +6974,25 @@ def serve(visit: Visit, planner: Planner | None, cleaning: Background | None) ->
         facts = visit.facts
         if planner:
             wanted, forwards = planner.wanted(facts), planner.plan(facts).forwards
-            check_taken(visit, planner)
+            check_node(visit, planner)
         found = visit.found
-    if planner and not facts.interfaces and any(live.direct for live in all_lives(found, found)):
-        raise Fatal(
-            f"{host.name}: its rules are those of a node, and it does not tell whether it is one "
-            "any more: apt-get install iproute2; nothing was changed"
-        )
     if options.dry_run:
         warn(visit, forwards)
-        news = publish(visit, planner, cleaning)
-        outcome.shown = dry = DryRun(visit, wanted, news)
+        outcome.shown = dry = DryRun(visit, wanted, publish(visit, planner, cleaning))
         outcome.status = 3 if dry.inputs else 0
         return outcome
     with timed(outcome.seconds, "swap"):
         inputs = converge(host, wanted, found, options, deadline)
-    outcome.changes = changes_between(found, wanted) if inputs else []
+    outcome.changes = changes = changes_between(found, wanted) if inputs else []
     prefix = f"{host.name}: " if options.executor == "ssh" else ""
-    taken = planner.taken(facts) if planner else ""
-    report_swap(prefix, found, wanted, inputs, outcome.changes, taken)
+    report_swap(prefix, found, wanted, inputs, changes, planner.taken(facts) if planner else "")
     publish(visit, planner, cleaning)
     warn(visit, forwards)
     flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
-    try:
-        changes = outcome.changes
+    with warned("; UDP clients from before may stay where they were until the next run"):
         persist(flows, end_stale_flows, host, forwards, changes, facts, options, flows)
-    except Fatal as error:
-        log.warning(
-            "%s; UDP clients from before may stay where they were until the next run", error
-        )
     if planner:
-        planner.tell(events_of(outcome.changes, host.machine))
+        planner.tell(events_of(changes, host.machine))
     if options.metrics_file:
         outcome.lives = all_lives(wanted, found)
     outcome.status = 0
@@ -7034,20 +7002,16 @@ def serve(visit: Visit, planner: Planner | None, cleaning: Background | None) ->
 def as_found(options: Options, found: Found) -> Options:
     """The options, and where they name no interfaces those, and addresses, of the live rules."""
     present = [tables for tables in found.values() if tables]
-    ways = [match.groups() for tables in present for match in entries_in(tables)]
+    ways = [match for tables in present for match in entries_in(tables)]
     if options.interfaces or not ways:
         return options
     rules = [rule for tables in present for rule in tables["nat"].chains.get(ROOT, ())]
-    returns = [
-        match[1] for rule in rules if (match := re.fullmatch(r"-[io] (\S+) -j RETURN", rule))
-    ]
-    names = dict.fromkeys([*(name for _, _, name, _ in ways), *returns[:1]])
-    addresses = ",".join(address for negated, address, _, _ in ways if address and not negated)
+    outer = re.findall(r"(?m)^-[io] (\S+) -j RETURN$", "\n".join(rules))[:1]
     return dataclasses.replace(
         options,
-        interfaces=tuple(names),
-        external_interface="".join(returns[:1]),
-        addresses=to_networks(addresses),
+        interfaces=tuple(dict.fromkeys([*(way[3] for way in ways), *outer])),
+        external_interface="".join(outer),
+        addresses=to_networks(",".join(way[2] for way in ways if way[2] and not way[1])),
     )
 
 
@@ -7060,12 +7024,12 @@ def look(visit: Visit, planning: Background) -> Outcome:
     if key:
         its = [live for live in lives if live.service == key]
         status = Story(host.name, found, its, key, max_nodes=options.max_nodes)
-    failed, planner = bool(key), None
+    failed, planner = False, None
     try:
         planner = planning.result(deadline, "reading the cluster")
         status.compare(planner, visit)
-        failed = False
     except Fatal as error:
+        failed = bool(key)
         status.cluster = f"not compared with the cluster: {error}"
     try:
         visit.look_around()
@@ -7110,30 +7074,28 @@ def print_outcomes(outcomes: Iterable[Outcome], options: Options) -> None:
 
 
 def run(options: Options) -> int:
-    started = time.monotonic()
-    deadline = Deadline(options.timeout)
+    started, deadline = time.monotonic(), Deadline(options.timeout)
+    # what a host says must not wait for a cluster that does not answer
+    patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
     hosts: list[Host] = [LocalHost()]
     if options.executor == "ssh":
         hosts = [SshHost(login, options) for login in options.host]
     # the hosts are read while the API answers, and what shall be is computed
     visits = [Visit(host, options, deadline) for host in hosts]
-    planner: Planner | None = None
-    outcomes = [Outcome(host.name) for host in hosts]
+    planner, cleaning = None, None
     try:
         if options.looks:
-            # what a host says must not wait for a cluster that does not answer
-            patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
             planning = Background(Planner, options, patience)
             outcomes = everywhere(lambda visit: look(visit, planning), visits)
         else:
-            cleaning = None
-            if options.clean and at_hand(options):
-                patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
+            if not options.clean:
+                planner = Planner(options, deadline)
+            elif at_hand(options):
                 cleaning = Background(cluster_to_clean, options, patience)
-            planner = None if options.clean else Planner(options, deadline)
             outcomes = everywhere(lambda visit: serve(visit, planner, cleaning), visits)
     except Fatal as error:
         log.error("%s", error)
+        outcomes = [Outcome(host.name) for host in hosts]
     print_outcomes(outcomes, options)
     if options.metrics_file and not (options.looks or options.dry_run):
         took = time.monotonic() - started
@@ -7145,7 +7107,7 @@ def run(options: Options) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Does one run; returns the exit status."""
-    start_log("info")
+    start_log()
     try:
         try:
             options = parse_options(argv, os.environ)
@@ -7155,7 +7117,7 @@ def main(argv: Sequence[str]) -> int:
         except Fatal as error:  # perhaps for the lack of what such a variable was to say
             told = [str(error), *strange_variables(os.environ)]
             raise Fatal("; ".join(told), error.status) from None
-        start_log(options.log_level)
+        log.setLevel(options.log_level.upper())
         for text in strange_variables(os.environ):
             log.warning("%s", text)
         # a thread of its own, so that a signal breaks off nothing but the wait for it
@@ -7169,10 +7131,9 @@ def main(argv: Sequence[str]) -> int:
         return error.status
     except ModuleNotFoundError as error:  # kubernetes and paramiko, imported where they are needed
         log.error("the Python package %s is missing: %s", error.name, HOW_TO_INSTALL)
-        return 1
     except KeyboardInterrupt:
         log.error("interrupted; run epok again to be sure that the host is right")
-        return 1
+    return 1
 
 
 def share_heap() -> None:
@@ -7195,9 +7156,10 @@ if __name__ == "__main__":
     for number in ends:
         if signal.getsignal(number) == signal.SIG_DFL:  # not if it is to be ignored, as of nohup
             signal.signal(number, signal.default_int_handler)
+    status = 1
+    # as the last of what is done at the exit, behind what ends a login plugin that still runs:
+    # Python may crash while it takes down what a waiting thread still uses
+    atexit.register(lambda: os._exit(status))
     status = main(sys.argv[1:])
     for number in ends:
         signal.signal(number, signal.SIG_IGN)  # all is done, and the exit status says how
-    atexit._run_exitfuncs()  # ends a login plugin that still runs
-    # not SystemExit: Python may crash while it takes down what a waiting thread still uses
-    os._exit(status)

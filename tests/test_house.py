@@ -85,7 +85,7 @@ VALUES = {
 
 def forms(command: epok.Command) -> list[str]:
     """What epok may send of a command, without sudo."""
-    names = re.findall(r"\b[A-Z]{2,}\b", command.text)
+    names = re.findall(r"\b[A-Z]{2,}\b", command.value)
     every = [command.argv((), *values) for values in itertools.product(*(VALUES[name] for name in names))]
     flows = command in (epok.Command.END_FLOWS, epok.Command.END_FLOWS_6)
     own = VALUES["ADDRESS"][command is not epok.Command.END_FLOWS]
@@ -127,11 +127,11 @@ def test_the_readme_says_each_command_and_no_other() -> None:
     short = {"TOOL": ("iptables",), "BACKEND": VALUES["BACKEND"], "TABLE": VALUES["TABLE"]}
     expected = {}
     for command in epok.Command:
-        names = re.findall(r"\b[A-Z]{2,}\b", command.text)
+        names = re.findall(r"\b[A-Z]{2,}\b", command.value)
         given = {"FAMILY": ("FAMILY",), **short, **({"TABLE": ("TABLE",)} if "FAMILY" in names else {})}
         every = itertools.product(*(given.get(name, (name,)) for name in names))
         expected |= {
-            " ".join(command.argv((), *values)): command.as_root for values in every if "-f" not in command.text
+            " ".join(command.argv((), *values)): command.as_root for values in every if "-f" not in command.value
         }
     assert told == expected
 
