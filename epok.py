@@ -3967,12 +3967,10 @@ class LocalHost:
     @staticmethod
     def may_pass_on_net_admin() -> bool:
         """Whether commands will have CAP_NET_ADMIN (bit 12): only what is ambient is passed on."""
-        try:
-            with open("/proc/self/status", encoding="ascii") as file:
-                ambient = re.search(r"^CapAmb:\s*([0-9a-f]+)", file.read(), re.MULTILINE)
-        except OSError:
-            return False
-        return bool(ambient and int(ambient[1], 16) >> 12 & 1)
+        with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
+            ambient = re.search(r"(?m)^CapAmb:\s*([0-9a-f]+)", file.read())
+            return bool(ambient and int(ambient[1], 16) >> 12 & 1)
+        return False
 
     def run(
         self, argv: Sequence[str], text: str, deadline: Deadline, take: Take | None = None
@@ -4137,18 +4135,17 @@ class SshHost:
         import paramiko
 
         class Transport(paramiko.Transport):
+            def __init__(transport, *args: Any, **how: Any) -> None:  # noqa: N805
+                super().__init__(*args, **how)
+                offered = transport.get_security_options()
+                offered.key_types = [name for name in algorithms if name in offered.key_types]
+
             def auth_publickey(transport, *args: Any) -> list[str]:  # noqa: N805
                 if wanted := super().auth_publickey(*args):  # paramiko would ask at the terminal
                     more = " or ".join(wanted)
                     told = f"{self.name}: sshd accepts the key, but wants {more} as well"
                     raise Fatal(f"{told}; {how_to_ask_for_keys(self.user)}")
                 return []
-
-        def open_transport(connection: socket.socket, **kw: Any) -> Transport:
-            transport = Transport(connection, **kw)
-            offered = transport.get_security_options()
-            offered.key_types = [name for name in algorithms if name in offered.key_types]
-            return transport
 
         limits = ("timeout", "banner_timeout", "auth_timeout", "channel_timeout")
         client.connect(
@@ -4157,7 +4154,7 @@ class SshHost:
             pkey=key,
             allow_agent=key is None,
             look_for_keys=key is None,
-            transport_factory=open_transport,
+            transport_factory=Transport,
             **dict.fromkeys(limits, deadline.remaining()),
         )
 
@@ -4172,11 +4169,11 @@ class SshHost:
         refused = f"the key {self.options.key} is refused"
         if in_pod():
             return f"{refused}; {RENEW}"
-        run = f"echo '{key.get_name()} {key.get_base64()}' >epok.pub"
-        run += " && cron/setup-host --public-key epok.pub"
+        steps = f"echo '{key.get_name()} {key.get_base64()}' >epok.pub"
+        steps += " && cron/setup-host --public-key epok.pub"
         then = f"--host {self.login._replace(user='epok')}, where this key alone works then"
         where = "as root on the host, in a clone of epok's repository"
-        return f"{refused}; {where}, run: {run}; then give {then}, behind a gate"
+        return f"{refused}; {where}, run: {steps}; then give {then}, behind a gate"
 
     def drop(self) -> None:
         if self.client is not None:
@@ -4214,10 +4211,10 @@ NEGOTIATED = {
 
 def how_to_agree(error: Exception) -> str:
     """What a server lacks with which nothing can be negotiated."""
-    for word, (what, setting, example) in NEGOTIATED.items():
+    for word, (what, keyword, example) in NEGOTIATED.items():
         if f"acceptable {word}" in str(error):
-            told = f"sshd has no {what} that epok has: on the host"
-            return f"{told} add {example} to {setting} in /etc/ssh/sshd_config"
+            add = f"add {example} to {keyword} in /etc/ssh/sshd_config"
+            return f"sshd has no {what} that epok has: on the host {add}"
     return one_line(error)
 
 
@@ -4225,8 +4222,8 @@ def how_to_ask_for_keys(user: str) -> str:
     """The setting of sshd with which a key is enough, for a user that has a gate."""
     if user != "epok":
         return "run cron/setup-host on the host, which makes a user epok, and log in as that"
-    setting = "Match User epok\\nPubkeyAuthentication yes\\nAuthenticationMethods publickey\\n"
-    return f"as root on the host run: printf '{setting}' >>/etc/ssh/sshd_config, and reload sshd"
+    lines = "Match User epok\\nPubkeyAuthentication yes\\nAuthenticationMethods publickey\\n"
+    return f"as root on the host run: printf '{lines}' >>/etc/ssh/sshd_config, and reload sshd"
 
 
 def how_to_make_key(name: str) -> str:
@@ -4395,9 +4392,9 @@ class HostKeyCheck:
     def verdict(self, key: Any) -> tuple[str, KnownKey | None]:
         """What known_hosts says of a key, and the line that says it."""
         for lines in self.known:
-            same = [line for line in lines if line.key.get_base64() == key.get_base64()]
+            equal = [line for line in lines if line.key.get_base64() == key.get_base64()]
             for mark, told in (("@revoked", "revoked"), ("", "known")):
-                if line := next((line for line in same if line.mark == mark), None):
+                if line := next((line for line in equal if line.mark == mark), None):
                     return told, line
             if line := next((line for line in lines if not line.mark), None):
                 return "changed", line
@@ -4445,8 +4442,8 @@ class HostKeyCheck:
         told += f" is unknown to {file}" if line is None else f" is not in {line.file}"
         if line:
             told += ", and epok cannot check a certificate by its @cert-authority"
-        same = f"compare it with that {compare}, and if it is the same, run: {add}"
-        return f"{told}; {RENEW if in_pod() else same}"
+        check = f"compare it with that {compare}, and if it is the same, run: {add}"
+        return f"{told}; {RENEW if in_pod() else check}"
 
 
 Host = LocalHost | SshHost
@@ -4587,10 +4584,11 @@ def how_to_allow_sudo(failure: Failure) -> str:
     host, argv, result, _ = failure
     visudo = "as root on the host run visudo -f /etc/sudoers.d/epok and add: "
     tools = [family.tool for family in FAMILIES]
-    needed = [Command.SAVE.argv((), tool, table) for tool in tools for table in ("nat", "filter")]
-    needed += [Command.RESTORE.argv((), tool) for tool in tools]
-    paths = [f"/usr/sbin/{words}" for words in dict.fromkeys(map(shlex.join, [argv[2:], *needed]))]
-    line = f"{visudo}{host.user} ALL=(root) NOPASSWD: {', '.join(paths)}"
+    every = [argv[2:]]
+    every += [Command.SAVE.argv((), tool, table) for tool in tools for table in ("nat", "filter")]
+    every += [Command.RESTORE.argv((), tool) for tool in tools]
+    paths = ", ".join(f"/usr/sbin/{words}" for words in dict.fromkeys(map(shlex.join, every)))
+    line = f"{visudo}{host.user} ALL=(root) NOPASSWD: {paths}"
     if isinstance(host, LocalHost):
         return f"; {how_to_be_root('sudo -E')}; or {line}"
     if host.gated or host.user == "epok":
@@ -4604,10 +4602,8 @@ def how_to_allow_sudo(failure: Failure) -> str:
 def how_to_be_able(failure: Failure) -> str:
     if isinstance(failure.host, LocalHost) and not failure.host.sudo and os.geteuid() != 0:
         return f"; {how_to_be_root('sudo -E')}"
-    return (
-        "; root lacks CAP_NET_ADMIN there, which a container gets by --cap-add NET_ADMIN"
-        " --network host"
-    )
+    gets = "a container gets by --cap-add NET_ADMIN --network host"
+    return f"; root lacks CAP_NET_ADMIN there, which {gets}"
 
 
 def how_to_be_root(by: str) -> str:
@@ -4838,9 +4834,9 @@ def track(host: Host, argv: Sequence[str], deadline: Deadline, take: Take | None
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     """Notes how long a step takes."""
-    start = time.monotonic()
+    began = time.monotonic()
     yield
-    seconds[step] = time.monotonic() - start
+    seconds[step] = time.monotonic() - began
 
 
 @contextlib.contextmanager
@@ -4888,7 +4884,7 @@ class Publisher:
     ) -> None:
         self.options, self.source, self.plan = options, source, plan
         self.services = {service.key: service for service in services if service.balanced}
-        self.right: list[Facts] = []
+        self.right: list[tuple[Facts, Plan, dict[str, list[Forward]]]] = []
         self.lock = threading.Lock()
         self.failed = False
 
@@ -4901,10 +4897,10 @@ class Publisher:
         options = self.options
         if options.publish != ("auto",):
             own = {*map(str, facts.addresses)}
-            others = {str(address) for each in self.right for address in each.addresses}
+            others = {str(address) for host, *_ in self.right for address in host.addresses}
             # what is no host's own, like a router's address, is everybody's
-            shared = self.all_right or own.isdisjoint(options.publish)
-            return [n for n in options.publish if n in own or (shared and n not in others)]
+            any_host = self.all_right or own.isdisjoint(options.publish)
+            return [n for n in options.publish if n in own or (any_host and n not in others)]
         internal = not service.annotations.keys().isdisjoint(INTERNAL_ANNOTATIONS)
         closed = options.external_interface * internal
         return [
@@ -4919,31 +4915,31 @@ class Publisher:
         """What is to be written now that one more host is right."""
         if not self.services or (self.options.publish == ("auto",) and not facts.interfaces):
             return []  # a host that does not tell its addresses keeps what was written
-        self.right.append(facts)
-        made, every = [], set()
-        plans = [self.plan(each) for each in self.right]
-        forwards = [grouped(plan.forwards) for plan in plans]
+        plan = self.plan(facts)
+        self.right.append((facts, plan, grouped(plan.forwards)))
+        news: list[Publication] = []
+        named: set[str] = set()
         for service in self.services.values():
             before = service.balanced.ingress if service.balanced else []
-            entries: dict[str, Ingress] = {}
-            known: set[str] = set()
-            for host, plan, its in zip(self.right, plans, forwards, strict=True):
-                names = self.names(host, service)
-                known.update(names)
-                for entry in ingress_of(service, its.get(service.key, ()), plan, names):
-                    other = entries.setdefault(entry.name, entry)
+            its: dict[str, Ingress] = {}
+            names: set[str] = set()
+            for host, plan, forwards in self.right:
+                own = self.names(host, service)
+                names.update(own)
+                for entry in ingress_of(service, forwards.get(service.key, ()), plan, own):
+                    other = its.setdefault(entry.name, entry)
                     for one, two in zip(other.ports, entry.ports, strict=True):
                         one.error = one.error or two.error
             if not self.all_right:  # a host that failed keeps what was written
-                entries |= {each.name: each for each in before if each.name not in known}
-            after = sorted(entries.values(), key=self.order)
-            every |= known
+                its |= {each.name: each for each in before if each.name not in names}
+            after = sorted(its.values(), key=self.order)
+            named |= names
             if after != before:
-                made.append(Publication(service, before, after))
-        if self.options.publish and not every:
+                news.append(Publication(service, before, after))
+        if self.options.publish and not named:
             where = f"-i {','.join(self.options.interfaces)}"
             log.warning("--publish auto: no global address on %s; give the addresses", where)
-        return made
+        return news
 
     def order(self, entry: Ingress) -> tuple[int, bool, str]:
         """The same whichever host was right first."""
@@ -5069,12 +5065,12 @@ class Planner:
         lines += [f"rejected: {rejection}" for rejection in plan.rejections]
         lines = [line for line in lines if line not in self.announced]
         self.announced.update(lines)
-        more = len(lines) - MAX_LINES
-        if more > 0:
-            lines = in_turn(lines, lambda line: line.removeprefix("rejected: "))[:MAX_LINES]
-        for line in lines:
+        some = lines
+        if len(lines) > MAX_LINES:
+            some = in_turn(lines, lambda line: line.removeprefix("rejected: "))[:MAX_LINES]
+        for line in some:
             log.warning("%s", line)
-        if more > 0:
+        if more := len(lines) - len(some):
             log.warning("%d more warnings like these; --status shows all of them", more)
         events = [each.event("UnknownAnnotation") for each in plan.unknown]
         events += [each.event("ExternalPortRejected") for each in plan.rejections]
@@ -5204,8 +5200,8 @@ def metrics_text(
     for name, value, labels in samples:
         kind = "counter" if name.endswith("_total") else "gauge"
         head = f"# HELP epok_{name} {HELP[name]}\n# TYPE epok_{name} {kind}\n"
-        within = ",".join(f"{key}={json.dumps(str(text))}" for key, text in labels.items())
-        line = f"epok_{name}{within and f'{{{within}}}'} {value:.15g}\n"
+        words = ",".join(f"{key}={json.dumps(str(text))}" for key, text in labels.items())
+        line = f"epok_{name}{words and f'{{{words}}}'} {value:.15g}\n"
         metrics[name] = metrics.get(name, head) + line
     return "".join(metrics.values())
 
