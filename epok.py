@@ -4187,13 +4187,17 @@ class SshHost:
 
 
 def end_input(channel: Any) -> None:
-    """Like shutdown_write(), but never behind the end of the channel, where sshd hangs up."""
+    """Like shutdown_write(), but never behind the end of the channel, where sshd hangs up.
+
+    paramiko has no public way to send it before it lets go of the lock.
+    """
     with channel.lock:
         if message := channel._send_eof():
             channel.get_transport()._send_user_message(message)
 
 
 AGAIN = "run cron/setup-host on the host, with the options that it had before"
+GATE = "run cron/setup-host on the host, which makes a user epok with a gate, and log in as that"
 RENEW = AGAIN + ", and replace the Secret by what it prints"
 HOST_KEY_TYPES: tuple[Sequence[str], ...] = (  # in the order that ssh prefers
     ("ssh-ed25519",),
@@ -4221,7 +4225,7 @@ def how_to_agree(error: Exception) -> str:
 def how_to_ask_for_keys(user: str) -> str:
     """The setting of sshd with which a key is enough, for a user that has a gate."""
     if user != "epok":
-        return "run cron/setup-host on the host, which makes a user epok, and log in as that"
+        return GATE
     lines = "Match User epok\\nPubkeyAuthentication yes\\nAuthenticationMethods publickey\\n"
     return f"as root on the host run: printf '{lines}' >>/etc/ssh/sshd_config, and reload sshd"
 
@@ -4256,15 +4260,15 @@ def load_key(name: str) -> Any:
     except (paramiko.PasswordRequiredException, TypeError):  # TypeError is of cryptography
         away = f"take it away: ssh-keygen -p -N '' -f {shlex.quote(name)}"
         away += ", or use ssh-agent and no --key"
-        raise Fatal(f"--key {name} has a passphrase; {RENEW if in_pod() else away}") from None
+        why = f"it has a passphrase; {RENEW if in_pod() else away}"
     except FileNotFoundError:
-        raise Fatal(f"--key {name}: there is no such file; {how_to_make_key(name)}") from None
+        why = f"there is no such file; {how_to_make_key(name)}"
     except OSError as error:
-        may = f"a file that user {os.geteuid()}, who runs epok, may read"
-        cure = "take fsGroup from cron/cronjob.yaml" if in_pod() else f"give {may}"
-        raise Fatal(f"--key {name}: {error.strerror}; {cure}") from None
+        give = f"give a file that user {os.geteuid()}, who runs epok, may read"
+        why = f"{error.strerror}; {'take fsGroup from cron/cronjob.yaml' if in_pod() else give}"
     except Exception as error:  # what its parsers raise is not documented
-        raise Fatal(f"--key {name}: {how_to_convert(name, error)}") from None
+        why = how_to_convert(name, error)
+    raise Fatal(f"--key {name}: {why}")
 
 
 def convert_key(name: str) -> Any:
@@ -4595,8 +4599,7 @@ def how_to_allow_sudo(failure: Failure) -> str:
         return f"; {AGAIN}"
     if "must have a tty" in result.err:
         return f"; {visudo}Defaults:{host.user} !requiretty"
-    safe = "run cron/setup-host on the host, which makes a user epok with a gate, and log in as it"
-    return f"; {safe}; or, if who has the key may change all of the firewall, {line}"
+    return f"; {GATE}; or, if who has the key may change all of the firewall, {line}"
 
 
 def how_to_be_able(failure: Failure) -> str:

@@ -1,10 +1,13 @@
 """epok.py as a book: chapters that stand on those before them, tables that are right, and who relies on them."""
 
 import ast
+import inspect
 import itertools
 import re
 import symtable
 from collections.abc import Iterator
+
+import paramiko
 
 import epok
 from lab.gateway import gate
@@ -67,6 +70,19 @@ def test_a_section_uses_only_names_of_the_sections_before_it() -> None:
 def test_the_contents_are_the_sections() -> None:
     contents = SOURCE[SOURCE.index("# Contents.") : SOURCE.index("from __future__")]
     assert re.findall(r"(?m)^#   (\w+) +(.+)$", contents) == list(SECTIONS.values())
+
+
+def test_the_private_names_of_other_packages_are_still_there() -> None:
+    """What epok knows of paramiko's insides, in one place; a new version may do it in another way."""
+    names = {node.attr for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Attribute)}
+    documented = {"_exit", "_fields", "_replace"}
+    private = {name for name in names if re.match("_[a-z]", name)} - documented
+    assert private == {"_send_eof", "_send_user_message"}
+    assert list(inspect.signature(paramiko.Transport._send_user_message).parameters) == ["self", "data"]
+    channel = paramiko.Channel(1)
+    with channel.lock:
+        assert isinstance(channel._send_eof(), paramiko.Message)
+        assert channel._send_eof() is None, "it is sent once"
 
 
 # ---- the table of commands
