@@ -904,7 +904,8 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         except ValueError as error:
             raise Fatal(f"{source}: {quoted(text)}: {error}", 2) from None
     port = values["port"]
-    values["host"] = tuple(login._replace(port=login.port or port) for login in values["host"])
+    logins = values["host"] if words["ssh"] else ()
+    values["host"] = tuple(login._replace(port=login.port or port) for login in logins)
     options = Options(**values)
     check_combination(options)
     return options
@@ -7076,9 +7077,8 @@ def run(options: Options) -> int:
     started, deadline = time.monotonic(), Deadline(options.timeout)
     # what a host says must not wait for a cluster that does not answer
     patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
-    hosts: list[Host] = [LocalHost()]
-    if options.executor == "ssh":
-        hosts = [SshHost(login, options) for login in options.host]
+    remote = [SshHost(login, options) for login in options.host]
+    hosts: Sequence[Host] = remote or [LocalHost()]
     # the hosts are read while the API answers, and what shall be is computed
     visits = [Visit(host, options, deadline) for host in hosts]
     planner, cleaning = None, None
