@@ -4144,8 +4144,8 @@ class SshHost:
             def auth_publickey(transport, *args: Any) -> list[str]:  # noqa: N805
                 if wanted := super().auth_publickey(*args):  # paramiko would ask at the terminal
                     more = " or ".join(wanted)
-                    told = f"{self.name}: sshd accepts the key, but wants {more} as well"
-                    raise Fatal(f"{told}; {how_to_ask_for_keys(self.user)}")
+                    what = f"{self.name}: sshd accepts the key, but wants {more} as well"
+                    raise Fatal(f"{what}; {how_to_ask_for_keys(self.user)}")
                 return []
 
         limits = ("timeout", "banner_timeout", "auth_timeout", "channel_timeout")
@@ -4162,8 +4162,8 @@ class SshHost:
     def how_to_let_in(self, key: Any, error: Exception) -> str:
         allowed = getattr(error, "allowed_types", ["publickey"])
         if "publickey" not in allowed:
-            told = f"sshd lets {self.user} in by {', '.join(allowed)} alone"
-            return f"{told}; {how_to_ask_for_keys(self.user)}"
+            what = f"sshd lets {self.user} in by {', '.join(allowed)} alone"
+            return f"{what}; {how_to_ask_for_keys(self.user)}"
         if key is None:
             made = how_to_make_key(os.path.expanduser("~/.ssh/epok"))
             return f"no key was accepted ({one_line(error)}); give one with --key; {made}"
@@ -4398,9 +4398,9 @@ class HostKeyCheck:
         """What known_hosts says of a key, and the line that says it."""
         for lines in self.known:
             equal = [line for line in lines if line.key.get_base64() == key.get_base64()]
-            for mark, told in (("@revoked", "revoked"), ("", "known")):
+            for mark, verdict in (("@revoked", "revoked"), ("", "known")):
                 if line := next((line for line in equal if line.mark == mark), None):
-                    return told, line
+                    return verdict, line
             if line := next((line for line in lines if not line.mark), None):
                 return "changed", line
         lines = [line for lines in self.known for line in lines if line.mark == "@cert-authority"]
@@ -4410,8 +4410,8 @@ class HostKeyCheck:
         """paramiko calls this for each connection, since it was given no keys to know."""
         self.seen.append(key)
         if "any" in self.pins:
-            told = "its host key is not checked (--host-key any); pin"
-            log.warning("%s: %s %s", self.login, told, key.fingerprint)
+            what = f"its host key is not checked (--host-key any); pin {key.fingerprint}"
+            log.warning("%s: %s", self.login, what)
         elif self.pins:
             pinned = {pin.split()[:2][-1].rstrip("=") for pin in self.pins}
             if not {key.get_base64().rstrip("="), key.fingerprint} & pinned:
@@ -4424,31 +4424,31 @@ class HostKeyCheck:
         if not self.seen:
             return f"{self.login}: it has no host key of the kind of --host-key; check that"
         key, file = self.seen[0], self.files[0]
-        told = f"{self.login}: its host key {key.get_name()} {key.fingerprint}"
+        what = f"{self.login}: its host key {key.get_name()} {key.fingerprint}"
         kind = next((kind for kind in ("ed25519", "ecdsa", "rsa") if kind in key.get_name()), "*")
         compare = f"on the host: ssh-keygen -lf /etc/ssh/ssh_host_{kind}_key.pub"
         between = "somebody may be in between; only if the host was reinstalled and has this key"
         between += f" ({compare})"
         if self.pins:
             new = f'--host-key "{key.get_name()} {key.get_base64()}"'
-            return f"{told} is not the one of --host-key: {between}, give {new}"
+            return f"{what} is not the one of --host-key: {between}, give {new}"
         verdict, line = self.verdict(key)
         if line and verdict == "revoked":
-            return f"{told} is marked @revoked in {line.file}; connect to no such host"
+            return f"{what} is marked @revoked in {line.file}; connect to no such host"
         # the blank does no harm, and who looks for the line finds its first word alone
         add = f"{into_directory(file)}echo ' {self.name} {key.get_name()} {key.get_base64()}'"
         add += f" >>{shlex.quote(file)}"
         if line and verdict == "changed":
-            told += f" is not the one in {line.file}, line {line.number}: {between}"
+            what += f" is not the one in {line.file}, line {line.number}: {between}"
             # a pattern is for other hosts too, and the system's file for other users
             if line.file == file and not re.search("[*?]", line.names):
                 add = f"ssh-keygen -R {shlex.quote(self.name)} -f {shlex.quote(file)} && {add}"
-            return f"{told}, {RENEW if in_pod() else f'run: {add}'}"
-        told += f" is unknown to {file}" if line is None else f" is not in {line.file}"
+            return f"{what}, {RENEW if in_pod() else f'run: {add}'}"
+        what += f" is unknown to {file}" if line is None else f" is not in {line.file}"
         if line:
-            told += ", and epok cannot check a certificate by its @cert-authority"
+            what += ", and epok cannot check a certificate by its @cert-authority"
         check = f"compare it with that {compare}, and if it is the same, run: {add}"
-        return f"{told}; {RENEW if in_pod() else check}"
+        return f"{what}; {RENEW if in_pod() else check}"
 
 
 Host = LocalHost | SshHost
@@ -4485,13 +4485,10 @@ def read_facts(host: Host, deadline: Deadline) -> Facts:
     links = host.run(Command.ADDRESSES.argv(host.sudo), "", deadline)
     words = [line.split() for line in links.out.splitlines()]
     if links.status != 0:
-        told = "it is BusyBox's" if "BusyBox" in links.err else links.said
-        log.warning(
-            "%s: ip -br addr: %s; so epok cannot tell all interfaces and addresses of the host, "
-            "and whether it is a node: apt-get install iproute2 (OpenWrt: ip-full)",
-            host.name,
-            told,
-        )
+        why = "it is BusyBox's" if "BusyBox" in links.err else links.said
+        what = "epok cannot tell all interfaces and addresses of the host, and whether it is a node"
+        cure = "apt-get install iproute2 (OpenWrt: ip-full)"
+        log.warning("%s: ip -br addr: %s; so %s: %s", host.name, why, what, cure)
         local = host.run(Command.LOCAL.argv(host.sudo), "", deadline).out
         # lines begin as "local 192.0.2.1 dev eth0"
         words = [[line[3], "", line[1]] for line in map(str.split, local.splitlines()) if line[3:]]
@@ -4514,12 +4511,12 @@ def login_port(host: Host, deadline: Deadline) -> int:
     # last, as a shell may say something first
     if ports := re.findall(r"(?m)^\S+ [0-9]+ \S+ ([0-9]{1,5})$", result.out):
         return int(ports[-1])
-    told = f"{host.name}: {Command.CONNECTION.value}: {result.said}; so epok keeps for itself only"
-    told += f" port {host.login.port}, and not the one that a router may have brought it to"
+    what = f"{host.name}: {Command.CONNECTION.value}: {result.said}; so epok keeps for itself only"
+    what += f" port {host.login.port}, and not the one that a router may have brought it to"
     if result.status == 127:  # as with some BusyBox, and nobody can mend that
-        log.info("%s", told)
+        log.info("%s", what)
     else:
-        log.warning("%s%s", told, ANOTHER_GATE)
+        log.warning("%s%s", what, ANOTHER_GATE)
     return 0
 
 
@@ -7114,8 +7111,8 @@ def main(argv: Sequence[str]) -> int:
             show("")
             return 0
         except Fatal as error:  # perhaps for the lack of what such a variable was to say
-            told = [str(error), *strange_variables(os.environ)]
-            raise Fatal("; ".join(told), error.status) from None
+            why = [str(error), *strange_variables(os.environ)]
+            raise Fatal("; ".join(why), error.status) from None
         log.setLevel(options.log_level.upper())
         for text in strange_variables(os.environ):
             log.warning("%s", text)
