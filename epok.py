@@ -4877,13 +4877,9 @@ class Publisher:
     """Tells in the status of Services of epok's class what the hosts forward that are right."""
 
     def __init__(
-        self,
-        options: Options,
-        source: SnapshotFile | Cluster,
-        services: Iterable[Service],
-        plan: Callable[[Facts], Plan],
+        self, options: Options, source: SnapshotFile | Cluster, services: Iterable[Service]
     ) -> None:
-        self.options, self.source, self.plan = options, source, plan
+        self.options, self.source = options, source
         self.services = {service.key: service for service in services if service.balanced}
         self.right: list[tuple[Facts, Plan, dict[str, list[Forward]]]] = []
         self.lock = threading.Lock()
@@ -4912,11 +4908,10 @@ class Publisher:
             if options.covers(address)
         ]
 
-    def add(self, facts: Facts) -> list[Publication]:
-        """What is to be written now that one more host is right."""
+    def add(self, facts: Facts, plan: Plan) -> list[Publication]:
+        """What is to be written now that one more host is right, which forwards what is planned."""
         if not self.services or (self.options.publish == ("auto",) and not facts.interfaces):
             return []  # a host that does not tell its addresses keeps what was written
-        plan = self.plan(facts)
         self.right.append((facts, plan, grouped(plan.forwards)))
         news: list[Publication] = []
         named: set[str] = set()
@@ -4948,12 +4943,12 @@ class Publisher:
         place = given.index(entry.name) if entry.name in given else len(given)
         return place, ":" in entry.name, entry.name
 
-    def publish(self, facts: Facts, deadline: Deadline) -> list[Publication]:
+    def publish(self, facts: Facts, plan: Plan, deadline: Deadline) -> list[Publication]:
         """Writes what differs, and returns it; in a --dry-run only that. Raises Fatal."""
         seconds = min(STATUS_SECONDS, deadline.remaining() / 2)
         deadline = Deadline(seconds, "the time for the status of Services,")
         with self.lock:
-            news = self.add(facts)
+            news = self.add(facts, plan)
             if not news or self.options.dry_run or self.failed:
                 return news
             self.failed = True
@@ -4976,8 +4971,7 @@ class Publisher:
 def cluster_to_clean(options: Options, deadline: Deadline) -> Publisher:
     """What --clean takes out of the status of Services. Raises Fatal."""
     reader = Reader(options, deadline)
-    services = reader.once_each(SERVICES, "key")
-    return Publisher(options, reader.source, services, lambda _: Plan())
+    return Publisher(options, reader.source, reader.once_each(SERVICES, "key"))
 
 
 def grouped(forwards: Iterable[Forward]) -> dict[str, list[Forward]]:
@@ -5014,8 +5008,7 @@ class Planner:
             self.snapshot = self.reader.snapshot(options.explain)
         self.publisher: Publisher | None = None
         if options.publish:
-            services = self.snapshot.services
-            self.publisher = Publisher(options, self.reader.source, services, self.plan)
+            self.publisher = Publisher(options, self.reader.source, self.snapshot.services)
         self.plans: dict[tuple[Set[str], int], Plan] = {}
         self.rulesets: dict[tuple[Set[str], int], Wanted] = {}
         self.announced: set[str] = set()
@@ -6940,7 +6933,8 @@ def publish(
     try:
         if cleaning:
             publisher = cleaning.result(visit.deadline, "reading the cluster")
-        return publisher.publish(visit.facts, visit.deadline) if publisher else []
+        plan = planner.plan(visit.facts) if planner else Plan()
+        return publisher.publish(visit.facts, plan, visit.deadline) if publisher else []
     except Fatal as error:
         if clean and in_pod():
             raise Fatal(f"{error}; the rules are gone, but Services still have addresses") from None
