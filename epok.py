@@ -4566,16 +4566,15 @@ def read_table(
 
 
 class Failure(NamedTuple):
-    """A command that failed, on a host, and the input that it had."""
+    """A command that failed on a host, and what it said."""
 
     host: Host
     argv: Sequence[str]
-    result: Result
-    text: str
+    err: str
 
 
 def how_to_install(failure: Failure) -> str:
-    if not re.search(r"\bsudo: (command )?not found", failure.result.err):
+    if not re.search(r"\bsudo: (command )?not found", failure.err):
         return "; install it on the host: apt-get install iptables"
     or_root = f", or {how_to_be_root('su -c')}" if isinstance(failure.host, LocalHost) else ""
     return f"; install it on the host: apt-get install sudo{or_root}"
@@ -4583,7 +4582,7 @@ def how_to_install(failure: Failure) -> str:
 
 def how_to_allow_sudo(failure: Failure) -> str:
     """What lets a user run by sudo what epok needs, and no more where the gate stands."""
-    host, argv, result, _ = failure
+    host, argv, err = failure
     visudo = "as root on the host run visudo -f /etc/sudoers.d/epok and add: "
     tools = [family.tool for family in FAMILIES]
     every = [argv[2:]]
@@ -4595,7 +4594,7 @@ def how_to_allow_sudo(failure: Failure) -> str:
         return f"; {how_to_be_root('sudo -E')}; or {line}"
     if host.gated or host.user == "epok":
         return f"; {AGAIN}"
-    if "must have a tty" in result.err:
+    if "must have a tty" in err:
         return f"; {visudo}Defaults:{host.user} !requiretty"
     return f"; {GATE}; or, if who has the key may change all of the firewall, {line}"
 
@@ -4613,23 +4612,17 @@ def how_to_be_root(by: str) -> str:
     return f"run epok as root: {by} {shlex.quote(words) if by == 'su -c' else words}"
 
 
-def named_line(failure: Failure) -> str:
-    """The line of the input that iptables names."""
-    number = re.search(r"line:? (\d+)", failure.result.err)
-    lines = failure.text.splitlines()
+def named_line(err: str, text: str) -> str:
+    number, lines = re.search(r"line:? (\d+)", err), text.splitlines()
     if number and 0 < int(number[1]) <= len(lines):
         return f": {quoted(lines[int(number[1]) - 1])}"
     return ""
 
 
-def no_syntax(failure: Failure) -> str:
-    return f"{named_line(failure)}; this is a defect of epok or an iptables that is too old"
-
-
 ANOTHER_GATE = "; run cron/setup-host of this epok on the host, with --mark if epok has that option"
 # What a failure means, by its exit status, the command's first word and what it says: the first
 # that fits counts. Then how often that is tried at most, 0 where it will not change; and what to
-# do, which ends the message.
+# do, which ends the message: LINE stands for the line of the input that iptables names.
 FAILURES: tuple[tuple[str, int, str | Callable[[Failure], str]], ...] = (
     # also seen while another process made the tables of a host that had none
     ("incompatible", 3, "; native nft rules share the table: move them to a table of their own"),
@@ -4638,9 +4631,9 @@ FAILURES: tuple[tuple[str, int, str | Callable[[Failure], str]], ...] = (
     ("^[0-9-]+ sudo (?s:.*)(sudo:|not allowed)", 0, how_to_allow_sudo),
     ("must be root|Permission denied|not permitted", 0, how_to_be_able),
     ("temporarily unavailable|xtables lock|^-", 1000, ""),
-    ("^2 ", 0, no_syntax),
+    ("^2 ", 0, "LINE; this is a defect of epok or an iptables that is too old"),
     # a race with another writer, which goes away, or something that the kernel refuses, which stays
-    ("", RACES, named_line),
+    ("", RACES, "LINE"),
 )
 
 
@@ -4653,7 +4646,8 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
         said += "incompatible"
     _, tries, advice = next(row for row in FAILURES if re.search(row[0], said))
     if not isinstance(advice, str):
-        advice = advice(Failure(host, argv, result, text))
+        advice = advice(Failure(host, argv, result.err))
+    advice = advice.replace("LINE", named_line(result.err, text))
     message = f"{host.name}: {shlex.join(argv)}: {result.said}{advice}"
     return Transient(message, attempts=tries) if tries else Fatal(message)
 
