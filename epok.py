@@ -5103,31 +5103,30 @@ def report_swap(
     taken: str = "",
 ) -> None:
     """Says what a run did, and which nodes the host was taken for."""
+    say, complain = (functools.partial(level, "%s%s", prefix) for level in (log.info, log.warning))
     if taken and inputs:
-        log.info("%s%s", prefix, taken)
+        say(taken)
     for change in changes:
-        log.info("%s%s %s to %s", prefix, VERBS[change.sign], change.live, change.text)
+        say(f"{VERBS[change.sign]} {change.live} to {change.text}")
     # each once, in both IP versions
     count = len({key for tables in wanted.values() for key in dispatches_in(tables)})
     total = f"{count} {plural(count, 'forward')}"
     older = 0 if wanted[4]["nat"].hooks else older_rules(before)
     if older:
-        log.info("%sremoved %d %s of the older epok", prefix, older, plural(older, "rule"))
+        say(f"removed {older} {plural(older, 'rule')} of the older epok")
     if not inputs:
-        log.info("%sin sync, %s, nothing changed%s", prefix, total, taken and f"; {taken}")
+        say(f"in sync, {total}, nothing changed{taken and '; '}{taken}")
     elif not changes and not older:
         lines = sum(inputs) - 2 * len(inputs)
-        done = f"put right with {lines} {plural(lines, 'line')}"
-        log.info("%srules of epok's were %s, %s", prefix, done, total)
+        say(f"rules of epok's were put right with {lines} {plural(lines, 'line')}, {total}")
     for version, name in itertools.product(wanted, BUILT_IN):
         held = (before[version] or NOTHING)[name].held - wanted[version][name].chains.keys()
         if held:
-            what = f"{prefix}kept these chains, empty, in table {name}: {enumerated(sorted(held))}"
-            log.warning("%s: a rule that is not epok's refers to them; delete it", what)
+            what = f"kept these chains, empty, in table {name}: {enumerated(sorted(held))}"
+            complain(f"{what}: a rule that is not epok's refers to them; delete it")
     old, new = (each["filter"].chains.get(FORWARD) for each in (before[4] or NOTHING, wanted[4]))
     if old and new and old != new:
-        what = "--mark is another one now: connections that were open have lost their way"
-        log.warning("%s%s", prefix, what)
+        complain("--mark is another one now: connections that were open have lost their way")
 
 
 def all_lives(tables: Found, counted: Found) -> list[Live]:
