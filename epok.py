@@ -4573,9 +4573,7 @@ class Failure(NamedTuple):
     err: str
 
 
-def how_to_install(failure: Failure) -> str:
-    if not re.search(r"\bsudo: (command )?not found", failure.err):
-        return "; install it on the host: apt-get install iptables"
+def how_to_have_sudo(failure: Failure) -> str:
     or_root = f", or {how_to_be_root('su -c')}" if isinstance(failure.host, LocalHost) else ""
     return f"; install it on the host: apt-get install sudo{or_root}"
 
@@ -4626,7 +4624,8 @@ ANOTHER_GATE = "; run cron/setup-host of this epok on the host, with --mark if e
 FAILURES: tuple[tuple[str, int, str | Callable[[Failure], str]], ...] = (
     # also seen while another process made the tables of a host that had none
     ("incompatible", 3, "; native nft rules share the table: move them to a table of their own"),
-    ("^127 |command not found", 0, how_to_install),
+    (r"\bsudo: (command )?not found", 0, how_to_have_sudo),
+    ("^127 |command not found", 0, "; install it on the host: apt-get install iptables"),
     ("epok-gate: ", 0, ANOTHER_GATE),
     ("^[0-9-]+ sudo (?s:.*)(sudo:|not allowed)", 0, how_to_allow_sudo),
     ("must be root|Permission denied|not permitted", 0, how_to_be_able),
