@@ -4381,14 +4381,14 @@ class HostKeyCheck:
         names = [] if self.pins else dict.fromkeys([self.name, host])
         self.known = [known_keys(self.files, name) for name in names]
 
-    def attempts(self) -> list[list[str]]:
+    def attempts(self) -> list[Sequence[str]]:
         """The algorithms of host keys to ask for, one list a connection, the best first."""
         flat = list(itertools.chain(*HOST_KEY_TYPES))
         if self.pins and "any" not in self.pins:
             kinds = {pin.split()[0].replace("ssh-rsa", "rsa-sha2-512") for pin in self.pins}
             # a fingerprint does not say of what kind its key is
             every = any(kind.startswith("SHA256:") for kind in kinds)
-            return [list(some) for some in HOST_KEY_TYPES if every or kinds & set(some)] or [flat]
+            return [some for some in HOST_KEY_TYPES if every or kinds.intersection(some)] or [flat]
         kinds = {line.key.get_name() for lines in self.known[:1] for line in lines if not line.mark}
         if "ssh-ed25519" in kinds:  # the best is known, so ssh leaves the order as it is
             return [flat]
