@@ -4521,10 +4521,8 @@ def login_port(host: Host, deadline: Deadline) -> int:
 
 
 def read_all_tables(host: Host, deadline: Deadline, counted: bool = False) -> Found:
-    return {
-        family.version: read_tables(host, family, list(BUILT_IN), deadline, counted)
-        for family in FAMILIES
-    }
+    names = list(BUILT_IN)
+    return {each.version: read_tables(host, each, names, deadline, counted) for each in FAMILIES}
 
 
 def read_tables(
@@ -4834,7 +4832,7 @@ def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def warned(then: str) -> Iterator[None]:
+def as_warning(then: str) -> Iterator[None]:
     """What fails within is a warning, for the host is right without it."""
     try:
         yield
@@ -5077,7 +5075,7 @@ class Planner:
         deadline = Deadline(seconds, "the time for Events,")
         uids = {service.key: service.uid for service in self.snapshot.services}
         tasks = [(event.service, source.record, event, uids) for event in events]
-        with warned(""):
+        with as_warning(""):
             writing = Background(source.write_all, "Events", tasks, deadline)
             writing.result(deadline, f"{source.name}: writing Events")
 
@@ -6907,7 +6905,7 @@ def warn(visit: Visit, forwards: Sequence[Forward]) -> None:
     """Warns about what makes forwards fail without a word; not to be able to look is no failure."""
     seconds = min(LOOK_SECONDS, visit.deadline.remaining() / 2)
     visit.asker.deadline = Deadline(seconds, "the time for looking,")
-    with warned("; so what else may be in the way was not checked"):
+    with as_warning("; so what else may be in the way was not checked"):
         visit.look_around()
         for check in check_host(visit, forwards):
             if check.problem and check.sure:
@@ -6972,7 +6970,7 @@ def serve(visit: Visit, planner: Planner | None, cleaning: Background | None) ->
     publish(visit, planner, cleaning)
     warn(visit, forwards)
     flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
-    with warned("; UDP clients from before may stay where they were until the next run"):
+    with as_warning("; UDP clients from before may stay where they were until the next run"):
         persist(flows, end_stale_flows, host, forwards, changes, facts, options, flows)
     if planner:
         planner.tell(events_of(changes, host.machine))
