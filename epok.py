@@ -7089,23 +7089,22 @@ def main(argv: Sequence[str]) -> int:
     """Does one run; returns the exit status."""
     start_log()
     try:
+        strange = list(strange_variables(os.environ))
         try:
             options = parse_options(argv, os.environ)
         except (SystemExit, BrokenPipeError):  # docopt has printed --help or --version
             show("")
             return 0
         except Fatal as error:  # perhaps for the lack of what such a variable was to say
-            why = [str(error), *strange_variables(os.environ)]
-            raise Fatal("; ".join(why), error.status) from None
+            raise Fatal("; ".join([str(error), *strange]), error.status) from None
         log.setLevel(options.log_level.upper())
-        for text in strange_variables(os.environ):
+        for text in strange:
             log.warning("%s", text)
         # a thread of its own, so that a signal breaks off nothing but the wait for it
         running = Background(run, options)
         while running.is_alive():
             running.join(0.1)  # by steps: a signal given to another thread ends no wait
-        status: int = running.result(Deadline(0), "epok")
-        return status
+        return int(running.result(Deadline(0), "epok"))
     except Fatal as error:
         log.error("%s", error)
         return error.status
@@ -7137,8 +7136,8 @@ if __name__ == "__main__":
         if signal.getsignal(number) == signal.SIG_DFL:  # not if it is to be ignored, as of nohup
             signal.signal(number, signal.default_int_handler)
     status = 1
-    # as the last of what is done at the exit, behind what ends a login plugin that still runs:
-    # Python may crash while it takes down what a waiting thread still uses
+    # registered first, this comes last, behind what ends a login plugin that still runs: without
+    # it Python may crash while it takes down what a waiting thread still uses
     atexit.register(lambda: os._exit(status))
     status = main(sys.argv[1:])
     for number in ends:
