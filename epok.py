@@ -5334,54 +5334,55 @@ class Option(NamedTuple):
 
     def fits(self, packet: Packet) -> bool | None:
         """None where that cannot be told."""
-        answers = [has(packet, self.name, value) if value else None for value in self.values]
+        asks = HAS.get(self.name)
+        answers = [asks(packet, value) if asks and value else None for value in self.values]
         if True not in answers and (None in answers or not answers):
             return None
         return (True in answers) != self.negated
 
 
-def has(packet: Packet, name: str, value: str) -> bool | None:
-    """Whether a packet has a value, None where that cannot be told."""
-    if name == "-m":
-        return True
-    if name in ("-i", "-o"):
-        return like(value, packet.interface if name == "-i" else packet.out())
-    if name == "-p":
-        return value in (packet.protocol, "all")
-    if name == "-d":
-        return in_network(value, packet.address)
-    if name in ("--dport", "--dports"):
-        return within(value, packet.port)
-    if name == "--syn" and value == "syn":
-        return packet.protocol == "tcp"
-    if name in ("--state", "--ctstate") and not packet.tracked:
+def has_state(packet: Packet, value: str) -> bool:
+    if not packet.tracked:
         return value == "INVALID"
-    if name in ("--state", "--ctstate"):
-        return value == "NEW" or (value == "DNAT" and not packet.local)
-    if name == "--dst-type":
-        return value == ("LOCAL" if packet.local else "UNICAST")
-    if name == "nfproto":
-        return value == f"ipv{packet.version}"
+    return value == "NEW" or (value == "DNAT" and not packet.local)
+
+
+def has_mark(packet: Packet, value: str) -> bool | None:
     bits, _, mask = value.partition("/")
-    known = name == "connmark --mark" and mask == f"{packet.mark:#x}"
-    return bits == mask if known else None
+    return bits == mask if mask == f"{packet.mark:#x}" else None
 
 
-def in_network(text: str, address: Address) -> bool | None:
+def is_within(address: Address, text: str) -> bool | None:
+    """Whether an address is in a network, or in a range from one to another."""
     first, _, last = text.partition("-")
-    try:
+    with contextlib.suppress(ValueError):
         if last:
             low, high = ipaddress.ip_address(first), ipaddress.ip_address(last)
             return int(low) <= int(address) <= int(high)
         return address in ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        return None
+    return None
 
 
-def within(ports: str, port: int) -> bool | None:
-    """Whether "25", "8000:8010" or "8000-8010" has a port."""
+def has_port(packet: Packet, ports: str) -> bool | None:
+    """Whether its port is in "25", "8000:8010" or "8000-8010"."""
     match = re.fullmatch("([0-9]{1,5})(?:[:-]([0-9]{1,5}))?", ports)
-    return int(match[1]) <= port <= int(match[2] or match[1]) if match else None
+    return int(match[1]) <= packet.port <= int(match[2] or match[1]) if match else None
+
+
+# Whether a packet has a value that an option asks for; None where that cannot be told.
+HAS: dict[str, Callable[[Packet, str], bool | None]] = {
+    "-m": lambda packet, value: True,
+    "-i": lambda packet, value: like(value, packet.interface),
+    "-o": lambda packet, value: like(value, packet.out()),
+    "-p": lambda packet, value: value in (packet.protocol, "all"),
+    "-d": lambda packet, value: is_within(packet.address, value),
+    "--syn": lambda packet, value: packet.protocol == "tcp" if value == "syn" else None,
+    "--dst-type": lambda packet, value: value == ("LOCAL" if packet.local else "UNICAST"),
+    "nfproto": lambda packet, value: value == f"ipv{packet.version}",
+    "connmark --mark": has_mark,
+    **dict.fromkeys(("--dport", "--dports"), has_port),
+    **dict.fromkeys(("--state", "--ctstate"), has_state),
+}
 
 
 class Rule(NamedTuple):
@@ -5411,10 +5412,8 @@ class Rule(NamedTuple):
 
 def large(network: str) -> bool:
     """Whether a network is no single client or household."""
-    with contextlib.suppress(ValueError):
-        text = ipaddress.ip_network(network, strict=False)
-        return text.prefixlen <= {4: 24, 6: 56}[text.version]
-    return False
+    length = network.partition("/")[2]
+    return length.isdecimal() and int(length) <= (56 if ":" in network else 24)
 
 
 RulesOf = Callable[[str], Sequence[Rule]]  # by chain
@@ -5492,24 +5491,22 @@ def iptables_rule(line: str, chains: Container[str]) -> Rule:
     if line.startswith("-P "):
         return Rule((), VERDICTS.get(line.split()[-1], "return"), "", line)
     options: list[Option] = []
-    line_only = COMMENT.sub("", line).replace("--tcp-flags FIN,SYN,RST,ACK SYN", "--syn syn")
-    for before, word in itertools.pairwise(split(line_only)[1:]):
+    words = split(COMMENT.sub("", line).replace("--tcp-flags FIN,SYN,RST,ACK SYN", "--syn syn"))
+    end = next((number for number, word in enumerate(words) if word in ("-j", "-g")), len(words))
+    for before, word in itertools.pairwise(words[1:end]):
         if re.match("--?[a-z]", word):
             name = f"{before} {word}" if word == "--mark" else word  # packets have one too
             options.append(Option(name, [], before == "!"))
         elif options and word != "!":
             options[-1].values.extend(word.split(","))
-    asked = list(itertools.takewhile(lambda option: option.name not in ("-j", "-g"), options))
-    jumps = options[len(asked) : len(asked) + 1]
-    target = "".join(value for jump in jumps for value in jump.values[:1])
-    target = "NOTRACK" if any(option.name == "--notrack" for option in options) else target
+    jump, target = [*words[end : end + 2], "", ""][:2]
+    target = "NOTRACK" if "--notrack" in words else target
     if owned(target):
-        return Rule(asked, "own", "", line)
+        return Rule(options, "own", "", line)
     if target in chains:
-        verdict = VERDICTS.get(target, "goto" if jumps[0].name == "-g" else "jump")
-        return Rule(asked, verdict, target, line)
+        return Rule(options, "goto" if jump == "-g" else "jump", target, line)
     other = "" if re.fullmatch(GOING_ON, target) else "?"
-    return Rule(asked, VERDICTS.get(target, other), "", line)
+    return Rule(options, VERDICTS.get(target, other), "", line)
 
 
 PACKAGES = {"ip": "iproute2", "ss": "iproute2", "nft": "nftables"}
@@ -5518,13 +5515,12 @@ PACKAGES = {"ip": "iproute2", "ss": "iproute2", "nft": "nftables"}
 class Asker:
     """Asks a host until the deadline; `blind` is what it did not tell, and why.
 
-    `refused` is what an older gate refused, and `lacking` whatever is not asked again.
+    `lacking` is what is not asked again.
     """
 
     def __init__(self, host: Host, deadline: Deadline) -> None:
         self.host, self.deadline = host, deadline
         self.blind: list[str] = []
-        self.refused: list[Command] = []
         self.lacking: set[Command] = set()
 
     def output(self, command: Command, *values: object, take: Take | None = None) -> str | None:
@@ -5534,30 +5530,28 @@ class Asker:
 
     def ask(self, command: Command, *values: object, take: Take | None = None) -> Result | None:
         """What a command leaves that the host could run. Raises Fatal."""
-        argv, sudo = command.argv(self.host.sudo, *values), command.as_root and self.host.sudo
-        # an older gate logs whatever it refuses, and knows no later command
-        later = list(Command)[list(Command).index(self.refused[0]) :] if self.refused else ()
-        if command in self.lacking or command in later:
+        if command in self.lacking:
             return None
+        argv, sudo = command.argv(self.host.sudo, *values), command.as_root and self.host.sudo
         result = persist(self.deadline, self.host.run, argv, "", self.deadline, take)
         if result.status == 0 or result.err.startswith("RTNETLINK answers: "):
             return result
         self.lacking.add(command)
-        words, tool, said, cure = shlex.join(argv), argv[len(sudo or ())], result.said, ""
+        tool, said, cure = argv[len(sudo or ())], result.said, ""
         if "epok-gate: " in result.err:
-            self.refused.append(command)
-            cure = "; run cron/setup-host of this epok on the host"
+            # an older gate logs whatever it refuses, and knows no later command
+            every = list(Command)
+            self.lacking.update(every[every.index(command) :])
+            cure = ANOTHER_GATE
         elif sudo and re.search("password|not allowed", result.err):
             # sudo says so too when there is no such command
             cure = f"; run cron/setup-host of this epok on the host, if that has {tool}"
-        elif (
-            "Permission denied" in result.err
-        ):  # of legacy's list of tables, as with the unit's user
-            cure = "; root may"
+        elif "Permission denied" in result.err:
+            cure = "; root may"  # read legacy's list of tables, as the unit's user may not
         elif result.status == 127 or "BusyBox" in result.err:
             said = f"not BusyBox's {tool}" if result.status != 127 else said
             cure = f": apt-get install {PACKAGES.get(tool, tool)}"
-        self.blind.append(f"{words}: {said}{cure}")
+        self.blind.append(f"{shlex.join(argv)}: {said}{cure}")
         return None
 
     def nft(self, kind: str, command: Command, *names: str) -> list[Mapping[str, Any]] | None:
@@ -5740,14 +5734,15 @@ def read_surroundings(asker: Asker) -> Surroundings:
     netconf = asker.output(Command.NETCONF)
     listening = asker.output(Command.LISTENERS)
     chains = asker.nft("chain", Command.NFT_CHAINS)
-    strict = idle = listeners = None
+    strict = idle = listeners = bases = None
     if netconf is not None:
         strict = strict_interfaces(netconf)
         idle = set(re.findall(r"(?m)^inet (\S+) .*\bforwarding off", netconf))
     if listening is not None:
-        read = map(to_listener, listening.splitlines())
-        listeners = list(dict.fromkeys(each for each in read if each))
-    return Surroundings(strict, idle, listeners, None if chains is None else base_chains(chains))
+        listeners = [*filter(None, dict.fromkeys(map(to_listener, listening.splitlines())))]
+    if chains is not None:
+        bases = [*filter(None, map(to_base_chain, chains))]
+    return Surroundings(strict, idle, listeners, bases)
 
 
 def strict_interfaces(netconf: str) -> set[str]:
@@ -5770,14 +5765,23 @@ def to_listener(line: str) -> Listener | None:
     return Listener(match[1], address, int(match[4]))
 
 
-def base_chains(chains: Iterable[Mapping[str, Any]]) -> list[BaseChain]:
-    """Those that what is forwarded passes, of chains as libnftables-json(5) has them."""
-    return [
-        BaseChain(priority, *(str(chain.get(word)) for word in BaseChain._fields[1:]))
-        for chain in chains
-        if chain.get("hook") in ("prerouting", "forward", "postrouting")
-        if isinstance(priority := chain.get("prio"), int)
-    ]
+def to_base_chain(chain: Mapping[str, Any]) -> BaseChain | None:
+    """None for one that what is forwarded does not pass."""
+    priority, hook = chain.get("prio"), chain.get("hook")
+    if hook not in ("prerouting", "forward", "postrouting") or not isinstance(priority, int):
+        return None
+    return BaseChain(priority, *(str(chain.get(word)) for word in BaseChain._fields[1:]))
+
+
+class Way(NamedTuple):
+    """The interface, and gateway if any, by which packets leave, or `why` they do not.
+
+    All are empty where the host does not tell.
+    """
+
+    interface: str = ""
+    gateway: str = ""
+    why: str = ""
 
 
 class Visit:
@@ -5790,7 +5794,7 @@ class Visit:
         self.host, self.options, self.deadline = host, options, deadline
         self.asker = Asker(host, deadline)
         self.around = Surroundings()
-        self.ways: dict[tuple[object, ...], tuple[str, str]] = {}
+        self.ways: dict[tuple[object, ...], Way] = {}
         self.looking: Background | None = None
         self.arriving = Background(self.arrive)
 
@@ -5824,8 +5828,8 @@ class Visit:
         doing = f"{self.host.name}: reading what else is there"
         self.around = looking.result(self.asker.deadline, doing)
 
-    def way(self, to: Address, *origin: object) -> tuple[str, str]:
-        """The interface by which packets to an address leave, else why they do not. Raises Fatal.
+    def way(self, to: Address, *origin: object) -> Way:
+        """How packets to an address leave; each is asked for once. Raises Fatal.
 
         Their origin is the host, or an address and the interface that they come in by.
         """
@@ -5833,8 +5837,9 @@ class Visit:
         if key not in self.ways:
             own = Command.WAY if to.version == 4 else Command.WAY_6
             result = self.asker.ask(Command.WAY_FROM if origin else own, *key)
-            found = re.search(r"\bdev (\S+)", result.out) if result and not result.status else None
-            self.ways[key] = found[1] if found else "", result.err if result else ""
+            found = result and re.search(r"(?:\bvia (\S+) )?\bdev (\S+)", result.out)
+            why = result.err if result else ""
+            self.ways[key] = Way(found[2], found[1] or "") if found else Way(why=why)
         return self.ways[key]
 
     @functools.cached_property
@@ -5873,48 +5878,50 @@ Chains = Mapping[str, Sequence[str]]
 class Backend(NamedTuple):
     """Rules of iptables that are not epok's, by table and chain, and the tool that has them.
 
-    `hooks` are epok's hooks among them, in the backend that epok uses.
+    `own` are epok's tables, in the backend that epok uses.
     """
 
     family: Family
     tool: str
     tables: Mapping[str, Chains]
-    hooks: Mapping[str, Mapping[str, Sequence[str]]] | None
+    own: Tables | None = None
 
 
 def backends_of(visit: Visit, family: Family) -> Iterator[Backend]:
-    tables, asker = visit.found[family.version], visit.asker
-    if tables is None:
+    own, asker, bases = visit.found[family.version], visit.asker, visit.around.bases
+    if own is None:
         return
-    here = {base.table for base in visit.around.bases or () if of_iptables(base, family)}
-    nft = is_nft(tables)
-    more: Mapping[str, Chains] = {}
+    here = {base.table for base in bases or () if of_iptables(base, family)}
+    tables: dict[str, Chains] = {}
     # legacy makes a table that is only asked for, so it is asked for all that there are
-    if not nft or visit.around.bases is None or here - BUILT_IN.keys():
-        more = read_saved(asker, BUILT_IN, Command.SAVE_ALL, family.tool)
-    own = {name: table.foreign for name, table in tables.items()}
-    hooks = {name: table.hooks for name, table in tables.items()}
-    yield Backend(family, family.tool, {**more, **own}, hooks)
-    if tables["filter"].beside if nft else here:
-        name = "legacy" if nft else "nft"
+    if not is_nft(own) or bases is None or here - BUILT_IN.keys():
+        tables = read_saved(asker, BUILT_IN, Command.SAVE_ALL, family.tool)
+    tables |= {name: table.foreign for name, table in own.items()}
+    yield Backend(family, family.tool, tables, own)
+    if own["filter"].beside if is_nft(own) else here:
+        name = "legacy" if is_nft(own) else "nft"
         saved = read_saved(asker, (), Command.OTHER_SAVE, family.tool, name)
-        yield Backend(family, f"{family.tool}-{name}", saved, None)
+        yield Backend(family, f"{family.tool}-{name}", saved)
 
 
 def is_nft(tables: Tables) -> bool:
     """By the first line that iptables-save prints."""
-    return "nf_tables" in tables["filter"].origin or "xtables-save" in tables["filter"].origin
+    return bool(re.search("nf_tables|xtables-save", tables["filter"].origin))
 
 
 def of_iptables(base: BaseChain, family: Family) -> bool:
     """Whether iptables made a chain of nft, by its name."""
-    layer = "ip" if family.version == 4 else "ip6"
-    return base.family == layer and (base.table, base.name) in HOOKED
+    return base.family == layer_of(family) and (base.table, base.name) in HOOKED
+
+
+def layer_of(family: Family) -> str:
+    """An IP version as nft calls it, ip or ip6."""
+    return family.tool.removesuffix("tables")
 
 
 def read_saved(
     asker: Asker, known: Container[str], command: Command, *words: str
-) -> Mapping[str, Chains]:
+) -> dict[str, Chains]:
     """The tables that iptables-save prints, but for those that are known. Raises Fatal."""
     tables: dict[str, Chains] = {}
 
@@ -5924,13 +5931,12 @@ def read_saved(
         meter = Meter(f"{asker.host.name}: {words[0]}-save", 2 * RULES_LIMIT, 2 * RULES_LINES)
         for line in lines_of(meter.passing(pieces)):
             said += line if "incompatible" in line else ""
-            name = line[1:] if line.startswith("*") else name
-            if name and name not in known:
+            if line.startswith("*"):
+                name, lines = line[1:], []
+            if name not in known:
                 lines.append(line)
-            if line == "COMMIT":
-                if lines:
-                    tables[name] = Saved(name).read(lines).others
-                name, lines = "", []
+            if line == "COMMIT" and lines:
+                tables[name] = Saved(name).read(lines).others
         return said
 
     if said := asker.output(command, *words, take=take):
@@ -5988,34 +5994,35 @@ def firewalls(visit: Visit) -> list[Firewall]:
 
 def of_backend(backend: Backend) -> Iterator[Firewall]:
     for (table, chain), (priority, loses) in HOOKED.items():
-        if chain not in (chains := backend.tables.get(table, {})):
+        chains = backend.tables.get(table, {})
+        if chain not in chains:
             continue
         command = f"{backend.tool} -t {table}"
         place = backend.family.version, chain.lower(), priority, chain
-        jump = HOOKS.get(table, {}).get(chain) if backend.hooks else None
+        jump = HOOKS.get(table, {}).get(chain) if backend.own else None
         if not jump:
             cure = f"let it pass: {command.removesuffix(' -t filter')} -I {chain} MATCH -j ACCEPT"
             others = tuple(verdict for verdict in loses if verdict != "accept")
             # of two backends' tables, the kernel comes first to the one that was made later
             yield Firewall(*place, iptables_rules(chains), others, cure, sure=table != "nat")
-        elif backend.hooks and jump in backend.hooks[table].get(chain, ()):
-            undo = f"{command} -D {chain} {jump}"
-            cure = f"delete that rule, or {undo}, and epok's next run puts its own first"
+        elif backend.own and jump in backend.own[table].hooks.get(chain, ()):
+            cure = f"delete that rule, or {command} -D {chain} {jump}"
+            cure += ", and epok's next run puts its own first"
             yield Firewall(*place, iptables_rules(chains), loses, cure)
         if jump == HOST_HOOK:
             lines, hook = chains[chain], f"-A {chain} {jump}"
             after = lines[lines.index(hook) + 1 :] if hook in lines else lines
-            after = [line for line in after if not re.search(IS_OLDER, line)]
-            behind = {**chains, chain: after}
+            behind = {**chains, chain: [line for line in after if not re.search(IS_OLDER, line)]}
             yield Firewall(*place, iptables_rules(behind), ("nat",), rivals=ports_in(behind))
 
 
 def of_nft(family: Family, visit: Visit) -> Iterator[Firewall]:
     """Chains of nft that iptables did not make."""
-    layer = "ip" if family.version == 4 else "ip6"
+    layer = layer_of(family)
     bases = [base for base in visit.around.bases or () if base.family in ("inet", layer)]
-    own = [base[1:4] == (layer, "nat", "PREROUTING") for base in bases]
-    for number, base in enumerate(bases):
+    own_came = False  # epok's, of those with the same priority
+    for base in bases:
+        own_came |= base[1:4] == (layer, "nat", "PREROUTING")
         if of_iptables(base, family):
             continue
         loses, known, rivals = LOST, True, None
@@ -6026,7 +6033,7 @@ def of_nft(family: Family, visit: Visit) -> Iterator[Firewall]:
         if base.type == "nat" and base.hook == "prerouting":
             # of chains with the same priority, the kernel comes first to the one made later
             known = base.priority != TRANSLATED or is_nft(visit.found[family.version] or NOTHING)
-            behind = known and (base.priority, not any(own[:number])) > (TRANSLATED, False)
+            behind = known and (base.priority, not own_came) > (TRANSLATED, False)
             loses, rivals = ("drop", "nat"), [(0, 65535)] if behind else None
         rules = nft_rules(visit.asker, base)
         place = family.version, base.hook, base.priority, base.name
@@ -6098,37 +6105,41 @@ def check_interface(visit: Visit, interface: str) -> Check:
         names = quoted(", ".join(visit.facts.interfaces))
         return Check(what, f"{host} has no interface {interface}: give -i those it has, of {names}")
     bare = not any(visit.facts.interfaces[name] for name in fitting)
-    way = visit.way(BEYOND)[0] if bare else ""
+    way = visit.way(BEYOND[4]).interface if bare else ""
     if not way or way in visit.entries:
         return Check(what)
     problem = f"{host} has no address at {interface}, as if that were a port of a bridge, by which "
     return Check(what, problem + f"nothing comes in: give -i {way}, its way to others", sure=False)
 
 
-BEYOND = ipaddress.ip_address("100.0.0.1")  # stands for clients that are in no network of the host
+# stand for clients that are in no network of the host
+BEYOND = {4: ipaddress.ip_address("100.0.0.1"), 6: ipaddress.ip_address("2000::1")}
 
 
 def check_forwarding(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
-    targets = dict.fromkeys(target.address for forward in forwards for target in forward.targets)
+    targets = [target.address for forward in forwards for target in forward.targets]
     on, idle, host = visit.facts.forwarding, visit.around.idle, visit.host.name
-    for (version, tool, _), sysctl in zip(FAMILIES, SYSCTLS, strict=True):
-        some = [address for address in targets if address.version == version]
-        what, name = f"forwarding of IPv{version} is on", sysctl.removeprefix("/proc/sys/")
+    for family, sysctl in zip(FAMILIES, SYSCTLS, strict=True):
+        version, what = family.version, f"forwarding of IPv{family.version} is on"
+        some = next((address for address in targets if address.version == version), None)
+        if not some:
+            continue
+        if visit.found[version] is None:
+            yield Check(what, f"{host} has no working {family.tool}: no forwards over IPv{version}")
+            continue
         # of IPv4 each interface has its own: that of clients, and that of the nodes' answers
-        ways = [*visit.entries, visit.way(some[0])[0]] if version == 4 and some and idle else []
+        ways = [*visit.entries, visit.way(some).interface] if version == 4 and idle else []
         closed = [way for way in dict.fromkeys(ways) if way in (idle or ())]
-        problem = f"{host} has no working {tool}: no forwards over IPv{version}"
-        if some and visit.found[version] is None:
-            yield Check(what, problem)
-        elif closed and (len(closed) < len({*ways}) or on.get(version)):
+        if closed and (len(closed) < len({*ways}) or on.get(version)):
             for way in closed:
                 problem = f"{host} does not forward IPv4 that comes in by {way}: sysctl -w "
                 problem += f"net.ipv4.conf.{way.replace('.', '/')}.forwarding=1"
                 # of several that fit a pattern, some may be for others
                 sure = way in visit.options.interfaces or way not in visit.entries
                 yield Check(what, problem, sure)
-        elif some and version in on:
-            problem = f"{host} does not forward IPv{version}: sysctl -w {name.replace('/', '.')}=1"
+        elif version in on:
+            name = sysctl.removeprefix("/proc/sys/").replace("/", ".")
+            problem = f"{host} does not forward IPv{version}: sysctl -w {name}=1"
             known = on[version] if version == 6 or idle is None else not closed
             yield Check(what, "" if known else problem)
 
@@ -6154,26 +6165,27 @@ def check_answers(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Chec
 
     Else an answer that leaves elsewhere comes from an address that others do not expect there.
     """
-    targets = [target.address for forward in forwards for target in forward.targets]
-    nodes = [address for address in targets if address.version == 4]
-    if visit.around.strict is None or not nodes:
+    targets = (target.address for forward in forwards for target in forward.targets)
+    node = next((address for address in targets if address.version == 4), None)
+    if visit.around.strict is None or not node:
         return
-    inner, host = visit.way(nodes[0])[0], visit.host.name
+    inner, host, beyond = visit.way(node).interface, visit.host.name, BEYOND[4]
     for name in [name for name in visit.entries if inner and visit.facts.interfaces[name]]:
         what = f"rp_filter lets clients in by {name}, and answers leave by it"
-        back, lost = visit.way(BEYOND, nodes[0], inner)
-        # one inner interface of several has clients of its own networks, most likely
-        sole = name == visit.options.external_interface or len(visit.entries) == 1
-        if back and back != name and "Invalid" in visit.way(nodes[0], BEYOND, name)[1]:
+        back, _, lost = visit.way(beyond, node, inner)
+        elsewhere = back not in ("", name)
+        if elsewhere and "Invalid" in visit.way(node, beyond, name).why:
             problem = f"{host} drops what comes in by {name} from beyond its own networks, as "
             problem += f"rp_filter is strict and its way back is by {back}: {loose(name)}"
+            # one inner interface of several has clients of its own networks, most likely
+            sole = name == visit.options.external_interface or len(visit.entries) == 1
             yield Check(what, problem, sole)
-        elif back and back != name and (cure := how_to_answer(visit, name, back)):
-            problem = f"{host} sends answers to clients beyond the networks of {name} by {back}: "
-            yield Check(what, problem + cure, sure=False)
+        elif elsewhere and (cure := how_to_answer(visit, name, back)):
+            problem = f"{host} sends answers to clients beyond the networks of {name} by "
+            yield Check(what, f"{problem}{back}: {cure}", sure=False)
         elif "Invalid" in lost:
             problem = f"{host} drops the nodes' answers, as rp_filter is strict and the way to "
-            yield Check(what, f"{problem}{nodes[0]} is not by {inner}: {loose(inner)}", sure=False)
+            yield Check(what, f"{problem}{node} is not by {inner}: {loose(inner)}", sure=False)
         elif back or lost:
             yield Check(what)
         if inner == name and "br" in name and visit.options.looks:
@@ -6256,28 +6268,25 @@ COPIES = re.compile(r"-A (\S+) (.*)-j CONNMARK --(save|restore)-mark --nfmask (\
 def check_marks(visit: Visit) -> Iterator[Check]:
     """Whether somebody's rules copy connections' marks whole, and epok's bits with them."""
     bits, host = visit.options.mark.forwarded | visit.options.mark.masquerade, visit.host.name
-    lines = [
-        (f"{backend.tool} -t mangle -R {chain} {number} ", match)
+    copies = [
+        (f"{backend.tool} -t mangle -R", number, match)
         for backend in visit.backends
-        for chain, lines in backend.tables.get("mangle", {}).items()
-        for number, line in enumerate(lines, 1)
-        if (match := COPIES.match(line)) and int(match[4], 0) & int(match[5], 0) & bits
+        for lines in backend.tables.get("mangle", {}).values()
+        for number, match in enumerate(map(COPIES.match, lines), 1)
+        if match and int(match[4], 0) & int(match[5], 0) & bits
     ]
-    for command, match in lines:
-        chain, asked, kind = match.groups()[:3]
-        does, sure = (
-            "overwrites epok's bits of connection marks",
-            chain in ("FORWARD", "POSTROUTING"),
-        )
+    for command, number, match in copies:
+        chain, asked, kind, *masks = match.groups()
+        does = "overwrites epok's bits of connection marks"
+        sure = chain in ("FORWARD", "POSTROUTING")
         if kind == "restore":
             does = "gives packets epok's bits of connection marks, so that ip rule misses them,"
             sure = bool(re.search(r"(?m)^\d+:\s+from .*\bfwmark \w+ ", visit.rules))
         if kind == "save" or sure:
-            masks = [f"{int(text, 0) & ~bits:#x}" for text in match.groups()[3:]]
-            cure = (
-                f"{command}{asked}-j CONNMARK --{kind}-mark --nfmask {masks[0]} --ctmask {masks[1]}"
-            )
-            problem = f"{host} {does} by {printable(match[0])}; spare them: {cure}"
+            problem = f"{host} {does} by {printable(match[0])}; spare them: {command} {chain} "
+            spared, others = (f"{int(mask, 0) & ~bits:#x}" for mask in masks)
+            problem += f"{number} {asked}-j CONNMARK --{kind}-mark --nfmask {spared} "
+            problem += f"--ctmask {others}"
             yield Check("epok's bits of marks are its own", problem, sure and not asked)
 
 
@@ -6288,28 +6297,22 @@ def packets_of(
 
     What becomes of all of them becomes of the forward.
     """
-    version, protocol, mark = wall.version, forward.protocol, visit.options.mark.forwarded
+    version, protocol, facts = wall.version, forward.protocol, visit.facts
     targets = [target for target in forward.targets if target.address.version == version]
+    covers, mark = visit.options.covers, visit.options.mark.forwarded
+    every = [own for own in facts.addresses if own.version == version and covers(own)]
+    # clients who come in by an interface connect to its own addresses, or else to any
+    nearest = [own for own in every if own in facts.interfaces[interface]] or every
     for offset in sorted({0, forward.last - forward.first}) if targets else ():
         if wall.before_nat:
             port, tracked = forward.first + offset, wall.priority > TRACKED
-            for address in entrances(interface, version, visit):
-                yield Packet(version, interface, str, protocol, port, address, True, 0, tracked)
+            for own in nearest:
+                yield Packet(version, interface, str, protocol, port, own, True, 0, tracked)
             continue
         for target in targets:
             address, port = target.address, target.port + offset
-            out = functools.partial(lambda to: visit.way(to)[0], address)
+            out = functools.partial(lambda to: visit.way(to).interface, address)
             yield Packet(version, interface, out, protocol, port, address, False, mark)
-
-
-def entrances(interface: str, version: int, visit: Visit) -> list[Address]:
-    """The host's addresses that clients connect to who come in by an interface.
-
-    These are its own, or else any.
-    """
-    facts, covers = visit.facts, visit.options.covers
-    every = [each for each in facts.addresses if each.version == version and covers(each)]
-    return [address for address in every if address in facts.interfaces[interface]] or every
 
 
 def check_listeners(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
@@ -6415,20 +6418,15 @@ def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
     near = [ip for name, ip in inner if name in own]
     its = (near or [ip for _, ip in inner])[:3]
 
-    @functools.cache
-    def hop(to: Address) -> str | None:
-        result = visit.asker.ask(Command.WAY if to.version == 4 else Command.WAY_6, to)
-        found = result and re.search(r"(\bvia \S+ )?\bdev \S+", result.out)
-        return found[0] if found else result and ""
-
-    # a node's own pods are never where all goes that no route is for; those of other nodes may be
-    beyond = {4: BEYOND, 6: ipaddress.ip_address("2000::1")}
-    astray = {version: hop(to) if near else "" for version, to in beyond.items()}
-    lost = [ip for ip in its if hop(ip) in ("", astray[ip.version])]
-    if not its or None in map(hop, its):
+    ways = {ip: visit.way(ip) for ip in its}
+    if not its or Way() in ways.values():
         return
+    lost = [ip for ip, way in ways.items() if not way.interface]
+    if near:
+        # a node's own pods are never where all goes that no route is for; those of others may be
+        lost += [ip for ip, way in ways.items() if way == visit.way(BEYOND[ip.version])]
     names, problem = enumerated(own), ""
-    if len(lost) == len(its):
+    if {*lost} == {*its}:
         address = enumerated(map(str, own.values()))
         problem = f"{visit.host.name} has the address {address}, which node {names} reports, but "
         problem += f"no route to its pods, like {its[0]}: if it is another machine, let kubelet "
@@ -6439,33 +6437,36 @@ def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
 
 MOST_PORTS = 32  # of TCP, for which conntrack is asked port by port
 Flows = Mapping[Live, Sequence[int]]
+FLOW_COMMANDS = {
+    ("udp", 4): Command.FLOWS,
+    ("udp", 6): Command.FLOWS_6,
+    ("tcp", 4): Command.PORT_FLOWS,
+    ("tcp", 6): Command.PORT_FLOWS_6,
+}
 
 
 def read_flows(visit: Visit, lives: Iterable[Live]) -> Flows:
     """How many connections to nodes the host tracks that are answered, and that still wait."""
     flows: dict[Live, Sequence[int]] = {}
     own, left = {str(address) for address in visit.facts.addresses}, MOST_PORTS
-
-    @functools.cache
-    def tracked(version: int, port: Sequence[int]) -> str | None:
-        commands = [Command.FLOWS, Command.FLOWS_6, Command.PORT_FLOWS, Command.PORT_FLOWS_6]
-        return visit.asker.output(commands[2 * len(port) + (version == 6)], *port)
-
+    tracked = functools.cache(visit.asker.output)
     for live in lives:
-        every = [(port,) for port in range(live.first, live.last + 1)]
-        of_all: list[tuple[int, ...]] = [()] if live.protocol == "udp" else []
-        asked = every if live.protocol == "tcp" else of_all
-        left -= len(every) if live.protocol == "tcp" else 0
-        texts = [tracked(live.version, port) for port in asked if left >= 0]
-        lines = [line for text in texts if text is not None for line in text.splitlines()]
-        met = [(line, match.group(1, 2, 3)) for line in lines if (match := FLOW.search(line))]
+        ports = range(live.first, live.last + 1)
+        left -= len(ports) if live.protocol == "tcp" else 0
+        command = FLOW_COMMANDS.get((live.protocol, live.version))
+        if not command or left < 0:
+            continue
+        asked = [(port,) for port in ports] if live.protocol == "tcp" else [()]
+        texts = [tracked(command, *values) for values in asked]
         nodes = {str(target.address) for target in live.targets}
         waits = [
             "[UNREPLIED]" in line
-            for line, (to, port, node) in met
-            if to in own and live.first <= int(port) <= live.last and node in nodes
+            for text in texts
+            for line in (text or "").splitlines()
+            if (flow := FLOW.search(line))
+            if flow[1] in own and int(flow[2]) in ports and flow[3] in nodes
         ]
-        if texts and None not in texts:
+        if None not in texts:
             flows[live] = waits.count(False), waits.count(True)
     return flows
 
