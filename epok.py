@@ -5512,67 +5512,6 @@ def iptables_rule(line: str, chains: Container[str]) -> Rule:
 PACKAGES = {"ip": "iproute2", "ss": "iproute2", "nft": "nftables"}
 
 
-class Asker:
-    """Asks a host until the deadline; `blind` is what it did not tell, and why.
-
-    `lacking` is what is not asked again.
-    """
-
-    def __init__(self, host: Host, deadline: Deadline) -> None:
-        self.host, self.deadline = host, deadline
-        self.blind: list[str] = []
-        self.lacking: set[Command] = set()
-
-    def output(self, command: Command, *values: object, take: Take | None = None) -> str | None:
-        """What a command prints, None when it cannot be had. Raises Fatal."""
-        result = self.ask(command, *values, take=take)
-        return result.out if result and result.status == 0 else None
-
-    def ask(self, command: Command, *values: object, take: Take | None = None) -> Result | None:
-        """What a command leaves that the host could run. Raises Fatal."""
-        if command in self.lacking:
-            return None
-        argv, sudo = command.argv(self.host.sudo, *values), command.as_root and self.host.sudo
-        result = persist(self.deadline, self.host.run, argv, "", self.deadline, take)
-        if result.status == 0 or result.err.startswith("RTNETLINK answers: "):
-            return result
-        self.lacking.add(command)
-        tool, said, cure = argv[len(sudo or ())], result.said, ""
-        if "epok-gate: " in result.err:
-            # an older gate logs whatever it refuses, and knows no later command
-            every = list(Command)
-            self.lacking.update(every[every.index(command) :])
-            cure = ANOTHER_GATE
-        elif sudo and re.search("password|not allowed", result.err):
-            # sudo says so too when there is no such command
-            cure = f"; run cron/setup-host of this epok on the host, if that has {tool}"
-        elif "Permission denied" in result.err:
-            cure = "; root may"  # read legacy's list of tables, as the unit's user may not
-        elif result.status == 127 or "BusyBox" in result.err:
-            said = f"not BusyBox's {tool}" if result.status != 127 else said
-            cure = f": apt-get install {PACKAGES.get(tool, tool)}"
-        self.blind.append(f"{shlex.join(argv)}: {said}{cure}")
-        return None
-
-    def nft(self, kind: str, command: Command, *names: str) -> list[Mapping[str, Any]] | None:
-        """What nft lists of one kind, as in libnftables-json(5); None when that cannot be had."""
-        if not all(re.fullmatch(NFT_NAME, name) for name in names):
-            asked = " ".join(map(quoted, ("chain", *names)))
-            self.blind.append(f"nft {asked}: epok asks for no such name")
-            return None
-        text = self.output(command, *names)
-        if text is None:
-            return None
-        with contextlib.suppress(ValueError, RecursionError):
-            parts = at(json.loads(text, object_hook=without_inner_chains), "nftables")
-            if isinstance(parts, list):
-                objects = [at(part, kind) for part in parts]
-                return [each for each in objects if isinstance(each, dict)]
-        asked = shlex.join(command.argv(self.host.sudo, *names))
-        self.blind.append(f"{asked}: {quoted(text)} is not understood")
-        return None
-
-
 NFT_NAME = r"[A-Za-z_][A-Za-z0-9_.-]{0,127}"  # that the gate and sudoers let through
 
 
@@ -5601,7 +5540,7 @@ class BaseChain(NamedTuple):
     type: str
 
 
-def nft_rules(asker: Asker, base: BaseChain) -> RulesOf:
+def nft_rules(visit: Visit, base: BaseChain) -> RulesOf:
     """The rules of a table that iptables did not make; a chain is read when a packet meets it."""
     read: dict[str, list[Rule]] = {}
 
@@ -5609,7 +5548,7 @@ def nft_rules(asker: Asker, base: BaseChain) -> RulesOf:
         where = f"nft table {base.family} {base.table}, chain {chain}"
         unknown = [Rule((), "?", "", where)]
         if chain not in read and len(read) < 50:
-            listed = asker.nft("rule", Command.NFT_CHAIN, base.family, base.table, chain)
+            listed = visit.nft("rule", Command.NFT_CHAIN, base.family, base.table, chain)
             read[chain] = unknown if listed is None else [nft_rule(each, where) for each in listed]
             policy = base.policy.upper() if chain == base.name else ""
             end = VERDICTS.get(policy, "return")
@@ -5717,34 +5656,6 @@ class Listener(NamedTuple):
     port: int
 
 
-class Surroundings(NamedTuple):
-    """What else on a host decides about a connection; None is what the host does not tell.
-
-    That is: interfaces with strict rp_filter, those that do not forward IPv4, programs that listen,
-    and chains of nft that what is forwarded passes.
-    """
-
-    strict: Set[str] | None = None
-    idle: Set[str] | None = None
-    listeners: Sequence[Listener] | None = None
-    bases: Sequence[BaseChain] | None = None
-
-
-def read_surroundings(asker: Asker) -> Surroundings:
-    netconf = asker.output(Command.NETCONF)
-    listening = asker.output(Command.LISTENERS)
-    chains = asker.nft("chain", Command.NFT_CHAINS)
-    strict = idle = listeners = bases = None
-    if netconf is not None:
-        strict = strict_interfaces(netconf)
-        idle = set(re.findall(r"(?m)^inet (\S+) .*\bforwarding off", netconf))
-    if listening is not None:
-        listeners = [*filter(None, dict.fromkeys(map(to_listener, listening.splitlines())))]
-    if chains is not None:
-        bases = [*filter(None, map(to_base_chain, chains))]
-    return Surroundings(strict, idle, listeners, bases)
-
-
 def strict_interfaces(netconf: str) -> set[str]:
     """The interfaces with strict rp_filter, by what ip netconf prints."""
     modes = dict(re.findall(r"(?m)^inet (\S+) .*\brp_filter (\w+)", netconf))
@@ -5787,13 +5698,21 @@ class Way(NamedTuple):
 class Visit:
     """One host, and what it tells: what it has, its rules, and what else is there, each asked once.
 
-    `options` are those of the run, or what the live rules tell of them.
+    `options` are those of the run, or what the live rules tell of them. It is asked until
+    `patience` ends; `blind` is what it did not tell, and why, `lacking` what is not asked again.
+    What else decides about a connection is None until it has looked around, and if it cannot.
     """
 
+    strict: Set[str] | None = None  # the interfaces with strict rp_filter
+    idle: Set[str] | None = None  # those that do not forward IPv4
+    listeners: Sequence[Listener] | None = None  # the programs that listen
+    bases: Sequence[BaseChain] | None = None  # the chains of nft that what is forwarded passes
+
     def __init__(self, host: Host, options: Options, deadline: Deadline) -> None:
-        self.host, self.options, self.deadline = host, options, deadline
-        self.asker = Asker(host, deadline)
-        self.around = Surroundings()
+        self.host, self.name, self.options = host, host.name, options
+        self.deadline = self.patience = deadline
+        self.blind: list[str] = []
+        self.lacking: set[Command] = set()
         self.ways: dict[tuple[object, ...], Way] = {}
         self.looking: Background | None = None
         self.arriving = Background(self.arrive)
@@ -5805,11 +5724,11 @@ class Visit:
         reading = Background(read_all_tables, self.host, self.deadline, counted)
         # over SSH it must wait: what is sent must not share its sessions, or its connection
         if isinstance(self.host, LocalHost):
-            self.looking = Background(read_surroundings, self.asker)
+            self.looking = Background(self.learn)
         return facts, reading
 
     def arrived(self) -> tuple[Facts, Background]:
-        doing = f"{self.host.name}: reading its addresses"
+        doing = f"{self.name}: reading its addresses"
         return self.arriving.result(self.deadline, doing)  # type: ignore[no-any-return]
 
     @property
@@ -5819,24 +5738,83 @@ class Visit:
     @property
     def found(self) -> Found:
         """Its rules. Raises Fatal."""
-        doing = f"{self.host.name}: reading its rules"
+        doing = f"{self.name}: reading its rules"
         return self.arrived()[1].result(self.deadline, doing)  # type: ignore[no-any-return]
 
     def look_around(self) -> None:
         """Learns what else is there. Raises Fatal."""
-        looking = self.looking or Background(read_surroundings, self.asker)
-        doing = f"{self.host.name}: reading what else is there"
-        self.around = looking.result(self.asker.deadline, doing)
+        looking = self.looking or Background(self.learn)
+        looking.result(self.patience, f"{self.name}: reading what else is there")
+
+    def learn(self) -> None:
+        netconf, listening = self.output(Command.NETCONF), self.output(Command.LISTENERS)
+        chains = self.nft("chain", Command.NFT_CHAINS)
+        if netconf is not None:
+            self.strict = strict_interfaces(netconf)
+            self.idle = set(re.findall(r"(?m)^inet (\S+) .*\bforwarding off", netconf))
+        if listening is not None:
+            read = dict.fromkeys(map(to_listener, listening.splitlines()))
+            self.listeners = [each for each in read if each]
+        if chains is not None:
+            self.bases = [each for each in map(to_base_chain, chains) if each]
+
+    def output(self, command: Command, *values: object, take: Take | None = None) -> str | None:
+        """What a command prints, None when it cannot be had. Raises Fatal."""
+        result = self.ask(command, *values, take=take)
+        return result.out if result and result.status == 0 else None
+
+    def ask(self, command: Command, *values: object, take: Take | None = None) -> Result | None:
+        """What a command leaves that the host could run. Raises Fatal."""
+        if command in self.lacking:
+            return None
+        argv, sudo = command.argv(self.host.sudo, *values), command.as_root and self.host.sudo
+        result = persist(self.patience, self.host.run, argv, "", self.patience, take)
+        if result.status == 0 or result.err.startswith("RTNETLINK answers: "):
+            return result
+        self.lacking.add(command)
+        tool, said, cure = argv[len(sudo or ())], result.said, ""
+        if "epok-gate: " in result.err:
+            # an older gate logs whatever it refuses, and knows no later command
+            every = list(Command)
+            self.lacking.update(every[every.index(command) :])
+            cure = ANOTHER_GATE
+        elif sudo and re.search("password|not allowed", result.err):
+            # sudo says so too when there is no such command
+            cure = f"; run cron/setup-host of this epok on the host, if that has {tool}"
+        elif "Permission denied" in result.err:
+            cure = "; root may"  # read legacy's list of tables, as the unit's user may not
+        elif result.status == 127 or "BusyBox" in result.err:
+            said = f"not BusyBox's {tool}" if result.status != 127 else said
+            cure = f": apt-get install {PACKAGES.get(tool, tool)}"
+        self.blind.append(f"{shlex.join(argv)}: {said}{cure}")
+        return None
+
+    def nft(self, kind: str, command: Command, *names: str) -> list[Mapping[str, Any]] | None:
+        """What nft lists of one kind, as in libnftables-json(5); None when that cannot be had."""
+        asked = shlex.join(command.argv((), *names))
+        if not all(re.fullmatch(NFT_NAME, name) for name in names):
+            self.blind.append(f"{quoted(asked)}: epok asks for no such name")
+            return None
+        text = self.output(command, *names)
+        if text is None:
+            return None
+        with contextlib.suppress(ValueError, RecursionError):
+            parts = at(json.loads(text, object_hook=without_inner_chains), "nftables")
+            if isinstance(parts, list):
+                objects = [at(part, kind) for part in parts]
+                return [each for each in objects if isinstance(each, dict)]
+        self.blind.append(f"{asked}: {quoted(text)} is not understood")
+        return None
 
     def way(self, to: Address, *origin: object) -> Way:
-        """How packets to an address leave; each is asked for once. Raises Fatal.
+        """How packets to an address leave. Raises Fatal.
 
         Their origin is the host, or an address and the interface that they come in by.
         """
         key = (to, *origin)
         if key not in self.ways:
             own = Command.WAY if to.version == 4 else Command.WAY_6
-            result = self.asker.ask(Command.WAY_FROM if origin else own, *key)
+            result = self.ask(Command.WAY_FROM if origin else own, *key)
             found = result and re.search(r"(?:\bvia (\S+) )?\bdev (\S+)", result.out)
             why = result.err if result else ""
             self.ways[key] = Way(found[2], found[1] or "") if found else Way(why=why)
@@ -5845,7 +5823,7 @@ class Visit:
     @functools.cached_property
     def rules(self) -> str:
         """How routes are chosen."""
-        return self.asker.output(Command.RULES) or ""
+        return self.output(Command.RULES) or ""
 
     @functools.cached_property
     def backends(self) -> list[Backend]:
@@ -5888,19 +5866,19 @@ class Backend(NamedTuple):
 
 
 def backends_of(visit: Visit, family: Family) -> Iterator[Backend]:
-    own, asker, bases = visit.found[family.version], visit.asker, visit.around.bases
+    own, bases = visit.found[family.version], visit.bases
     if own is None:
         return
     here = {base.table for base in bases or () if of_iptables(base, family)}
     tables: dict[str, Chains] = {}
     # legacy makes a table that is only asked for, so it is asked for all that there are
     if not is_nft(own) or bases is None or here - BUILT_IN.keys():
-        tables = read_saved(asker, BUILT_IN, Command.SAVE_ALL, family.tool)
+        tables = read_saved(visit, BUILT_IN, Command.SAVE_ALL, family.tool)
     tables |= {name: table.foreign for name, table in own.items()}
     yield Backend(family, family.tool, tables, own)
     if own["filter"].beside if is_nft(own) else here:
         name = "legacy" if is_nft(own) else "nft"
-        saved = read_saved(asker, (), Command.OTHER_SAVE, family.tool, name)
+        saved = read_saved(visit, (), Command.OTHER_SAVE, family.tool, name)
         yield Backend(family, f"{family.tool}-{name}", saved)
 
 
@@ -5920,7 +5898,7 @@ def layer_of(family: Family) -> str:
 
 
 def read_saved(
-    asker: Asker, known: Container[str], command: Command, *words: str
+    visit: Visit, known: Container[str], command: Command, *words: str
 ) -> dict[str, Chains]:
     """The tables that iptables-save prints, but for those that are known. Raises Fatal."""
     tables: dict[str, Chains] = {}
@@ -5928,7 +5906,7 @@ def read_saved(
     def take(pieces: Iterable[bytes]) -> str:
         name, said = "", ""
         lines: list[str] = []
-        meter = Meter(f"{asker.host.name}: {words[0]}-save", 2 * RULES_LIMIT, 2 * RULES_LINES)
+        meter = Meter(f"{visit.name}: {words[0]}-save", 2 * RULES_LIMIT, 2 * RULES_LINES)
         for line in lines_of(meter.passing(pieces)):
             said += line if "incompatible" in line else ""
             if line.startswith("*"):
@@ -5939,8 +5917,8 @@ def read_saved(
                 tables[name] = Saved(name).read(lines).others
         return said
 
-    if said := asker.output(command, *words, take=take):
-        asker.blind.append(f"{shlex.join(command.argv((), *words))}: {one_line(said)}")
+    if said := visit.output(command, *words, take=take):
+        visit.blind.append(f"{shlex.join(command.argv((), *words))}: {one_line(said)}")
     return tables
 
 
@@ -6019,7 +5997,7 @@ def of_backend(backend: Backend) -> Iterator[Firewall]:
 def of_nft(family: Family, visit: Visit) -> Iterator[Firewall]:
     """Chains of nft that iptables did not make."""
     layer = layer_of(family)
-    bases = [base for base in visit.around.bases or () if base.family in ("inet", layer)]
+    bases = [base for base in visit.bases or () if base.family in ("inet", layer)]
     own_came = False  # epok's, of those with the same priority
     for base in bases:
         own_came |= base[1:4] == (layer, "nat", "PREROUTING")
@@ -6035,7 +6013,7 @@ def of_nft(family: Family, visit: Visit) -> Iterator[Firewall]:
             known = base.priority != TRANSLATED or is_nft(visit.found[family.version] or NOTHING)
             behind = known and (base.priority, not own_came) > (TRANSLATED, False)
             loses, rivals = ("drop", "nat"), [(0, 65535)] if behind else None
-        rules = nft_rules(visit.asker, base)
+        rules = nft_rules(visit, base)
         place = family.version, base.hook, base.priority, base.name
         yield Firewall(*place, rules, loses, cure, known, rivals)
 
@@ -6081,8 +6059,8 @@ def check_host(visit: Visit, forwards: Sequence[Forwarding]) -> Iterator[Check]:
 
 
 def check_sight(visit: Visit) -> Iterator[Check]:
-    for reason in dict.fromkeys(visit.asker.blind):
-        problem = f"{visit.host.name} does not tell all that matters: {reason}"
+    for reason in dict.fromkeys(visit.blind):
+        problem = f"{visit.name} does not tell all that matters: {reason}"
         yield Check("the host tells all that matters", problem, False)
 
 
@@ -6091,7 +6069,7 @@ def check_targets(visit: Visit, forwards: Iterable[Forwarding]) -> Check:
     targets = {each.address for some in forwards if not some.direct for each in some.targets}
     own, problem = sorted(targets & {*visit.facts.addresses}, key=str), ""
     if own:
-        problem = f"{visit.host.name} has the address {enumerated(map(str, own))} itself, which a "
+        problem = f"{visit.name} has the address {enumerated(map(str, own))} itself, which a "
         problem += "node reports, so what is forwarded there comes back: let kubelet report the "
         problem += "node's own address (--node-ip; see kubectl get nodes -o wide)"
     return Check("no node has an address of the host", problem)
@@ -6099,7 +6077,7 @@ def check_targets(visit: Visit, forwards: Iterable[Forwarding]) -> Check:
 
 def check_interface(visit: Visit, interface: str) -> Check:
     """Whether packets can come in by an interface that is given."""
-    what, host = f"there is an interface {interface}", visit.host.name
+    what, host = f"there is an interface {interface}", visit.name
     fitting = [name for name in visit.facts.interfaces if like(interface, name)]
     if not fitting:
         names = quoted(", ".join(visit.facts.interfaces))
@@ -6118,7 +6096,7 @@ BEYOND = {4: ipaddress.ip_address("100.0.0.1"), 6: ipaddress.ip_address("2000::1
 
 def check_forwarding(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
     targets = [target.address for forward in forwards for target in forward.targets]
-    on, idle, host = visit.facts.forwarding, visit.around.idle, visit.host.name
+    on, idle, host = visit.facts.forwarding, visit.idle, visit.name
     for family, sysctl in zip(FAMILIES, SYSCTLS, strict=True):
         version, what = family.version, f"forwarding of IPv{family.version} is on"
         some = next((address for address in targets if address.version == version), None)
@@ -6154,7 +6132,7 @@ def check_older(visit: Visit) -> Iterator[Check]:
     """What the older epok has left forwards whatever the annotations say by now."""
     count = older_rules(visit.found)
     if count and not visit.options.clean:
-        problem = f"{visit.host.name} has {count} {plural(count, 'rule')} of the older epok, "
+        problem = f"{visit.name} has {count} {plural(count, 'rule')} of the older epok, "
         problem += "which forward whatever the annotations say; once it is stopped, as root on the "
         problem += f"host: iptables-save -t nat | {DELETE_OLDER} | iptables-restore -n -w 5"
         yield Check(NO_OLDER, problem)
@@ -6167,9 +6145,9 @@ def check_answers(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Chec
     """
     targets = (target.address for forward in forwards for target in forward.targets)
     node = next((address for address in targets if address.version == 4), None)
-    if visit.around.strict is None or not node:
+    if visit.strict is None or not node:
         return
-    inner, host, beyond = visit.way(node).interface, visit.host.name, BEYOND[4]
+    inner, host, beyond = visit.way(node).interface, visit.name, BEYOND[4]
     for name in [name for name in visit.entries if inner and visit.facts.interfaces[name]]:
         what = f"rp_filter lets clients in by {name}, and answers leave by it"
         back, _, lost = visit.way(beyond, node, inner)
@@ -6236,11 +6214,11 @@ def check_paths(
         for ports in (texts[n : n + 7] for n in range(0, len(texts), 7)):  # as fit into a rule
             some = enumerated(f"{protocol}/{port}" for port in ports)
             perhaps, by = "" if sure else "perhaps ", printable(rule)  # with somebody's comments
-            problem = f"{visit.host.name} {perhaps}{does} {some} from {name} by {by}; "
+            problem = f"{visit.name} {perhaps}{does} {some} from {name} by {by}; "
             problems[problem + wall.cure_for(visit.options.mark, name, protocol, ports)] = sure
     yield from (Check(what, problem, sure) for problem, sure in problems.items())
     aside = re.compile("(sudo -n )?(ip|ss|conntrack) ")
-    if entries and not lost and all(map(aside.match, visit.asker.blind)):
+    if entries and not lost and all(map(aside.match, visit.blind)):
         yield Check(what)
 
 
@@ -6267,7 +6245,7 @@ COPIES = re.compile(r"-A (\S+) (.*)-j CONNMARK --(save|restore)-mark --nfmask (\
 
 def check_marks(visit: Visit) -> Iterator[Check]:
     """Whether somebody's rules copy connections' marks whole, and epok's bits with them."""
-    bits, host = visit.options.mark.forwarded | visit.options.mark.masquerade, visit.host.name
+    bits, host = visit.options.mark.forwarded | visit.options.mark.masquerade, visit.name
     copies = [
         (f"{backend.tool} -t mangle -R", number, match)
         for backend in visit.backends
@@ -6318,7 +6296,7 @@ def packets_of(
 def check_listeners(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
     """Whether a forward hides a program of the host."""
     options, interfaces = visit.options, visit.facts.interfaces
-    if visit.around.listeners is None:
+    if visit.listeners is None:
         return
     what = "no program of the host listens on an external port"
     elsewhere: set[Address] = set()
@@ -6327,13 +6305,13 @@ def check_listeners(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Ch
         elsewhere = {address for name in inner for address in interfaces[name]}
     hidden = [
         (listener, forward)
-        for forward, listener in itertools.product(forwards, visit.around.listeners)
+        for forward, listener in itertools.product(forwards, visit.listeners)
         if forward.first <= listener.port <= forward.last and forward.protocol == listener.protocol
         if hides(forward, listener.address, options) and listener.address not in elsewhere
     ]
     for (protocol, address, port), forward in hidden:
         where = "" if address is None or address.is_unspecified else f" at {address}"
-        problem = f"{visit.host.name} has a program that listens on {protocol}/{port}{where}, and "
+        problem = f"{visit.name} has a program that listens on {protocol}/{port}{where}, and "
         problem += f"clients get {forward.service} instead: stop it "
         problem += f"(ss -{protocol[0]}lnp sport = :{port} names it), or forward another port"
         yield Check(what, problem)
@@ -6345,7 +6323,7 @@ def check_rivals(
     visit: Visit, forwards: Iterable[Forwarding], walls: Iterable[Firewall]
 ) -> Iterator[Check]:
     """Whether a forward takes the clients of somebody's rule that comes behind epok's."""
-    told = {(each.protocol, each.port) for each in visit.around.listeners or ()}
+    told = {(each.protocol, each.port) for each in visit.listeners or ()}
     for wall, forward in itertools.product([w for w in walls if w.rivals], forwards):
         # most forwards have no rival: only of those whose ports rules name are the rules read
         if not any(
@@ -6361,7 +6339,7 @@ def check_rivals(
             by_port = rule and any(each.name.startswith("--dport") for each in rule.options)
             if rule and rule.verdict == "nat" and sure and by_port and port not in told:
                 told.add(port)
-                problem = f"{visit.host.name} has a rule that publishes {port[0]}/{port[1]}, "
+                problem = f"{visit.name} has a rule that publishes {port[0]}/{port[1]}, "
                 problem += f"{printable(rule.text)}, and clients get {forward.service} instead: "
                 problem += "let whoever made it take another port, or forward another one"
                 yield Check("nobody else's rule publishes an external port", problem)
@@ -6382,29 +6360,26 @@ def hides(forward: Forwarding, address: Address | None, options: Options) -> boo
     return taken and address.version in {target.address.version for target in forward.targets}
 
 
-def check_nodes(host: Host, forwards: Iterable[Forwarding], deadline: Deadline) -> Iterator[Check]:
+def check_nodes(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
     """Whether each target of TCP forwards answers, from the host."""
     tcp = [forward for forward in forwards if forward.protocol == "tcp"]
-    targets = dict.fromkeys(target for forward in tcp for target in forward.targets)
-    limit = Deadline(min(LOOK_SECONDS, deadline.remaining()), "the time for looking,")
-    some = list(targets)[:64]
-    trying = [Background(persist, limit, host.reach, str(t.address), t.port, limit) for t in some]
+    some = list(dict.fromkeys(target for forward in tcp for target in forward.targets))[:64]
+    limit = Deadline(min(LOOK_SECONDS, visit.deadline.remaining()), "the time for looking,")
+    reach = visit.host.reach
+    trying = [Background(persist, limit, reach, str(t.address), t.port, limit) for t in some]
     for target, thread in zip(some, trying, strict=True):
-        where = f"{target.address} port {target.port}"
-        what, problem, sure = f"{where} answers", "", True
-        try:
-            reason = thread.result(limit, str(target.address))
-        except Fatal:
-            reason = None
+        where, problem = f"{target.address} port {target.port}", ""
+        reason: str | None = None
+        with contextlib.suppress(Fatal):
+            reason = thread.result(limit, where)
         if reason is None:
-            sure = False
-            problem = f"{where} could not be tried from {host.name}: that takes nc there (apt-get "
+            problem = f"{where} could not be tried from {visit.name}: that takes nc there (apt-get "
             problem += "install netcat-openbsd), and the gate of this epok (cron/setup-host)"
         elif reason:
-            problem = f"{where} does not answer {host.name}: {reason}; see whether the Service's "
+            problem = f"{where} does not answer {visit.name}: {reason}; see whether the Service's "
             problem += "pods are ready, kube-proxy runs there, and no firewall of the node is in "
             problem += "between"
-        yield Check(what, problem, sure)
+        yield Check(f"{where} answers", problem, sure=reason is not None)
 
 
 def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
@@ -6428,7 +6403,7 @@ def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
     names, problem = enumerated(own), ""
     if {*lost} == {*its}:
         address = enumerated(map(str, own.values()))
-        problem = f"{visit.host.name} has the address {address}, which node {names} reports, but "
+        problem = f"{visit.name} has the address {address}, which node {names} reports, but "
         problem += f"no route to its pods, like {its[0]}: if it is another machine, let kubelet "
         problem += "report the node's own address (--node-ip; see kubectl get nodes -o wide); "
         problem += "if it is that node, see to its network plugin"
@@ -6449,7 +6424,7 @@ def read_flows(visit: Visit, lives: Iterable[Live]) -> Flows:
     """How many connections to nodes the host tracks that are answered, and that still wait."""
     flows: dict[Live, Sequence[int]] = {}
     own, left = {str(address) for address in visit.facts.addresses}, MOST_PORTS
-    tracked = functools.cache(visit.asker.output)
+    tracked = functools.cache(visit.output)
     for live in lives:
         ports = range(live.first, live.last + 1)
         left -= len(ports) if live.protocol == "tcp" else 0
@@ -6478,7 +6453,7 @@ class DryRun:
     """What a run would do to a host."""
 
     def __init__(self, visit: Visit, wanted: Wanted, news: Sequence[Publication]) -> None:
-        self.name, self.several, self.news = visit.host.name, len(visit.options.host) > 1, news
+        self.name, self.several, self.news = visit.name, len(visit.options.host) > 1, news
         self.changes = changes_between(visit.found, wanted)
         self.inputs = list(next_inputs(wanted, visit.found, visit.options))
 
@@ -6498,29 +6473,42 @@ class DryRun:
         return {"host": self.name, "changes": changes, "published": news, "inputs": inputs}
 
 
-@dataclass
+NO_CLUSTER = Snapshot((), (), {})
+
+
 class Status:
     """What a host does now, beside what the cluster wants, if that is known, and what was checked.
 
-    `pending` is what the next run would change; `key` the Service that all is about, if it is one;
+    With --explain all is about the Service `key`. `pending` is what the next run would change;
     `taken` tells which nodes the host is taken for.
     """
 
-    host: str
-    tables: Found
-    lives: list[Live]
-    key: str = ""
-    plan: Plan = field(default_factory=Plan)
-    cluster: str = ""
-    taken: str = ""
-    pending: list[Change] = field(default_factory=list)
-    checks: list[Check] = field(default_factory=list)
-    published: Mapping[str, list[Ingress]] = field(default_factory=dict)
-    flows: Flows = field(default_factory=dict)
+    def __init__(self, visit: Visit) -> None:
+        self.host, self.tables, self.options = visit.name, visit.found, visit.options
+        self.key = visit.options.explain
+        lives = all_lives(visit.found, visit.found)
+        self.lives = [live for live in lives if self.concerns(live.service)]
+        self.snapshot, self.plan = NO_CLUSTER, Plan()
+        self.cluster = self.taken = ""
+        self.pending: list[Change] = []
+        self.rejections: list[Rejection] = []
+        self.published: Mapping[str, list[Ingress]] = {}
+        self.checks: list[Check] = []
+        self.flows: Flows = {}
 
-    @property
-    def rejections(self) -> list[Rejection]:
-        return self.plan.rejections
+    def concerns(self, service: str) -> bool:
+        return self.key in ("", service)
+
+    def compare(self, planner: Planner, facts: Facts) -> None:
+        """Learns what the cluster wants. Raises Fatal."""
+        self.plan, self.taken = planner.plan(facts), planner.taken(facts)
+        self.snapshot = planner.snapshot
+        self.cluster = f"compared with {planner.reader.source.name}"
+        changes = changes_between(self.tables, rendered(self.plan, self.options))
+        self.pending = [change for change in changes if self.concerns(change.live.service)]
+        self.rejections = [each for each in self.plan.rejections if self.concerns(each.service)]
+        services = [each for each in self.snapshot.services if self.concerns(each.key)]
+        self.published = {each.key: each.balanced.ingress for each in services if each.balanced}
 
     @property
     def warnings(self) -> list[str]:
@@ -6530,15 +6518,6 @@ class Status:
     def forwards(self) -> Sequence[Forwarding]:
         """What is checked."""
         return self.lives or self.plan.forwards
-
-    def compare(self, planner: Planner, visit: Visit) -> None:
-        """Learns what the cluster wants. Raises Fatal."""
-        self.plan = planner.plan(visit.facts)
-        self.pending = changes_between(self.tables, rendered(self.plan, visit.options))
-        self.cluster = f"compared with {planner.reader.source.name}"
-        self.taken = planner.taken(visit.facts)
-        services = [each for each in planner.snapshot.services if self.key in ("", each.key)]
-        self.published = {each.key: each.balanced.ingress for each in services if each.balanced}
 
     def hooks(self, version: int) -> str:
         """Whether epok's hooks are there: "in place", "not used", or "missing in" some chain."""
@@ -6555,7 +6534,7 @@ class Status:
 
     @property
     def backend(self) -> str:
-        tables = next((tables for tables in self.tables.values() if tables), NOTHING)
+        tables = next(filter(None, self.tables.values()), NOTHING)
         version = re.search(r"v([0-9.]+)", tables["filter"].origin)
         kind = "nft" if is_nft(tables) else "legacy"
         return f"iptables {version[1] if version else '?'} ({kind})"
@@ -6571,7 +6550,7 @@ class Status:
     def text(self) -> str:
         rows = forward_rows(self.lives, self.flows)
         forwards = aligned(rows) if self.lives else ["no forwards"]
-        lines = [self.title(), *[self.taken] * bool(self.taken), *forwards, *self.to_come()]
+        lines = [self.title(), *filter(None, [self.taken]), *forwards, *self.to_come()]
         lines += [f"rejected: {rejection}" for rejection in self.rejections]
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines += [f"{key}: EXTERNAL-IP {ips(found)}" for key, found in self.published.items()]
@@ -6579,15 +6558,15 @@ class Status:
         passed = sum(not check.problem for check in self.checks)
         return "\n".join([*lines, f"{passed} of {len(self.checks)} checks passed"])
 
-    def tracked(self, live: Live) -> dict[str, int]:
-        return dict(zip(("answered", "waiting"), self.flows.get(live, ()), strict=False))
-
     def document(self) -> dict[str, Any]:
+        def tracked(live: Live) -> dict[str, int]:
+            return dict(zip(("answered", "waiting"), self.flows.get(live, ()), strict=False))
+
         return {
             "host": self.host,
             "backend": self.backend,
             "hooks": {f"IPv{version}": self.hooks(version) for version in self.tables},
-            "forwards": [live.document() | self.tracked(live) for live in self.lives],
+            "forwards": [live.document() | tracked(live) for live in self.lives],
             "cluster": self.cluster,
             "taken": self.taken,
             "pending": [change.document() for change in self.pending],
@@ -6621,72 +6600,51 @@ def forward_rows(lives: Sequence[Live], flows: Flows) -> list[list[str]]:
 WORKS = "it works as far as can be seen from here: "
 
 
-@dataclass
 class Story(Status):
     """All about one Service on one host, from its annotation to its live rules."""
 
-    max_nodes: int = 0
-    snapshot: Snapshot | None = None
-
-    def compare(self, planner: Planner, visit: Visit) -> None:
-        super().compare(planner, visit)
-        self.pending = [change for change in self.pending if change.live.service == self.key]
-        self.snapshot = planner.snapshot
-
     @property
     def service(self) -> Service | None:
-        services = self.snapshot.services if self.snapshot else ()
-        return next((service for service in services if service.key == self.key), None)
-
-    @property
-    def rejections(self) -> list[Rejection]:
-        return [each for each in self.plan.rejections if each.service == self.key]
+        return next((each for each in self.snapshot.services if each.key == self.key), None)
 
     @property
     def warnings(self) -> list[str]:
         """Those about this Service, or about all."""
-        services = self.snapshot.services if self.snapshot else ()
-        others = {service.key for service in services} - {self.key}
+        others = {service.key for service in self.snapshot.services} - {self.key}
         about = [text for text in super().warnings if text.partition(": ")[0] not in others]
         if self.plan.claims and self.published.get(self.key) == []:
             about.append("it has no EXTERNAL-IP: runs write it with --publish, and the permission")
-        return [*about, *self.open_relay()]
+        # one that cannot tell its clients from the cluster's nodes may relay for all
+        tcp = {claim.external for claim in self.plan.claims if claim.port.protocol == "tcp"}
+        mail = tcp.intersection(MAIL_PORTS)
+        if mail and self.service and not self.service.local:
+            namespace, _, name = self.key.partition("/")
+            patch = """'{"spec": {"externalTrafficPolicy": "Local"}}'"""
+            about.append(
+                f"port {spans(mail)} looks like a mail server's, and externalTrafficPolicy Cluster "
+                "hides its clients' addresses: if it trusts those of the cluster, it relays mail "
+                f"for everybody: kubectl patch service -n {namespace} {name} -p {patch}"
+            )
+        return about
 
     @property
     def forwards(self) -> Sequence[Forwarding]:
         return [each for each in self.plan.forwards if each.service == self.key] or self.lives
 
-    def open_relay(self) -> Iterator[str]:
-        """A mail server that cannot tell its clients from the cluster's nodes may relay for all."""
-        tcp = {claim.external for claim in self.plan.claims if claim.port.protocol == "tcp"}
-        asked = tcp.intersection(MAIL_PORTS)
-        namespace, _, name = self.key.partition("/")
-        if asked and self.service and not self.service.local:
-            patch = """'{"spec": {"externalTrafficPolicy": "Local"}}'"""
-            yield (
-                f"port {spans(asked)} looks like a mail server's, and externalTrafficPolicy "
-                "Cluster hides its clients' addresses: if it trusts those of the cluster, it "
-                f"relays mail for everybody: kubectl patch service -n {namespace} {name} -p {patch}"
-            )
-
     def mappings(self) -> list[tuple[str, str, bool]]:
         """Each mapping, its fate, and whether it stands."""
-        groups: dict[str, list[str]] = {}
+        ports: dict[str, list[str]] = {}
         for mapping, external, port in self.plan.claims:
             to = f"NodePort {port.node_port} ({port.name or port.port})"
-            groups.setdefault(mapping, []).append(f"{port.protocol}/{external} -> {to}")
-        granted = [(mapping, enumerated(ports), True) for mapping, ports in groups.items()]
-        refused = [
-            (each.mapping or "all", f"rejected: {each.reason}", False) for each in self.rejections
+            ports.setdefault(mapping, []).append(f"{port.protocol}/{external} -> {to}")
+        refused = [(each.mapping or "all", f"rejected: {each.reason}") for each in self.rejections]
+        return [
+            *((mapping, enumerated(some), True) for mapping, some in ports.items()),
+            *((mapping, why, False) for mapping, why in refused),
         ]
-        return granted + refused
-
-    def nodes(self) -> list[tuple[Node, str]]:
-        """Each node, and why it is left out, if it is."""
-        nodes = self.snapshot.nodes if self.snapshot else ()
-        return [(node, self.why_left_out(node)) for node in nodes]
 
     def why_left_out(self, node: Node) -> str:
+        """Why no connections go to a node; empty if they do."""
         service, used = self.service, {place.name for place in self.plan.places if place.live}
         if not service or node.name in used:
             return ""
@@ -6700,11 +6658,11 @@ class Story(Status):
             return f"no usable InternalIP or ExternalIP of IPv{service.versions[0]}"
         if service.local:
             return "has no ready pod of the Service (externalTrafficPolicy Local)"
-        return f"{self.max_nodes} others are used (--max-nodes)"
+        return f"{self.options.max_nodes} others are used (--max-nodes)"
 
     def pods(self) -> str:
         """How many pods are ready, empty when that is not known."""
-        endpoints = self.snapshot.endpoints.get(self.key) if self.snapshot else None
+        endpoints = self.snapshot.endpoints.get(self.key)
         if endpoints is None:
             return ""
         ready = [str(endpoint.address) for endpoint in endpoints if endpoint.ready]
@@ -6719,14 +6677,12 @@ class Story(Status):
             self.in_the_way(),
             self.evidence(),
         )
-        nothing = f"{WORKS}connections come in, and the nodes answer"
-        return next(causes, "") or nothing
+        return next(causes, f"{WORKS}connections come in, and the nodes answer")
 
     def not_asked(self) -> Iterator[str]:
-        namespace, _, name = self.key.partition("/")
-        service = self.service
-        if self.snapshot and not service:
-            keys = enumerated(sorted(service.key for service in self.snapshot.services)) or "none"
+        service, (namespace, _, name) = self.service, self.key.partition("/")
+        if self.snapshot is not NO_CLUSTER and not service:
+            keys = enumerated(sorted(each.key for each in self.snapshot.services)) or "none"
             yield f"there is no Service {self.key}; those with an annotation of epok's: {keys}"
         if service and not service.mapped and not service.balanced:
             strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
@@ -6734,13 +6690,13 @@ class Story(Status):
             annotate = f"kubectl annotate service -n {namespace} {name} {PORT_ANNOTATIONS[0]}"
             yield f"it has no annotation {PORT_ANNOTATIONS[0]}{only}: {annotate}=EXTERNAL:NODEPORT"
         elif service and not self.plan.claims:
-            messages = [rejection.message for rejection in self.rejections]
-            yield messages[0] if messages else "its annotation names no port"
+            yield from (rejection.message for rejection in self.rejections)
+            yield "its annotation names no port"
 
     def nowhere_to_go(self) -> Iterator[str]:
-        namespace, _, name = self.key.partition("/")
         passed = [check.what for check in self.checks if not check.problem]
         if self.pods().startswith("0 of") and not any(w.endswith(" answers") for w in passed):
+            namespace, _, name = self.key.partition("/")
             slices = f"endpointslices -n {namespace} -l kubernetes.io/service-name={name}"
             yield f"no pod of it is ready: kubectl get {slices}"
         if self.service and not any(place.live for place in self.plan.places):
@@ -6763,11 +6719,14 @@ class Story(Status):
                 yield check.problem
         yield from (rejection.message for rejection in self.rejections)
 
+    def nat(self, live: Live) -> Table:
+        return (self.tables[live.version] or NOTHING)["nat"]
+
     def met(self, live: Live) -> int:
         """How many connections met its rules since EPOK was written, which is when -i changes."""
-        nat = (self.tables[live.version] or NOTHING)["nat"]
+        nat, protocol = self.nat(live), f" -p {live.protocol} "
         pairs = zip(nat.chains.get(ROOT, ()), nat.counts.get(ROOT, ()), strict=False)
-        return min(*live.counts[:1], sum(n for rule, n in pairs if f" -p {live.protocol} " in rule))
+        return min(live.counts[0], sum(count for rule, count in pairs if protocol in rule))
 
     def evidence(self) -> Iterator[str]:
         """How far packets came, as the kernel counts them."""
@@ -6786,8 +6745,7 @@ class Story(Status):
                 f"that interface; if {look} shows nothing on {host}, it is lost before it{doubts}"
             )
         kept = any(live.kept for live in lives)
-        nats = [(self.tables[live.version] or NOTHING)["nat"] for live in lives]
-        if not kept and not any(nat.counts.get(POSTROUTING, [1])[0] for nat in nats):
+        if not kept and not any(self.nat(live).counts.get(POSTROUTING, [1])[0] for live in lives):
             yield f"{some}, and none has left {host} again: a rule is in the way, or no route"
         answered, waiting = (sum(each[n] for each in self.flows.values()) for n in (0, 1))
         waits = f"{waiting} {plural(waiting, 'waits', 'wait')} for an answer"
@@ -6807,24 +6765,19 @@ class Story(Status):
 
     def trace(self) -> list[str]:
         """How the kernel itself tells what it does with the first packet of each connection."""
-        live, nft = self.lives[0], self.backend.endswith("(nft)")
-        chain = "trace { type filter hook prerouting priority -350; }"
-        syn = " tcp flags syn" * (live.protocol == "tcp")
-        name = self.way.replace("+", "*")
-        match = f"iifname {name} {live.protocol} dport {live.first}{syn}"
-        begin = (
-            f"add table inet epok; add chain inet epok {chain}; add rule inet epok trace {match}"
-        )
-        steps = (
-            f"nft '{begin} meta nftrace set 1' && nft monitor trace",
-            "nft delete table inet epok",
-        )
-        if not nft:
-            rule = f"PREROUTING -i {self.way} -p {live.protocol} --dport {live.first} -j TRACE"
-            show = "dmesg -w | grep TRACE:"
-            steps = f"iptables -t raw -I {rule} && {show}", f"iptables -t raw -D {rule}"
-        told = f"To see what becomes of its packets, as root on {self.host}:", "To end that:"
-        return [f"{what} {step}" for what, step in zip(told, steps, strict=True)]
+        live = self.lives[0]
+        rule = f"PREROUTING -i {self.way} -p {live.protocol} --dport {live.first} -j TRACE"
+        begin = f"iptables -t raw -I {rule} && dmesg -w | grep TRACE:"
+        end = f"iptables -t raw -D {rule}"
+        if self.backend.endswith("(nft)"):
+            syn = " tcp flags syn" * (live.protocol == "tcp")
+            match = f"iifname {self.way.replace('+', '*')} {live.protocol} dport {live.first}{syn}"
+            begin = "nft 'add table inet epok; "
+            begin += "add chain inet epok trace { type filter hook prerouting priority -350; }; "
+            begin += f"add rule inet epok trace {match} meta nftrace set 1' && nft monitor trace"
+            end = "nft delete table inet epok"
+        what = "To see what becomes of its packets, as root on"
+        return [f"{what} {self.host}: {begin}", f"To end that: {end}"]
 
     def text(self) -> str:
         title = painted(f"{self.key} on {self.host}", "title")
@@ -6853,9 +6806,8 @@ class Story(Status):
         if service.source_ranges:
             lines.append(f"loadBalancerSourceRanges: {enumerated(service.source_ranges)}")
         lines += [f"EXTERNAL-IP: {ips(found)}" for found in self.published.values()]
-        if self.pods():
-            lines.append(f"pods: {self.pods()}")
-        lines += [self.taken] * bool(self.taken)
+        lines += [f"pods: {self.pods()}"] if self.pods() else []
+        lines += [self.taken] if self.taken else []
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines = [f"  {line}" for line in lines]
         if mappings := self.mappings():
@@ -6863,9 +6815,10 @@ class Story(Status):
             lines += ["Mappings", *aligned(rows, "  ")]
         if self.plan.claims:
             rows = []
-            for node, why in self.nodes():
-                addresses = enumerated(map(str, node.addresses)) or "no address"
-                rows.append([node.name, addresses, f"left out: {why}" if why else "used"])
+            for node in self.snapshot.nodes:
+                addresses, why = enumerated(map(str, node.addresses)), self.why_left_out(node)
+                fate = f"left out: {why}" if why else "used"
+                rows.append([node.name, addresses or "no address", fate])
             lines += ["Nodes", *aligned(rows, "  ")]
         return lines
 
@@ -6873,13 +6826,13 @@ class Story(Status):
         """What the host does."""
         lines = ["Rules", f"  {self.title()}"]
         for live in self.lives:
-            count = "not counted"
+            came = "not counted"
             if live.counts:
-                count = f"{live.counts[0]} new {plural(live.counts[0], 'connection')}"
-            lines.append(f"  {live} -> {live.text}, by {enumerated(live.ways)}: {count}")
+                came = f"{live.counts[0]} new {plural(live.counts[0], 'connection')}"
+            lines.append(f"  {live} -> {live.text}, by {enumerated(live.ways)}: {came}")
             lines.append(f"    chain {live.chain}")
-            counts = live.counts[1:] or itertools.repeat("?")
-            for target, number in zip(live.targets, counts, strict=False):
+            counts = live.counts[1:] or "?" * len(live.targets)
+            for target, number in zip(live.targets, counts, strict=True):
                 lines.append(f"    to {target.address} port {target.port}: {number}")
             if live in self.flows:
                 answered, waiting = self.flows[live]
@@ -6891,19 +6844,13 @@ class Story(Status):
         story: dict[str, Any] = {"service": self.key}
         if self.service:
             story |= {"annotations": dict(self.service.annotations), "pods": self.pods()}
-        story["mappings"] = [
-            {"mapping": mapping, "stands": stands, "fate": fate}
-            for mapping, fate, stands in self.mappings()
-        ]
-        story["clusterNodes"] = [
-            {
-                "name": node.name,
-                "addresses": [*map(str, node.addresses)],
-                "used": not why,
-                "why": why,
-            }
-            for node, why in self.nodes()
-        ]
+        words = "mapping", "fate", "stands"
+        story["mappings"] = [dict(zip(words, each, strict=True)) for each in self.mappings()]
+        story["clusterNodes"] = []
+        for node in self.snapshot.nodes:
+            addresses, why = [*map(str, node.addresses)], self.why_left_out(node)
+            made = {"name": node.name, "addresses": addresses, "used": not why, "why": why}
+            story["clusterNodes"].append(made)
         return {**super().document(), **story, "cause": self.cause()}
 
 
@@ -6944,7 +6891,7 @@ def start_log(level: str) -> None:
 def warn(visit: Visit, forwards: Sequence[Forward]) -> None:
     """Warns about what makes forwards fail without a word; not to be able to look is no failure."""
     seconds = min(LOOK_SECONDS, visit.deadline.remaining() / 2)
-    visit.asker.deadline = Deadline(seconds, "the time for looking,")
+    visit.patience = Deadline(seconds, "the time for looking,")
     try:
         visit.look_around()
         for check in check_host(visit, forwards):
@@ -7054,32 +7001,28 @@ def as_found(options: Options, found: Found) -> Options:
 
 def look(visit: Visit, planning: Background) -> Outcome:
     """Says what a host does, or all about one Service. Raises Fatal."""
-    host, deadline, found = visit.host, visit.deadline, visit.found
-    visit.options = options = as_found(visit.options, found)
-    lives, key = all_lives(found, found), options.explain
-    status = Status(host.name, found, lives)
-    if key:
-        its = [live for live in lives if live.service == key]
-        status = Story(host.name, found, its, key, max_nodes=options.max_nodes)
-    failed, planner = bool(key), None
+    visit.options = as_found(visit.options, visit.found)
+    explains = bool(visit.options.explain)
+    status = Story(visit) if explains else Status(visit)
+    failed, planner = explains, None
     try:
-        planner = planning.result(deadline, "reading the cluster")
-        status.compare(planner, visit)
+        planner = planning.result(visit.deadline, "reading the cluster")
+        status.compare(planner, visit.facts)
         failed = False
     except Fatal as error:
         status.cluster = f"not compared with the cluster: {error}"
     try:
         visit.look_around()
     except Fatal as error:
-        visit.asker.blind.append(str(error))
+        visit.blind.append(str(error))
     if planner:
         status.checks += check_pods(visit, planner)
     status.checks += check_host(visit, status.forwards)
     status.flows = read_flows(visit, status.lives)
     status.checks += check_sight(visit)
-    if key:
-        status.checks += check_nodes(host, status.forwards, deadline)
-    return Outcome(host.name, int(failed), status)
+    if explains:
+        status.checks += check_nodes(visit, status.forwards)
+    return Outcome(visit.name, int(failed), status)
 
 
 def everywhere(task: Callable[[Visit], Outcome], visits: Sequence[Visit]) -> list[Outcome]:
@@ -7094,10 +7037,10 @@ def everywhere(task: Callable[[Visit], Outcome], visits: Sequence[Visit]) -> lis
     outcomes = []
     for visit, thread in [(visit, Background(work, visit)) for visit in visits]:
         try:
-            outcomes.append(thread.result(visit.deadline, visit.host.name, grace=1))
+            outcomes.append(thread.result(visit.deadline, visit.name, grace=1))
         except Fatal as error:
             log.error("%s", error)
-            outcomes.append(Outcome(visit.host.name, error.status))
+            outcomes.append(Outcome(visit.name, error.status))
     return outcomes
 
 
