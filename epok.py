@@ -5510,8 +5510,6 @@ def iptables_rule(line: str, chains: Container[str]) -> Rule:
 
 
 PACKAGES = {"ip": "iproute2", "ss": "iproute2", "nft": "nftables"}
-
-
 NFT_NAME = r"[A-Za-z_][A-Za-z0-9_.-]{0,127}"  # that the gate and sudoers let through
 
 
@@ -5581,17 +5579,22 @@ def nft_rule(rule: Mapping[str, Any], where: str) -> Rule:
 
 
 UNKNOWN = Option("?", [])
-NFT_OPTIONS = {
-    **{("meta", key): "-i" for key in ("iif", "iifname")},
-    **{("meta", key): "-o" for key in ("oif", "oifname")},
-    **{("ct", key): "--ctstate" for key in ("state", "status")},
-    **dict.fromkeys([("meta", "l4proto"), ("payload", "protocol"), ("payload", "nexthdr")], "-p"),
-    ("meta", "nfproto"): "nfproto",
-    ("payload", "daddr"): "-d",
-    ("payload", "saddr"): "-s",
-    ("payload", "flags"): "--syn",
-    ("fib", "type"): "--dst-type",
-    ("payload", "dport"): "--dport",
+NFT_OPTIONS = {  # by what stands on the left of an expression
+    ("meta", "key", "iif"): "-i",
+    ("meta", "key", "iifname"): "-i",
+    ("meta", "key", "oif"): "-o",
+    ("meta", "key", "oifname"): "-o",
+    ("meta", "key", "l4proto"): "-p",
+    ("meta", "key", "nfproto"): "nfproto",
+    ("ct", "key", "state"): "--ctstate",
+    ("ct", "key", "status"): "--ctstate",
+    ("fib", "result", "type"): "--dst-type",
+    ("payload", "field", "protocol"): "-p",
+    ("payload", "field", "nexthdr"): "-p",
+    ("payload", "field", "daddr"): "-d",
+    ("payload", "field", "saddr"): "-s",
+    ("payload", "field", "dport"): "--dport",
+    ("payload", "field", "flags"): "--syn",
 }
 NFT_PROTOCOLS = (*PROTOCOLS, "icmp", "icmpv6", "igmp", "esp", "ah", "comp", "udplite", "dccp")
 
@@ -5600,31 +5603,27 @@ def nft_options(expression: Any) -> list[Option]:
     """What an expression of libnftables-json(5) asks of a packet, as options of iptables."""
     left, right, op = (at(expression, key) for key in ("left", "right", "op"))
     masked = at(left, "&")
-    if isinstance(masked, list) and [at(each, "ct", "key") for each in masked] == ["mark", None]:
-        if op in ("==", "!=") and isinstance(masked[1], int) and isinstance(right, int):
-            return [Option("connmark --mark", [f"{right:#x}/{masked[1]:#x}"], op == "!=")]
-        return [UNKNOWN]
-    words = {"payload": "field", "meta": "key", "ct": "key", "fib": "result"}
-    asked = [(kind, at(left, kind, word)) for kind, word in words.items()]
-    kind, key = next((pair for pair in asked if isinstance(pair[1], str)), ("", ""))
-    layer = at(left, "payload", "protocol")
-    whose = at(left, "fib", "flags")
-    if not kind or (kind == "payload" and layer is None) or whose not in (None, ["daddr"]):
-        return [UNKNOWN]
-    options = []
+    marks = isinstance(masked, list) and [at(each, "ct", "key") for each in masked] == [
+        "mark",
+        None,
+    ]
+    if marks and op in ("==", "!=") and isinstance(masked[1], int) and isinstance(right, int):
+        return [Option("connmark --mark", [f"{right:#x}/{masked[1]:#x}"], op == "!=")]
+    options, layer = [], at(left, "payload", "protocol")
     # a packet has such a field only when it is of that protocol
     if layer in ("ip", "ip6"):
         options = [Option("nfproto", ["ipv4" if layer == "ip" else "ipv6"])]
     elif layer in NFT_PROTOCOLS:
         options = [Option("-p", [layer])]
-    name = NFT_OPTIONS.get((kind, key), "?")
+    names = [name for (*path, key), name in NFT_OPTIONS.items() if at(left, *path) == key]
     # a list is bits of which one is enough, but with any other operator than "in" all of them count
-    exact = isinstance(right, list) or key == "status"
-    if op not in (("in",) if exact else ("in", "==", "!=")):
+    exact = isinstance(right, list) or at(left, "ct", "key") == "status"
+    operators = ("in",) if exact else ("in", "==", "!=")
+    if not names or op not in operators or at(left, "fib", "flags") not in (None, ["daddr"]):
         return [*options, UNKNOWN]
     values = right["set"] if isinstance(right, dict) and "set" in right else right
-    texts = [nft_text(value, name) for value in (values if isinstance(values, list) else [values])]
-    return [*options, Option(name, texts, op == "!=")]
+    values = values if isinstance(values, list) else [values]
+    return [*options, Option(names[0], [nft_text(value, names[0]) for value in values], op == "!=")]
 
 
 def nft_text(value: Any, name: str) -> str:
@@ -5660,9 +5659,9 @@ def strict_interfaces(netconf: str) -> set[str]:
     """The interfaces with strict rp_filter, by what ip netconf prints."""
     modes = dict(re.findall(r"(?m)^inet (\S+) .*\brp_filter (\w+)", netconf))
     # the higher of the interface's and that of all counts, and loose is higher: ip-sysctl.rst
-    both = {name: (mode, modes.get("all")) for name, mode in modes.items()}
-    own = both.keys() - {"all", "default", "lo"}
-    return {name for name in own if "strict" in both[name] and "loose" not in both[name]}
+    of_all = modes.pop("all", None)
+    both = {name: {mode, of_all} for name, mode in modes.items() if name not in ("default", "lo")}
+    return {name for name, some in both.items() if "strict" in some and "loose" not in some}
 
 
 def to_listener(line: str) -> Listener | None:
@@ -5889,12 +5888,8 @@ def is_nft(tables: Tables) -> bool:
 
 def of_iptables(base: BaseChain, family: Family) -> bool:
     """Whether iptables made a chain of nft, by its name."""
-    return base.family == layer_of(family) and (base.table, base.name) in HOOKED
-
-
-def layer_of(family: Family) -> str:
-    """An IP version as nft calls it, ip or ip6."""
-    return family.tool.removesuffix("tables")
+    layer = "ip" if family.version == 4 else "ip6"
+    return base.family == layer and (base.table, base.name) in HOOKED
 
 
 def read_saved(
@@ -5996,7 +5991,7 @@ def of_backend(backend: Backend) -> Iterator[Firewall]:
 
 def of_nft(family: Family, visit: Visit) -> Iterator[Firewall]:
     """Chains of nft that iptables did not make."""
-    layer = layer_of(family)
+    layer = "ip" if family.version == 4 else "ip6"
     bases = [base for base in visit.bases or () if base.family in ("inet", layer)]
     own_came = False  # epok's, of those with the same priority
     for base in bases:
@@ -6064,14 +6059,16 @@ def check_sight(visit: Visit) -> Iterator[Check]:
         yield Check("the host tells all that matters", problem, False)
 
 
+NODE_IP = "let kubelet report the node's own address (--node-ip; see kubectl get nodes -o wide)"
+
+
 def check_targets(visit: Visit, forwards: Iterable[Forwarding]) -> Check:
     """Whether no forward leads back: an address that many machines have makes the host no node."""
     targets = {each.address for some in forwards if not some.direct for each in some.targets}
     own, problem = sorted(targets & {*visit.facts.addresses}, key=str), ""
     if own:
         problem = f"{visit.name} has the address {enumerated(map(str, own))} itself, which a "
-        problem += "node reports, so what is forwarded there comes back: let kubelet report the "
-        problem += "node's own address (--node-ip; see kubectl get nodes -o wide)"
+        problem += f"node reports, so what is forwarded there comes back: {NODE_IP}"
     return Check("no node has an address of the host", problem)
 
 
@@ -6324,16 +6321,13 @@ def check_rivals(
 ) -> Iterator[Check]:
     """Whether a forward takes the clients of somebody's rule that comes behind epok's."""
     told = {(each.protocol, each.port) for each in visit.listeners or ()}
-    for wall, forward in itertools.product([w for w in walls if w.rivals], forwards):
+    for wall, forward in itertools.product(walls, forwards):
         # most forwards have no rival: only of those whose ports rules name are the rules read
-        if not any(
-            low <= forward.last and forward.first <= high for low, high in wall.rivals or ()
-        ):
+        named = wall.rivals or ()
+        if not any(low <= forward.last and forward.first <= high for low, high in named):
             continue
-        packets = [
-            packet for name in visit.entries for packet in packets_of(forward, name, wall, visit)
-        ]
-        for packet in packets:
+        packets = (packets_of(forward, name, wall, visit) for name in visit.entries)
+        for packet in itertools.chain.from_iterable(packets):
             rule, sure = Walk(wall.rules, packet).decision(wall.chain)
             port = packet.protocol, packet.port
             by_port = rule and any(each.name.startswith("--dport") for each in rule.options)
@@ -6404,8 +6398,7 @@ def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
     if {*lost} == {*its}:
         address = enumerated(map(str, own.values()))
         problem = f"{visit.name} has the address {address}, which node {names} reports, but "
-        problem += f"no route to its pods, like {its[0]}: if it is another machine, let kubelet "
-        problem += "report the node's own address (--node-ip; see kubectl get nodes -o wide); "
+        problem += f"no route to its pods, like {its[0]}: if it is another machine, {NODE_IP}; "
         problem += "if it is that node, see to its network plugin"
     yield Check(f"a route to the pods of node {names}, which the host is taken for", problem)
 
