@@ -5925,6 +5925,7 @@ class Firewall(NamedTuple):
     first to last. `cure` lets packets through, with MATCH for what they are.
     """
 
+    visit: Visit
     version: int
     hook: str
     priority: int
@@ -5940,13 +5941,13 @@ class Firewall(NamedTuple):
         early = self.priority <= TRANSLATED or self.rivals is not None
         return early and self.hook == "prerouting"
 
-    def cure_for(self, mark: Mark, name: str, protocol: str, ports: Sequence[str]) -> str:
+    def cure_for(self, name: str, protocol: str, ports: Sequence[str]) -> str:
         """For what comes by an interface to ports of the host, and then has epok's mark."""
-        some, bits = ", ".join(ports), f"{mark.forwarded:#x}"
+        mark, some = self.visit.options.mark, ", ".join(ports)
         if "nft insert" in self.cure:
             some = some if len(ports) == 1 else f"{{ {some} }}"
             early = f"iifname {name} {protocol} dport {some} fib daddr type local"
-            late = f"ct mark and {bits} == {bits}"
+            late = f"ct mark and {mark.forwarded:#x} == {mark.forwarded:#x}"
         else:
             some = some.replace("-", ":").replace(" ", "")
             some = f"--dport {some}" if len(ports) == 1 else f"-m multiport --dports {some}"
@@ -5954,10 +5955,46 @@ class Firewall(NamedTuple):
             late = f"-m connmark {marked(mark)}"
         return self.cure.replace("MATCH", early if self.before_nat else late)
 
+    def losses(self, forward: Forwarding, interface: str) -> Iterator[tuple[str, str, bool]]:
+        """What it does to a forward, by which rule, and whether that is sure."""
+        shows = self.loses == ("accept",)  # before they are masqueraded, where they shall be
+        if shows and (forward.kept if isinstance(forward, Live) else not forward.masquerade):
+            return
+        walks = [Walk(self.rules, each, self.loses) for each in self.packets(forward, interface)]
+        decisions = [walk.decision(self.chain) for walk in walks]
+        ends = [(rule, sure) for rule, sure in decisions if rule and rule.verdict in self.loses]
+        sure = self.sure and len(ends) == len(decisions) and all(sure for _, sure in ends)
+        doubts = [doubt for walk in walks for doubt in walk.doubts]
+        for rule in [*(rule for rule, _ in ends), *doubts][:1]:
+            does = {"drop": "drops", "notrack": "does not track"}.get(rule.verdict, "takes")
+            yield "shows nodes the clients of" if shows else does, rule.text, sure
+
+    def packets(self, forward: Forwarding, interface: str) -> Iterator[Packet]:
+        """The first packets of connections as they come here.
+
+        What becomes of all of them becomes of the forward.
+        """
+        visit, version, protocol = self.visit, self.version, forward.protocol
+        facts, options = visit.facts, visit.options
+        targets = [target for target in forward.targets if target.address.version == version]
+        own = [ip for ip in facts.addresses if ip.version == version and options.covers(ip)]
+        # clients connect to addresses of the interface that they come in by, or else to any
+        nearest = [ip for ip in own if ip in facts.interfaces[interface]] or own
+        for offset in sorted({0, forward.last - forward.first}) if targets else ():
+            if self.before_nat:
+                port, tracked = forward.first + offset, self.priority > TRACKED
+                for ip in nearest:
+                    yield Packet(version, interface, str, protocol, port, ip, True, 0, tracked)
+                continue
+            for target in targets:
+                out = functools.partial(lambda to: visit.way(to).interface, target.address)
+                place = protocol, target.port + offset, target.address
+                yield Packet(version, interface, out, *place, False, options.mark.forwarded)
+
 
 def firewalls(visit: Visit) -> list[Firewall]:
     """What connections meet that is not epok's, in the order in which they do. Raises Fatal."""
-    walls = [wall for backend in visit.backends for wall in of_backend(backend)]
+    walls = [wall for backend in visit.backends for wall in of_backend(backend, visit)]
     for family in FAMILIES:
         if visit.found[family.version] is not None:
             walls += of_nft(family, visit)
@@ -5965,13 +6002,13 @@ def firewalls(visit: Visit) -> list[Firewall]:
     return sorted(walls, key=lambda wall: (order.index(wall.hook), wall.priority))
 
 
-def of_backend(backend: Backend) -> Iterator[Firewall]:
+def of_backend(backend: Backend, visit: Visit) -> Iterator[Firewall]:
     for (table, chain), (priority, loses) in HOOKED.items():
         chains = backend.tables.get(table, {})
         if chain not in chains:
             continue
         command = f"{backend.tool} -t {table}"
-        place = backend.family.version, chain.lower(), priority, chain
+        place = visit, backend.family.version, chain.lower(), priority, chain
         jump = HOOKS.get(table, {}).get(chain) if backend.own else None
         if not jump:
             cure = f"let it pass: {command.removesuffix(' -t filter')} -I {chain} MATCH -j ACCEPT"
@@ -6009,7 +6046,7 @@ def of_nft(family: Family, visit: Visit) -> Iterator[Firewall]:
             behind = known and (base.priority, not own_came) > (TRANSLATED, False)
             loses, rivals = ("drop", "nat"), [(0, 65535)] if behind else None
         rules = nft_rules(visit, base)
-        place = family.version, base.hook, base.priority, base.name
+        place = visit, family.version, base.hook, base.priority, base.name
         yield Firewall(*place, rules, loses, cure, known, rivals)
 
 
@@ -6164,10 +6201,10 @@ def check_answers(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Chec
         elif back or lost:
             yield Check(what)
         if inner == name and "br" in name and visit.options.looks:
-            problem = f"clients come in by {name}, where the nodes are: if one of them is a VM on "
-            problem += "that bridge, and net.bridge.bridge-nf-call-iptables is 1, it cannot reach "
-            problem += "itself through the host until its port says: bridge link set dev PORT "
-            yield Check("nodes reach themselves", problem + "hairpin on", sure=False)
+            problem = f"a node that is a VM on the bridge {name} cannot reach itself through the "
+            problem += "host, where net.bridge.bridge-nf-call-iptables is 1, until its port says: "
+            problem += "bridge link set dev PORT hairpin on"
+            yield Check("nodes reach themselves", problem, sure=False)
 
 
 def how_to_answer(visit: Visit, name: str, back: str) -> str:
@@ -6203,38 +6240,20 @@ def check_paths(
     ahead, entries = [wall for wall in walls if wall.rivals is None], visit.entries
     lost: dict[tuple[Firewall, str, str, str, str, bool], list[str]] = {}
     for wall, name, forward in itertools.product(ahead, entries, forwards):
-        for loss in losses(forward, name, wall, visit):
+        for loss in wall.losses(forward, name):
             where = lost.setdefault((wall, name, forward.protocol, *loss), [])
             where.append(f"{Range(forward.first, forward.last)}")
-    problems = {}
+    checks = []
     for (wall, name, protocol, does, rule, sure), texts in lost.items():
         for ports in (texts[n : n + 7] for n in range(0, len(texts), 7)):  # as fit into a rule
             some = enumerated(f"{protocol}/{port}" for port in ports)
             perhaps, by = "" if sure else "perhaps ", printable(rule)  # with somebody's comments
             problem = f"{visit.name} {perhaps}{does} {some} from {name} by {by}; "
-            problems[problem + wall.cure_for(visit.options.mark, name, protocol, ports)] = sure
-    yield from (Check(what, problem, sure) for problem, sure in problems.items())
+            checks.append(Check(what, problem + wall.cure_for(name, protocol, ports), sure))
+    yield from dict.fromkeys(checks)
     aside = re.compile("(sudo -n )?(ip|ss|conntrack) ")
     if entries and not lost and all(map(aside.match, visit.blind)):
         yield Check(what)
-
-
-def losses(
-    forward: Forwarding, interface: str, wall: Firewall, visit: Visit
-) -> Iterator[tuple[str, str, bool]]:
-    """What a firewall does to a forward, by which rule, and whether that is sure."""
-    shows = wall.loses == ("accept",)  # before they are masqueraded, where they shall be
-    if shows and (forward.kept if isinstance(forward, Live) else not forward.masquerade):
-        return
-    packets = packets_of(forward, interface, wall, visit)
-    walks = [Walk(wall.rules, packet, wall.loses) for packet in packets]
-    decisions = [walk.decision(wall.chain) for walk in walks]
-    ends = [(rule, sure) for rule, sure in decisions if rule and rule.verdict in wall.loses]
-    sure = wall.sure and len(ends) == len(decisions) and all(sure for _, sure in ends)
-    doubts = [doubt for walk in walks for doubt in walk.doubts]
-    for rule in [*(rule for rule, _ in ends), *doubts][:1]:
-        does = {"drop": "drops", "notrack": "does not track"}.get(rule.verdict, "takes")
-        yield "shows nodes the clients of" if shows else does, rule.text, sure
 
 
 COPIES = re.compile(r"-A (\S+) (.*)-j CONNMARK --(save|restore)-mark --nfmask (\w+) --ctmask (\w+)")
@@ -6263,31 +6282,6 @@ def check_marks(visit: Visit) -> Iterator[Check]:
             problem += f"{number} {asked}-j CONNMARK --{kind}-mark --nfmask {spared} "
             problem += f"--ctmask {others}"
             yield Check("epok's bits of marks are its own", problem, sure and not asked)
-
-
-def packets_of(
-    forward: Forwarding, interface: str, wall: Firewall, visit: Visit
-) -> Iterator[Packet]:
-    """The first packets of connections as a firewall sees them.
-
-    What becomes of all of them becomes of the forward.
-    """
-    version, protocol, facts = wall.version, forward.protocol, visit.facts
-    targets = [target for target in forward.targets if target.address.version == version]
-    covers, mark = visit.options.covers, visit.options.mark.forwarded
-    every = [own for own in facts.addresses if own.version == version and covers(own)]
-    # clients who come in by an interface connect to its own addresses, or else to any
-    nearest = [own for own in every if own in facts.interfaces[interface]] or every
-    for offset in sorted({0, forward.last - forward.first}) if targets else ():
-        if wall.before_nat:
-            port, tracked = forward.first + offset, wall.priority > TRACKED
-            for own in nearest:
-                yield Packet(version, interface, str, protocol, port, own, True, 0, tracked)
-            continue
-        for target in targets:
-            address, port = target.address, target.port + offset
-            out = functools.partial(lambda to: visit.way(to).interface, address)
-            yield Packet(version, interface, out, protocol, port, address, False, mark)
 
 
 def check_listeners(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
@@ -6326,7 +6320,7 @@ def check_rivals(
         named = wall.rivals or ()
         if not any(low <= forward.last and forward.first <= high for low, high in named):
             continue
-        packets = (packets_of(forward, name, wall, visit) for name in visit.entries)
+        packets = (wall.packets(forward, name) for name in visit.entries)
         for packet in itertools.chain.from_iterable(packets):
             rule, sure = Walk(wall.rules, packet).decision(wall.chain)
             port = packet.protocol, packet.port
@@ -6370,9 +6364,8 @@ def check_nodes(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]
             problem = f"{where} could not be tried from {visit.name}: that takes nc there (apt-get "
             problem += "install netcat-openbsd), and the gate of this epok (cron/setup-host)"
         elif reason:
-            problem = f"{where} does not answer {visit.name}: {reason}; see whether the Service's "
-            problem += "pods are ready, kube-proxy runs there, and no firewall of the node is in "
-            problem += "between"
+            problem = f"{where} does not answer {visit.name}: {reason}; are pods of the Service "
+            problem += "ready, does kube-proxy run there, and is no firewall of the node between?"
         yield Check(f"{where} answers", problem, sure=reason is not None)
 
 
@@ -6630,11 +6623,10 @@ class Story(Status):
         for mapping, external, port in self.plan.claims:
             to = f"NodePort {port.node_port} ({port.name or port.port})"
             ports.setdefault(mapping, []).append(f"{port.protocol}/{external} -> {to}")
-        refused = [(each.mapping or "all", f"rejected: {each.reason}") for each in self.rejections]
-        return [
-            *((mapping, enumerated(some), True) for mapping, some in ports.items()),
-            *((mapping, why, False) for mapping, why in refused),
-        ]
+        fates = [(mapping, enumerated(some), True) for mapping, some in ports.items()]
+        for each in self.rejections:
+            fates.append((each.mapping or "all", f"rejected: {each.reason}", False))
+        return fates
 
     def why_left_out(self, node: Node) -> str:
         """Why no connections go to a node; empty if they do."""
