@@ -5820,7 +5820,7 @@ class Visit:
         return self.ways[key]
 
     @functools.cached_property
-    def rules(self) -> str:
+    def ip_rules(self) -> str:
         """How routes are chosen."""
         return self.output(Command.RULES) or ""
 
@@ -5955,19 +5955,20 @@ class Firewall(NamedTuple):
             late = f"-m connmark {marked(mark)}"
         return self.cure.replace("MATCH", early if self.before_nat else late)
 
-    def losses(self, forward: Forwarding, interface: str) -> Iterator[tuple[str, str, bool]]:
-        """What it does to a forward, by which rule, and whether that is sure."""
+    def loss(self, forward: Forwarding, interface: str) -> tuple[str, str, bool] | None:
+        """What it does to a forward, if anything, by which rule, and whether that is sure."""
         shows = self.loses == ("accept",)  # before they are masqueraded, where they shall be
         if shows and (forward.kept if isinstance(forward, Live) else not forward.masquerade):
-            return
+            return None
         walks = [Walk(self.rules, each, self.loses) for each in self.packets(forward, interface)]
         decisions = [walk.decision(self.chain) for walk in walks]
         ends = [(rule, sure) for rule, sure in decisions if rule and rule.verdict in self.loses]
         sure = self.sure and len(ends) == len(decisions) and all(sure for _, sure in ends)
-        doubts = [doubt for walk in walks for doubt in walk.doubts]
-        for rule in [*(rule for rule, _ in ends), *doubts][:1]:
-            does = {"drop": "drops", "notrack": "does not track"}.get(rule.verdict, "takes")
-            yield "shows nodes the clients of" if shows else does, rule.text, sure
+        rules = [rule for rule, _ in ends] + [doubt for walk in walks for doubt in walk.doubts]
+        if not rules:
+            return None
+        does = {"drop": "drops", "notrack": "does not track"}.get(rules[0].verdict, "takes")
+        return "shows nodes the clients of" if shows else does, rules[0].text, sure
 
     def packets(self, forward: Forwarding, interface: str) -> Iterator[Packet]:
         """The first packets of connections as they come here.
@@ -6035,19 +6036,19 @@ def of_nft(family: Family, visit: Visit) -> Iterator[Firewall]:
         own_came |= base[1:4] == (layer, "nat", "PREROUTING")
         if of_iptables(base, family):
             continue
-        loses, known, rivals = LOST, True, None
+        loses, sure, rivals = LOST, True, None
         cure = f"let it pass: nft insert rule {base.family} {base.table} {base.name} MATCH accept"
         if base.table == "firewalld" and base.hook == "forward":
             cure = "StrictForwardPorts=no in /etc/firewalld/firewalld.conf lets it pass, "
             cure += "after firewall-cmd --reload"
         if base.type == "nat" and base.hook == "prerouting":
             # of chains with the same priority, the kernel comes first to the one made later
-            known = base.priority != TRANSLATED or is_nft(visit.found[family.version] or NOTHING)
-            behind = known and (base.priority, not own_came) > (TRANSLATED, False)
+            sure = base.priority != TRANSLATED or is_nft(visit.found[family.version] or NOTHING)
+            behind = sure and (base.priority, not own_came) > (TRANSLATED, False)
             loses, rivals = ("drop", "nat"), [(0, 65535)] if behind else None
         rules = nft_rules(visit, base)
         place = visit, family.version, base.hook, base.priority, base.name
-        yield Firewall(*place, rules, loses, cure, known, rivals)
+        yield Firewall(*place, rules, loses, cure, sure, rivals)
 
 
 class Check(NamedTuple):
@@ -6133,14 +6134,14 @@ def check_forwarding(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[C
     on, idle, host = visit.facts.forwarding, visit.idle, visit.name
     for family, sysctl in zip(FAMILIES, SYSCTLS, strict=True):
         version, what = family.version, f"forwarding of IPv{family.version} is on"
-        some = next((address for address in targets if address.version == version), None)
-        if not some:
+        node = next((address for address in targets if address.version == version), None)
+        if not node:
             continue
         if visit.found[version] is None:
             yield Check(what, f"{host} has no working {family.tool}: no forwards over IPv{version}")
             continue
         # of IPv4 each interface has its own: that of clients, and that of the nodes' answers
-        ways = [*visit.entries, visit.way(some).interface] if version == 4 and idle else []
+        ways = [*visit.entries, visit.way(node).interface] if version == 4 and idle else []
         closed = [way for way in dict.fromkeys(ways) if way in (idle or ())]
         if closed and (len(closed) < len({*ways}) or on.get(version)):
             for way in closed:
@@ -6152,8 +6153,8 @@ def check_forwarding(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[C
         elif version in on:
             name = sysctl.removeprefix("/proc/sys/").replace("/", ".")
             problem = f"{host} does not forward IPv{version}: sysctl -w {name}=1"
-            known = on[version] if version == 6 or idle is None else not closed
-            yield Check(what, "" if known else problem)
+            well = on[version] if version == 6 or idle is None else not closed
+            yield Check(what, "" if well else problem)
 
 
 NO_OLDER = "the older epok has left no rules"
@@ -6184,7 +6185,7 @@ def check_answers(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Chec
     inner, host, beyond = visit.way(node).interface, visit.name, BEYOND[4]
     for name in [name for name in visit.entries if inner and visit.facts.interfaces[name]]:
         what = f"rp_filter lets clients in by {name}, and answers leave by it"
-        back, _, lost = visit.way(beyond, node, inner)
+        back, _, why = visit.way(beyond, node, inner)
         elsewhere = back not in ("", name)
         if elsewhere and "Invalid" in visit.way(node, beyond, name).why:
             problem = f"{host} drops what comes in by {name} from beyond its own networks, as "
@@ -6195,10 +6196,10 @@ def check_answers(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Chec
         elif elsewhere and (cure := how_to_answer(visit, name, back)):
             problem = f"{host} sends answers to clients beyond the networks of {name} by "
             yield Check(what, f"{problem}{back}: {cure}", sure=False)
-        elif "Invalid" in lost:
+        elif "Invalid" in why:
             problem = f"{host} drops the nodes' answers, as rp_filter is strict and the way to "
             yield Check(what, f"{problem}{node} is not by {inner}: {loose(inner)}", sure=False)
-        elif back or lost:
+        elif back or why:
             yield Check(what)
         if inner == name and "br" in name and visit.options.looks:
             problem = f"a node that is a VM on the bridge {name} cannot reach itself through the "
@@ -6210,12 +6211,12 @@ def check_answers(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Chec
 def how_to_answer(visit: Visit, name: str, back: str) -> str:
     """What lets answers leave by the interface that clients come in by; empty if none are lost."""
     mark, own = visit.options.mark, map(str, visit.facts.interfaces[name])
-    tables = dict(re.findall(r"\bfrom (\S+) lookup (\S+)", visit.rules))
+    tables = dict(re.findall(r"\bfrom (\S+) lookup (\S+)", visit.ip_rules))
     table = next((tables[address] for address in own if address in tables), "")
     bit = next(1 << n for n in (30, 27) if not 1 << n & (mark.forwarded | mark.masquerade))
     bits, start = f"{bit:#x}/{bit:#x}", "iptables -t mangle -A PREROUTING"
     # an inner interface has no clients from beyond; with the mark, it is as this says
-    if (back in visit.entries and not table) or f" fwmark {bits} " in visit.rules:
+    if (back in visit.entries and not table) or f" fwmark {bits} " in visit.ip_rules:
         return ""
     steps = [
         f"ip rule add fwmark {bits} lookup {table or 7001}",
@@ -6240,7 +6241,7 @@ def check_paths(
     ahead, entries = [wall for wall in walls if wall.rivals is None], visit.entries
     lost: dict[tuple[Firewall, str, str, str, str, bool], list[str]] = {}
     for wall, name, forward in itertools.product(ahead, entries, forwards):
-        for loss in wall.losses(forward, name):
+        if loss := wall.loss(forward, name):
             where = lost.setdefault((wall, name, forward.protocol, *loss), [])
             where.append(f"{Range(forward.first, forward.last)}")
     checks = []
@@ -6275,7 +6276,7 @@ def check_marks(visit: Visit) -> Iterator[Check]:
         sure = chain in ("FORWARD", "POSTROUTING")
         if kind == "restore":
             does = "gives packets epok's bits of connection marks, so that ip rule misses them,"
-            sure = bool(re.search(r"(?m)^\d+:\s+from .*\bfwmark \w+ ", visit.rules))
+            sure = bool(re.search(r"(?m)^\d+:\s+from .*\bfwmark \w+ ", visit.ip_rules))
         if kind == "save" or sure:
             problem = f"{host} {does} by {printable(match[0])}; spare them: {command} {chain} "
             spared, others = (f"{int(mask, 0) & ~bits:#x}" for mask in masks)
