@@ -3953,6 +3953,10 @@ class Command(enum.Enum):
         words = (re.sub(r"\b[A-Z]{2,}\b", lambda _: next(left), word) for word in self.text.split())
         return (*(sudo if self.as_root else ()), *words)
 
+    def of(self, version: int) -> Command:
+        """The command that does the same for an IP version."""
+        return Command[f"{self.name}_6"] if version == 6 else self
+
 
 REACH_SECONDS = 2  # as Command.REACH has it
 SYSCTLS = Command.FORWARDING.text.split()[1:]
@@ -5812,8 +5816,8 @@ class Visit:
         """
         key = (to, *origin)
         if key not in self.ways:
-            own = Command.WAY if to.version == 4 else Command.WAY_6
-            result = self.ask(Command.WAY_FROM if origin else own, *key)
+            command = Command.WAY_FROM if origin else Command.WAY.of(to.version)
+            result = self.ask(command, *key)
             found = result and re.search(r"(?:\bvia (\S+) )?\bdev (\S+)", result.out)
             why = result.err if result else ""
             self.ways[key] = Way(found[2], found[1] or "") if found else Way(why=why)
@@ -6291,10 +6295,8 @@ def check_listeners(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Ch
     if visit.listeners is None:
         return
     what = "no program of the host listens on an external port"
-    elsewhere: set[Address] = set()
-    if "lo" not in options.interfaces:
-        inner = [name for name in interfaces if not comes_in(name, options)]
-        elsewhere = {address for name in inner for address in interfaces[name]}
+    inner = [name for name in interfaces if not comes_in(name, options)]
+    elsewhere = {ip for name in inner for ip in interfaces[name] if "lo" not in options.interfaces}
     hidden = [
         (listener, forward)
         for forward, listener in itertools.product(forwards, visit.listeners)
@@ -6376,35 +6378,27 @@ def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
     if not own:
         return
     nodes = {ip for node in snapshot.nodes for ip in node.addresses}
-    pods = [(each.node, each.address) for some in snapshot.endpoints.values() for each in some]
-    inner = [(name, ip) for name, ip in pods if ip and ip not in nodes]
-    near = [ip for name, ip in inner if name in own]
-    its = (near or [ip for _, ip in inner])[:3]
-
-    ways = {ip: visit.way(ip) for ip in its}
-    if not its or Way() in ways.values():
+    pods = [(each.node, each.address) for each in itertools.chain(*snapshot.endpoints.values())]
+    inner = [(node, ip) for node, ip in pods if ip and ip not in nodes]
+    near = [ip for node, ip in inner if node in own]
+    ways = {ip: visit.way(ip) for ip in (near or [ip for _, ip in inner])[:3]}
+    if not ways or Way() in ways.values():
         return
     lost = [ip for ip, way in ways.items() if not way.interface]
     if near:
         # a node's own pods are never where all goes that no route is for; those of others may be
         lost += [ip for ip, way in ways.items() if way == visit.way(BEYOND[ip.version])]
     names, problem = enumerated(own), ""
-    if {*lost} == {*its}:
+    if ways.keys() == {*lost}:
         address = enumerated(map(str, own.values()))
         problem = f"{visit.name} has the address {address}, which node {names} reports, but "
-        problem += f"no route to its pods, like {its[0]}: if it is another machine, {NODE_IP}; "
+        problem += f"no route to its pods, like {lost[0]}: if it is another machine, {NODE_IP}; "
         problem += "if it is that node, see to its network plugin"
     yield Check(f"a route to the pods of node {names}, which the host is taken for", problem)
 
 
 MOST_PORTS = 32  # of TCP, for which conntrack is asked port by port
 Flows = Mapping[Live, Sequence[int]]
-FLOW_COMMANDS = {
-    ("udp", 4): Command.FLOWS,
-    ("udp", 6): Command.FLOWS_6,
-    ("tcp", 4): Command.PORT_FLOWS,
-    ("tcp", 6): Command.PORT_FLOWS_6,
-}
 
 
 def read_flows(visit: Visit, lives: Iterable[Live]) -> Flows:
@@ -6412,13 +6406,14 @@ def read_flows(visit: Visit, lives: Iterable[Live]) -> Flows:
     flows: dict[Live, Sequence[int]] = {}
     own, left = {str(address) for address in visit.facts.addresses}, MOST_PORTS
     tracked = functools.cache(visit.output)
+    commands = {"udp": Command.FLOWS, "tcp": Command.PORT_FLOWS}
     for live in lives:
         ports = range(live.first, live.last + 1)
-        left -= len(ports) if live.protocol == "tcp" else 0
-        command = FLOW_COMMANDS.get((live.protocol, live.version))
-        if not command or left < 0:
-            continue
         asked = [(port,) for port in ports] if live.protocol == "tcp" else [()]
+        left -= len(asked) if live.protocol == "tcp" else 0
+        if live.protocol not in commands or left < 0:
+            continue
+        command = commands[live.protocol].of(live.version)
         texts = [tracked(command, *values) for values in asked]
         nodes = {str(target.address) for target in live.targets}
         waits = [
