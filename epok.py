@@ -6651,13 +6651,8 @@ class Story(Status):
 
     def cause(self) -> str:
         """The most likely cause when the Service cannot be reached, and what to do about it."""
-        causes = itertools.chain(
-            self.not_asked(),
-            self.nowhere_to_go(),
-            self.not_done(),
-            self.in_the_way(),
-            self.evidence(),
-        )
+        steps = self.not_asked, self.nowhere_to_go, self.not_done, self.in_the_way, self.evidence
+        causes = (cause for step in steps for cause in step())
         return next(causes, f"{WORKS}connections come in, and the nodes answer")
 
     def not_asked(self) -> Iterator[str]:
