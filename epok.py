@@ -5862,7 +5862,7 @@ class Backend(NamedTuple):
     `own` are epok's tables, in the backend that epok uses.
     """
 
-    family: Family
+    version: int
     tool: str
     tables: Mapping[str, Chains]
     own: Tables | None = None
@@ -5872,17 +5872,17 @@ def backends_of(visit: Visit, family: Family) -> Iterator[Backend]:
     own, bases = visit.found[family.version], visit.bases
     if own is None:
         return
-    here = {base.table for base in bases or () if of_iptables(base, family)}
+    here = {base.table for base in bases or () if of_iptables(base, family.version)}
     tables: dict[str, Chains] = {}
     # legacy makes a table that is only asked for, so it is asked for all that there are
     if not is_nft(own) or bases is None or here - BUILT_IN.keys():
         tables = read_saved(visit, BUILT_IN, Command.SAVE_ALL, family.tool)
     tables |= {name: table.foreign for name, table in own.items()}
-    yield Backend(family, family.tool, tables, own)
+    yield Backend(family.version, family.tool, tables, own)
     if own["filter"].beside if is_nft(own) else here:
         name = "legacy" if is_nft(own) else "nft"
         saved = read_saved(visit, (), Command.OTHER_SAVE, family.tool, name)
-        yield Backend(family, f"{family.tool}-{name}", saved)
+        yield Backend(family.version, f"{family.tool}-{name}", saved)
 
 
 def is_nft(tables: Tables) -> bool:
@@ -5890,9 +5890,9 @@ def is_nft(tables: Tables) -> bool:
     return bool(re.search("nf_tables|xtables-save", tables["filter"].origin))
 
 
-def of_iptables(base: BaseChain, family: Family) -> bool:
+def of_iptables(base: BaseChain, version: int) -> bool:
     """Whether iptables made a chain of nft, by its name."""
-    layer = "ip" if family.version == 4 else "ip6"
+    layer = "ip" if version == 4 else "ip6"
     return base.family == layer and (base.table, base.name) in HOOKED
 
 
@@ -5999,21 +5999,20 @@ class Firewall(NamedTuple):
 
 def firewalls(visit: Visit) -> list[Firewall]:
     """What connections meet that is not epok's, in the order in which they do. Raises Fatal."""
-    walls = [wall for backend in visit.backends for wall in of_backend(backend, visit)]
-    for family in FAMILIES:
-        if visit.found[family.version] is not None:
-            walls += of_nft(family, visit)
+    walls = [wall for backend in visit.backends for wall in of_backend(visit, backend)]
+    for version, own in visit.found.items():
+        walls += of_nft(visit, version, is_nft(own)) if own else ()
     order = ("prerouting", "forward", "postrouting")
     return sorted(walls, key=lambda wall: (order.index(wall.hook), wall.priority))
 
 
-def of_backend(backend: Backend, visit: Visit) -> Iterator[Firewall]:
+def of_backend(visit: Visit, backend: Backend) -> Iterator[Firewall]:
     for (table, chain), (priority, loses) in HOOKED.items():
         chains = backend.tables.get(table, {})
         if chain not in chains:
             continue
         command = f"{backend.tool} -t {table}"
-        place = visit, backend.family.version, chain.lower(), priority, chain
+        place = visit, backend.version, chain.lower(), priority, chain
         jump = HOOKS.get(table, {}).get(chain) if backend.own else None
         if not jump:
             cure = f"let it pass: {command.removesuffix(' -t filter')} -I {chain} MATCH -j ACCEPT"
@@ -6031,14 +6030,14 @@ def of_backend(backend: Backend, visit: Visit) -> Iterator[Firewall]:
             yield Firewall(*place, iptables_rules(behind), ("nat",), rivals=ports_in(behind))
 
 
-def of_nft(family: Family, visit: Visit) -> Iterator[Firewall]:
-    """Chains of nft that iptables did not make."""
-    layer = "ip" if family.version == 4 else "ip6"
+def of_nft(visit: Visit, version: int, nft: bool) -> Iterator[Firewall]:
+    """Chains of nft that iptables did not make; with `nft` epok's own are there too."""
+    layer = "ip" if version == 4 else "ip6"
     bases = [base for base in visit.bases or () if base.family in ("inet", layer)]
     own_came = False  # epok's, of those with the same priority
     for base in bases:
         own_came |= base[1:4] == (layer, "nat", "PREROUTING")
-        if of_iptables(base, family):
+        if of_iptables(base, version):
             continue
         loses, sure, rivals = LOST, True, None
         cure = f"let it pass: nft insert rule {base.family} {base.table} {base.name} MATCH accept"
@@ -6047,11 +6046,11 @@ def of_nft(family: Family, visit: Visit) -> Iterator[Firewall]:
             cure += "after firewall-cmd --reload"
         if base.type == "nat" and base.hook == "prerouting":
             # of chains with the same priority, the kernel comes first to the one made later
-            sure = base.priority != TRANSLATED or is_nft(visit.found[family.version] or NOTHING)
+            sure = nft or base.priority != TRANSLATED
             behind = sure and (base.priority, not own_came) > (TRANSLATED, False)
             loses, rivals = ("drop", "nat"), [(0, 65535)] if behind else None
         rules = nft_rules(visit, base)
-        place = visit, family.version, base.hook, base.priority, base.name
+        place = visit, version, base.hook, base.priority, base.name
         yield Firewall(*place, rules, loses, cure, sure, rivals)
 
 
