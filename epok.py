@@ -5632,9 +5632,9 @@ def nft_options(expression: Any) -> list[Option]:
 
 def nft_text(value: Any, name: str) -> str:
     """A value of an expression as iptables has it; empty for what it has not, like a named set."""
-    element, ends = at(value, "elem"), at(value, "range")
-    if isinstance(element, dict) and "val" in element:
-        return nft_text(element["val"], name)
+    element, ends = at(value, "elem", "val"), at(value, "range")
+    if element is not None:
+        return nft_text(element, name)
     address, length = at(value, "prefix", "addr"), at(value, "prefix", "len")
     if name in ("-d", "-s") and None not in (address, length):
         return f"{address}/{length}"
