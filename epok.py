@@ -904,7 +904,8 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         except ValueError as error:
             raise Fatal(f"{source}: {quoted(text)}: {error}", 2) from None
     port = values["port"]
-    values["host"] = tuple(login._replace(port=login.port or port) for login in values["host"])
+    logins = values["host"] if words["ssh"] else ()
+    values["host"] = tuple(login._replace(port=login.port or port) for login in logins)
     options = Options(**values)
     check_combination(options)
     return options
@@ -3843,66 +3844,62 @@ def older_rules(found: Found) -> int:
 
 
 class Command(enum.Enum):
-    """Every command that epok can run on a host: its words, whether it takes root, and what for.
+    """Every command that epok can run on a host; there is no other.
 
-    There is no other. Each word goes as it is; over SSH, where a shell reads them, quoted. What
-    takes root is run by sudo -n, unless epok is root there. In capitals is what differs: TOOL is
-    iptables or ip6tables, BACKEND legacy or nft, TABLE nat or filter; of nft TABLE, as FAMILY and
-    CHAIN, is what "list chains" has shown.
+    Each word goes as it is; over SSH, where a shell reads them, quoted. What takes root is run by
+    sudo -n, unless epok is root there. In capitals is what differs: TOOL is iptables or ip6tables,
+    BACKEND legacy or nft, TABLE nat or filter; of nft TABLE, as FAMILY and CHAIN, is what
+    "list chains" has shown.
     """
 
     # what a run does
-    SAVE = "TOOL-save -t TABLE", True, "what is there"
-    RESTORE = "TOOL-restore --noflush --wait 5", True, "the swap, with the changes as its input"
-    FLOWS = "conntrack -L -p udp", True, "UDP flows, which may go on to what is no target now"
-    FLOWS_6 = f"{FLOWS[0]} -f ipv6", True, "the same of IPv6"
-    END_FLOWS = (
-        "conntrack -D -p udp --orig-dst ADDRESS --orig-port-dst PORT --reply-src ADDRESS",
-        True,
-        "each of these, so that its client goes the new way",
-    )
-    END_FLOWS_6 = f"{END_FLOWS[0]} -f ipv6", True, "the same of IPv6"
-    FORWARDING = (
-        "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding",
-        False,
-        "whether the host forwards packets",
-    )
-    ADDRESSES = "ip -br addr", False, "the interfaces, and whether the host is itself a node"
-    CONNECTION = "printenv SSH_CONNECTION", False, "the port that epok logs in by, seen from there"
+    SAVE = "TOOL-save -t TABLE"  # what is there
+    RESTORE = "TOOL-restore --noflush --wait 5"  # the swap, with the changes as its input
+    FLOWS = "conntrack -L -p udp"  # UDP flows, which may go on to what is no target now
+    FLOWS_6 = f"{FLOWS} -f ipv6"
+    # ends one of them, so that its client goes the new way
+    END_FLOWS = "conntrack -D -p udp --orig-dst ADDRESS --orig-port-dst PORT --reply-src ADDRESS"
+    END_FLOWS_6 = f"{END_FLOWS} -f ipv6"
+    # whether the host forwards packets
+    FORWARDING = "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding"
+    ADDRESSES = "ip -br addr"  # the interfaces, and whether the host is itself a node
+    CONNECTION = "printenv SSH_CONNECTION"  # the port that epok logs in by, seen from there
     # what only looks
-    COUNTS = "TOOL-save -c -t nat", True, "how many connections came: to show, and as metrics"
-    NETCONF = "ip netconf", False, "whether an interface forwards, and what rp_filter drops"
-    LISTENERS = "ss -Hltun", False, "whether a forward hides a program of the host"
-    NFT_CHAINS = "nft -j list chains", True, "whether nft's own rules are in the way"
-    NFT_CHAIN = "nft -j list chain FAMILY TABLE CHAIN", True, "the same: the rules of one that is"
-    OTHER_SAVE = "TOOL-BACKEND-save", True, "whether rules of the other iptables are in the way"
-    REACH = "nc -nvz -w 2 ADDRESS PORT", False, "whether a node answers: --explain over SSH"
+    COUNTS = "TOOL-save -c -t nat"  # how many connections came: to show, and as metrics
+    NETCONF = "ip netconf"  # whether an interface forwards, and what rp_filter drops
+    LISTENERS = "ss -Hltun"  # whether a forward hides a program of the host
+    NFT_CHAINS = "nft -j list chains"  # whether nft's own rules are in the way
+    NFT_CHAIN = "nft -j list chain FAMILY TABLE CHAIN"  # the rules of one that may be
+    OTHER_SAVE = "TOOL-BACKEND-save"  # whether rules of the other iptables are in the way
+    REACH = "nc -nvz -w 2 ADDRESS PORT"  # whether a node answers: --explain over SSH
     # what gates learnt later
-    LOCAL = "ip route show table local", False, "the addresses, where ip knows no -br"
-    SAVE_ALL = "TOOL-save", True, "whether rules of the tables raw and mangle are in the way"
-    WAY = "ip route get ADDRESS", False, "the same: by which interface packets leave"
-    WAY_6 = "ip -6 route get ADDRESS", False, "the same of IPv6"
-    WAY_FROM = "ip route get ADDRESS from ADDRESS iif IF", False, "the same: those of others"
-    RULES = "ip rule", False, "the same: where packets' marks, or their sources, decide"
-    PORT_FLOWS = (
-        "conntrack -L -p tcp --orig-port-dst PORT",
-        True,
-        "how many connections are answered, and how many wait, without their clients",
-    )
-    PORT_FLOWS_6 = f"{PORT_FLOWS[0]} -f ipv6", True, "the same of IPv6"
+    LOCAL = "ip route show table local"  # the addresses, where ip knows no -br
+    SAVE_ALL = "TOOL-save"  # whether rules of the tables raw and mangle are in the way
+    WAY = "ip route get ADDRESS"  # by which interface packets leave
+    WAY_6 = "ip -6 route get ADDRESS"
+    WAY_FROM = "ip route get ADDRESS from ADDRESS iif IF"  # by which those of others do
+    RULES = "ip rule"  # whether packets' marks, or their sources, decide that
+    # how many connections are answered, and how many wait, without their clients
+    PORT_FLOWS = "conntrack -L -p tcp --orig-port-dst PORT"
+    PORT_FLOWS_6 = f"{PORT_FLOWS} -f ipv6"
 
-    def __init__(self, text: str, as_root: bool, purpose: str) -> None:
-        self.text, self.as_root, self.purpose = text, as_root, purpose
+    @property
+    def as_root(self) -> bool:
+        return str(self.value).startswith(("TOOL", "conntrack", "nft"))
 
     def argv(self, sudo: Sequence[str], *values: object) -> tuple[str, ...]:
         """The command, behind `sudo` where it takes root, with values in place of the capitals."""
         left = map(str, values)
-        words = (re.sub(r"\b[A-Z]{2,}\b", lambda _: next(left), word) for word in self.text.split())
+        words = (re.sub(r"\b[A-Z]{2,}\b", lambda _: next(left), w) for w in self.value.split())
         return (*(sudo if self.as_root else ()), *words)
+
+    def of(self, version: int) -> Command:
+        """The command that does the same for an IP version."""
+        return Command[f"{self.name}_6"] if version == 6 else self
 
 
 REACH_SECONDS = 2  # as Command.REACH has it
-SYSCTLS = Command.FORWARDING.text.split()[1:]
+SYSCTLS = Command.FORWARDING.value.split()[1:]
 
 
 class LocalHost:
@@ -3922,19 +3919,15 @@ class LocalHost:
     @staticmethod
     def may_pass_on_net_admin() -> bool:
         """Whether commands will have CAP_NET_ADMIN (bit 12): only what is ambient is passed on."""
-        try:
-            with open("/proc/self/status", encoding="ascii") as file:
-                ambient = re.search(r"^CapAmb:\s*([0-9a-f]+)", file.read(), re.MULTILINE)
-        except OSError:
-            return False
-        return bool(ambient and int(ambient[1], 16) >> 12 & 1)
+        with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
+            ambient = re.search(r"(?m)^CapAmb:\s*([0-9a-f]+)", file.read())
+            return bool(ambient and int(ambient[1], 16) >> 12 & 1)
+        return False
 
     def run(
         self, argv: Sequence[str], text: str, deadline: Deadline, take: Take | None = None
     ) -> Result:
-        path = os.pathsep.join(
-            filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin", "/usr/bin", "/bin"))
-        )
+        path = f"{os.environ.get('PATH') or os.defpath}:/usr/sbin:/sbin:/usr/bin:/bin"
         doing = f"{self.name}: {shlex.join(argv)}"
         env = {**os.environ, "LC_ALL": "C", "PATH": path}
         done = execute(argv, text, env, deadline, doing, take=take)
@@ -3943,10 +3936,9 @@ class LocalHost:
 
     def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
         """Why a TCP port does not answer, "" when it does; None when that cannot be tried."""
+        seconds = min(REACH_SECONDS, deadline.remaining())
         try:
-            socket.create_connection(
-                (address, port), timeout=min(REACH_SECONDS, deadline.remaining())
-            ).close()
+            socket.create_connection((address, port), seconds).close()
         except OSError as error:
             return one_line(error.strerror or error)
         return ""
@@ -4042,8 +4034,8 @@ class SshHost:
         if name and seconds > 2 and not self.slow:
             slow = f"sudo takes {seconds:.0f} s there, since {name[1]} does not know its own name"
             slow += f": as root on the host run: echo 127.0.1.1 {name[1]} >>/etc/hosts"
-            self.slow = f"; {slow}"
             log.warning("%s: %s", self.name, slow)
+            self.slow = f"; {slow}"
 
     def connect(self, deadline: Deadline) -> Any:
         """Logs in. Raises Fatal for what will not change, Transient for the rest."""
@@ -4074,11 +4066,10 @@ class SshHost:
                 login = isinstance(error, paramiko.SSHException) and alive and not late
                 if login and deadline.remaining() > 0.01:  # not the connection's fault
                     raise Fatal(f"{self.name}: {self.how_to_let_in(key, error)}") from None
-                if self.closed:
-                    raise Fatal(f"{self.name}: {one_line(error)}") from None
-                where = "" if transport is None else f"{self.login.host} port {self.login.port}: "
+                where = f"{self.login.host} port {self.login.port}: " if transport else ""
                 what = f"{self.name}: {where}{one_line(error)}"
-                raise Transient(what, advice=HOW_TO_REACH) from None
+                advice = "; is the address right, sshd running there, and no firewall between?"
+                raise Fatal(what) if self.closed else Transient(what, advice=advice) from None
             except ValueError as error:  # a host name that is none, a key in ~/.ssh that is no text
                 what = f"{self.name}: {one_line(error)}"
                 raise Fatal(f"{what}; check --host, and give a key with --key") from None
@@ -4087,9 +4078,7 @@ class SshHost:
     def unresolved(self, error: socket.gaierror) -> Exception:
         """What a name without an address means: Transient where no name server answers."""
         what = f"{self.name}: {quoted(self.login.host)} does not resolve ({error.strerror})"
-        advice = (
-            "; give an address, or a name that has one where epok runs; ~/.ssh/config is not read"
-        )
+        advice = "; give an address, or a name that epok can look up; ~/.ssh/config is not read"
         if error.errno == socket.EAI_AGAIN and not self.closed:
             return Transient(what, attempts=3, advice=advice)
         return Fatal(what + advice)
@@ -4098,18 +4087,17 @@ class SshHost:
         import paramiko
 
         class Transport(paramiko.Transport):
+            def __init__(transport, *args: Any, **how: Any) -> None:  # noqa: N805
+                super().__init__(*args, **how)
+                offered = transport.get_security_options()
+                offered.key_types = [name for name in algorithms if name in offered.key_types]
+
             def auth_publickey(transport, *args: Any) -> list[str]:  # noqa: N805
                 if wanted := super().auth_publickey(*args):  # paramiko would ask at the terminal
                     more = " or ".join(wanted)
-                    told = f"{self.name}: sshd accepts the key, but wants {more} as well"
-                    raise Fatal(f"{told}; {how_to_ask_for_keys(self.user)}")
+                    what = f"{self.name}: sshd accepts the key, but wants {more} as well"
+                    raise Fatal(f"{what}; {how_to_ask_for_keys(self.user)}")
                 return []
-
-        def open_transport(connection: socket.socket, **kw: Any) -> Transport:
-            transport = Transport(connection, **kw)
-            offered = transport.get_security_options()
-            offered.key_types = [name for name in algorithms if name in offered.key_types]
-            return transport
 
         limits = ("timeout", "banner_timeout", "auth_timeout", "channel_timeout")
         client.connect(
@@ -4118,26 +4106,26 @@ class SshHost:
             pkey=key,
             allow_agent=key is None,
             look_for_keys=key is None,
-            transport_factory=open_transport,
+            transport_factory=Transport,
             **dict.fromkeys(limits, deadline.remaining()),
         )
 
     def how_to_let_in(self, key: Any, error: Exception) -> str:
         allowed = getattr(error, "allowed_types", ["publickey"])
         if "publickey" not in allowed:
-            told = f"sshd lets {self.user} in by {', '.join(allowed)} alone"
-            return f"{told}; {how_to_ask_for_keys(self.user)}"
+            what = f"sshd lets {self.user} in by {', '.join(allowed)} alone"
+            return f"{what}; {how_to_ask_for_keys(self.user)}"
         if key is None:
             made = how_to_make_key(os.path.expanduser("~/.ssh/epok"))
             return f"no key was accepted ({one_line(error)}); give one with --key; {made}"
         refused = f"the key {self.options.key} is refused"
         if in_pod():
             return f"{refused}; {RENEW}"
-        run = f"echo '{key.get_name()} {key.get_base64()}' >epok.pub"
-        run += " && cron/setup-host --public-key epok.pub"
+        steps = f"echo '{key.get_name()} {key.get_base64()}' >epok.pub"
+        steps += " && cron/setup-host --public-key epok.pub"
         then = f"--host {self.login._replace(user='epok')}, where this key alone works then"
         where = "as root on the host, in a clone of epok's repository"
-        return f"{refused}; {where}, run: {run}; then give {then}, behind a gate"
+        return f"{refused}; {where}, run: {steps}; then give {then}, behind a gate"
 
     def drop(self) -> None:
         if self.client is not None:
@@ -4151,16 +4139,18 @@ class SshHost:
 
 
 def end_input(channel: Any) -> None:
-    """Like shutdown_write(), but never behind the end of the channel, where sshd hangs up."""
+    """Like shutdown_write(), but never behind the end of the channel, where sshd hangs up.
+
+    paramiko has no public way to send it before it lets go of the lock.
+    """
     with channel.lock:
         if message := channel._send_eof():
             channel.get_transport()._send_user_message(message)
 
 
 AGAIN = "run cron/setup-host on the host, with the options that it had before"
+GATE = "run cron/setup-host on the host, which makes a user epok with a gate, and log in as that"
 RENEW = AGAIN + ", and replace the Secret by what it prints"
-HOW_TO_REACH = "; is the address right, sshd running there, and no firewall between?"
-KNOWN_HOSTS = ["~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts"]
 HOST_KEY_TYPES: tuple[Sequence[str], ...] = (  # in the order that ssh prefers
     ("ssh-ed25519",),
     ("ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521"),
@@ -4177,19 +4167,19 @@ NEGOTIATED = {
 
 def how_to_agree(error: Exception) -> str:
     """What a server lacks with which nothing can be negotiated."""
-    for word, (what, setting, example) in NEGOTIATED.items():
+    for word, (what, keyword, example) in NEGOTIATED.items():
         if f"acceptable {word}" in str(error):
-            told = f"sshd has no {what} that epok has: on the host"
-            return f"{told} add {example} to {setting} in /etc/ssh/sshd_config"
+            add = f"add {example} to {keyword} in /etc/ssh/sshd_config"
+            return f"sshd has no {what} that epok has: on the host {add}"
     return one_line(error)
 
 
 def how_to_ask_for_keys(user: str) -> str:
     """The setting of sshd with which a key is enough, for a user that has a gate."""
     if user != "epok":
-        return "run cron/setup-host on the host, which makes a user epok, and log in as that"
-    setting = "Match User epok\\nPubkeyAuthentication yes\\nAuthenticationMethods publickey\\n"
-    return f"as root on the host run: printf '{setting}' >>/etc/ssh/sshd_config, and reload sshd"
+        return GATE
+    lines = "Match User epok\\nPubkeyAuthentication yes\\nAuthenticationMethods publickey\\n"
+    return f"as root on the host run: printf '{lines}' >>/etc/ssh/sshd_config, and reload sshd"
 
 
 def how_to_make_key(name: str) -> str:
@@ -4222,21 +4212,19 @@ def load_key(name: str) -> Any:
     except (paramiko.PasswordRequiredException, TypeError):  # TypeError is of cryptography
         away = f"take it away: ssh-keygen -p -N '' -f {shlex.quote(name)}"
         away += ", or use ssh-agent and no --key"
-        raise Fatal(f"--key {name} has a passphrase; {RENEW if in_pod() else away}") from None
+        why = f"it has a passphrase; {RENEW if in_pod() else away}"
     except FileNotFoundError:
-        raise Fatal(f"--key {name}: there is no such file; {how_to_make_key(name)}") from None
+        why = f"there is no such file; {how_to_make_key(name)}"
     except OSError as error:
-        may = f"a file that user {os.geteuid()}, who runs epok, may read"
-        cure = "take fsGroup from cron/cronjob.yaml" if in_pod() else f"give {may}"
-        raise Fatal(f"--key {name}: {error.strerror}; {cure}") from None
+        give = f"give a file that user {os.geteuid()}, who runs epok, may read"
+        why = f"{error.strerror}; {'take fsGroup from cron/cronjob.yaml' if in_pod() else give}"
     except Exception as error:  # what its parsers raise is not documented
-        raise Fatal(f"--key {name}: {how_to_convert(name, error)}") from None
+        why = how_to_convert(name, error)
+    raise Fatal(f"--key {name}: {why}")
 
 
 def convert_key(name: str) -> Any:
     """A private key that paramiko cannot read: in PKCS#8, or OpenSSH's without a comment."""
-    import io
-
     import paramiko
     from cryptography.hazmat.primitives import serialization as form
 
@@ -4335,8 +4323,8 @@ class HostKeyCheck:
 
     def __init__(self, login: Login, options: Options) -> None:
         self.login, self.pins = login, options.host_key
-        self.files = [options.known_hosts] if options.known_hosts else KNOWN_HOSTS
-        self.files = [os.path.expanduser(file) for file in self.files]
+        system = [os.path.expanduser("~/.ssh/known_hosts"), "/etc/ssh/ssh_known_hosts"]
+        self.files = [options.known_hosts] if options.known_hosts else system
         host = login.host.lower()
         self.name = host if login.port == 22 else f"[{host}]:{login.port}"
         self.seen: list[Any] = []
@@ -4344,14 +4332,14 @@ class HostKeyCheck:
         names = [] if self.pins else dict.fromkeys([self.name, host])
         self.known = [known_keys(self.files, name) for name in names]
 
-    def attempts(self) -> list[list[str]]:
+    def attempts(self) -> list[Sequence[str]]:
         """The algorithms of host keys to ask for, one list a connection, the best first."""
         flat = list(itertools.chain(*HOST_KEY_TYPES))
         if self.pins and "any" not in self.pins:
             kinds = {pin.split()[0].replace("ssh-rsa", "rsa-sha2-512") for pin in self.pins}
             # a fingerprint does not say of what kind its key is
             every = any(kind.startswith("SHA256:") for kind in kinds)
-            return [list(some) for some in HOST_KEY_TYPES if every or kinds & set(some)] or [flat]
+            return [some for some in HOST_KEY_TYPES if every or kinds.intersection(some)] or [flat]
         kinds = {line.key.get_name() for lines in self.known[:1] for line in lines if not line.mark}
         if "ssh-ed25519" in kinds:  # the best is known, so ssh leaves the order as it is
             return [flat]
@@ -4360,10 +4348,10 @@ class HostKeyCheck:
     def verdict(self, key: Any) -> tuple[str, KnownKey | None]:
         """What known_hosts says of a key, and the line that says it."""
         for lines in self.known:
-            same = [line for line in lines if line.key.get_base64() == key.get_base64()]
-            for mark, told in (("@revoked", "revoked"), ("", "known")):
-                if line := next((line for line in same if line.mark == mark), None):
-                    return told, line
+            equal = [line for line in lines if line.key.get_base64() == key.get_base64()]
+            for mark, verdict in (("@revoked", "revoked"), ("", "known")):
+                if line := next((line for line in equal if line.mark == mark), None):
+                    return verdict, line
             if line := next((line for line in lines if not line.mark), None):
                 return "changed", line
         lines = [line for lines in self.known for line in lines if line.mark == "@cert-authority"]
@@ -4373,11 +4361,8 @@ class HostKeyCheck:
         """paramiko calls this for each connection, since it was given no keys to know."""
         self.seen.append(key)
         if "any" in self.pins:
-            log.warning(
-                "%s: its host key is not checked (--host-key any); pin %s",
-                self.login,
-                key.fingerprint,
-            )
+            what = f"its host key is not checked (--host-key any); pin {key.fingerprint}"
+            log.warning("%s: %s", self.login, what)
         elif self.pins:
             pinned = {pin.split()[:2][-1].rstrip("=") for pin in self.pins}
             if not {key.get_base64().rstrip("="), key.fingerprint} & pinned:
@@ -4390,31 +4375,31 @@ class HostKeyCheck:
         if not self.seen:
             return f"{self.login}: it has no host key of the kind of --host-key; check that"
         key, file = self.seen[0], self.files[0]
-        told = f"{self.login}: its host key {key.get_name()} {key.fingerprint}"
+        what = f"{self.login}: its host key {key.get_name()} {key.fingerprint}"
         kind = next((kind for kind in ("ed25519", "ecdsa", "rsa") if kind in key.get_name()), "*")
         compare = f"on the host: ssh-keygen -lf /etc/ssh/ssh_host_{kind}_key.pub"
         between = "somebody may be in between; only if the host was reinstalled and has this key"
         between += f" ({compare})"
         if self.pins:
             new = f'--host-key "{key.get_name()} {key.get_base64()}"'
-            return f"{told} is not the one of --host-key: {between}, give {new}"
+            return f"{what} is not the one of --host-key: {between}, give {new}"
         verdict, line = self.verdict(key)
         if line and verdict == "revoked":
-            return f"{told} is marked @revoked in {line.file}; connect to no such host"
+            return f"{what} is marked @revoked in {line.file}; connect to no such host"
         # the blank does no harm, and who looks for the line finds its first word alone
         add = f"{into_directory(file)}echo ' {self.name} {key.get_name()} {key.get_base64()}'"
         add += f" >>{shlex.quote(file)}"
         if line and verdict == "changed":
-            told += f" is not the one in {line.file}, line {line.number}: {between}"
+            what += f" is not the one in {line.file}, line {line.number}: {between}"
             # a pattern is for other hosts too, and the system's file for other users
             if line.file == file and not re.search("[*?]", line.names):
                 add = f"ssh-keygen -R {shlex.quote(self.name)} -f {shlex.quote(file)} && {add}"
-            return f"{told}, {RENEW if in_pod() else f'run: {add}'}"
-        told += f" is unknown to {file}" if line is None else f" is not in {line.file}"
+            return f"{what}, {RENEW if in_pod() else f'run: {add}'}"
+        what += f" is unknown to {file}" if line is None else f" is not in {line.file}"
         if line:
-            told += ", and epok cannot check a certificate by its @cert-authority"
-        same = f"compare it with that {compare}, and if it is the same, run: {add}"
-        return f"{told}; {RENEW if in_pod() else same}"
+            what += ", and epok cannot check a certificate by its @cert-authority"
+        check = f"compare it with that {compare}, and if it is the same, run: {add}"
+        return f"{what}; {RENEW if in_pod() else check}"
 
 
 Host = LocalHost | SshHost
@@ -4451,13 +4436,10 @@ def read_facts(host: Host, deadline: Deadline) -> Facts:
     links = host.run(Command.ADDRESSES.argv(host.sudo), "", deadline)
     words = [line.split() for line in links.out.splitlines()]
     if links.status != 0:
-        told = "it is BusyBox's" if "BusyBox" in links.err else links.said
-        log.warning(
-            "%s: ip -br addr: %s; so epok cannot tell all interfaces and addresses of the host, "
-            "and whether it is a node: apt-get install iproute2 (OpenWrt: ip-full)",
-            host.name,
-            told,
-        )
+        why = "it is BusyBox's" if "BusyBox" in links.err else links.said
+        what = "epok cannot tell all interfaces and addresses of the host, and whether it is a node"
+        cure = "apt-get install iproute2 (OpenWrt: ip-full)"
+        log.warning("%s: ip -br addr: %s; so %s: %s", host.name, why, what, cure)
         local = host.run(Command.LOCAL.argv(host.sudo), "", deadline).out
         # lines begin as "local 192.0.2.1 dev eth0"
         words = [[line[3], "", line[1]] for line in map(str.split, local.splitlines()) if line[3:]]
@@ -4480,20 +4462,18 @@ def login_port(host: Host, deadline: Deadline) -> int:
     # last, as a shell may say something first
     if ports := re.findall(r"(?m)^\S+ [0-9]+ \S+ ([0-9]{1,5})$", result.out):
         return int(ports[-1])
-    told = f"{host.name}: {Command.CONNECTION.text}: {result.said}; so epok keeps for itself only"
-    told += f" port {host.login.port}, and not the one that a router may have brought it to"
+    what = f"{host.name}: {Command.CONNECTION.value}: {result.said}; so epok keeps for itself only"
+    what += f" port {host.login.port}, and not the one that a router may have brought it to"
     if result.status == 127:  # as with some BusyBox, and nobody can mend that
-        log.info("%s", told)
+        log.info("%s", what)
     else:
-        log.warning("%s%s", told, ANOTHER_GATE)
+        log.warning("%s%s", what, ANOTHER_GATE)
     return 0
 
 
 def read_all_tables(host: Host, deadline: Deadline, counted: bool = False) -> Found:
-    return {
-        family.version: read_tables(host, family, list(BUILT_IN), deadline, counted)
-        for family in FAMILIES
-    }
+    names = list(BUILT_IN)
+    return {each.version: read_tables(host, each, names, deadline, counted) for each in FAMILIES}
 
 
 def read_tables(
@@ -4501,17 +4481,13 @@ def read_tables(
 ) -> Tables | None:
     """epok's part of some tables, None when the host has no such IP version. Raises Fatal."""
     meter = Meter(f"{host.name}: {family.tool}-save", RULES_LIMIT, RULES_LINES)
-    how = meter, deadline, counted
     reading = [
-        (name, Background(persist, deadline, read_table, host, family, name, *how))
+        Background(persist, deadline, read_table, host, family, name, meter, deadline, counted)
         for name in names
     ]
-    tables = {}
-    for name, thread in reading:
-        tables[name] = thread.result(deadline, f"{host.name}: reading its rules")
-        if tables[name] is None:
-            return None
-    return tables
+    doing = f"{host.name}: reading its rules"
+    tables = [thread.result(deadline, doing) for thread in reading]
+    return None if None in tables else dict(zip(names, tables, strict=True))
 
 
 def read_table(
@@ -4539,47 +4515,42 @@ def read_table(
 
 
 class Failure(NamedTuple):
-    """A command that failed, on a host, and the input that it had."""
+    """A command that failed on a host, and what it said."""
 
     host: Host
     argv: Sequence[str]
-    result: Result
-    text: str
+    err: str
 
 
-def how_to_install(failure: Failure) -> str:
-    if not re.search(r"\bsudo: (command )?not found", failure.result.err):
-        return "; install it on the host: apt-get install iptables"
+def how_to_have_sudo(failure: Failure) -> str:
     or_root = f", or {how_to_be_root('su -c')}" if isinstance(failure.host, LocalHost) else ""
     return f"; install it on the host: apt-get install sudo{or_root}"
 
 
 def how_to_allow_sudo(failure: Failure) -> str:
     """What lets a user run by sudo what epok needs, and no more where the gate stands."""
-    host, argv, result, _ = failure
+    host, argv, err = failure
     visudo = "as root on the host run visudo -f /etc/sudoers.d/epok and add: "
     tools = [family.tool for family in FAMILIES]
-    needed = [Command.SAVE.argv((), tool, table) for tool in tools for table in ("nat", "filter")]
-    needed += [Command.RESTORE.argv((), tool) for tool in tools]
-    paths = [f"/usr/sbin/{words}" for words in dict.fromkeys(map(shlex.join, [argv[2:], *needed]))]
-    line = f"{visudo}{host.user} ALL=(root) NOPASSWD: {', '.join(paths)}"
+    every = [argv[2:]]
+    every += [Command.SAVE.argv((), tool, table) for tool in tools for table in ("nat", "filter")]
+    every += [Command.RESTORE.argv((), tool) for tool in tools]
+    paths = ", ".join(f"/usr/sbin/{words}" for words in dict.fromkeys(map(shlex.join, every)))
+    line = f"{visudo}{host.user} ALL=(root) NOPASSWD: {paths}"
     if isinstance(host, LocalHost):
         return f"; {how_to_be_root('sudo -E')}; or {line}"
     if host.gated or host.user == "epok":
         return f"; {AGAIN}"
-    if "must have a tty" in result.err:
+    if "must have a tty" in err:
         return f"; {visudo}Defaults:{host.user} !requiretty"
-    safe = "run cron/setup-host on the host, which makes a user epok with a gate, and log in as it"
-    return f"; {safe}; or, if who has the key may change all of the firewall, {line}"
+    return f"; {GATE}; or, if who has the key may change all of the firewall, {line}"
 
 
 def how_to_be_able(failure: Failure) -> str:
     if isinstance(failure.host, LocalHost) and not failure.host.sudo and os.geteuid() != 0:
         return f"; {how_to_be_root('sudo -E')}"
-    return (
-        "; root lacks CAP_NET_ADMIN there, which a container gets by --cap-add NET_ADMIN"
-        " --network host"
-    )
+    gets = "a container gets by --cap-add NET_ADMIN --network host"
+    return f"; root lacks CAP_NET_ADMIN there, which {gets}"
 
 
 def how_to_be_root(by: str) -> str:
@@ -4588,34 +4559,29 @@ def how_to_be_root(by: str) -> str:
     return f"run epok as root: {by} {shlex.quote(words) if by == 'su -c' else words}"
 
 
-def named_line(failure: Failure) -> str:
-    """The line of the input that iptables names."""
-    number = re.search(r"line:? (\d+)", failure.result.err)
-    lines = failure.text.splitlines()
+def named_line(err: str, text: str) -> str:
+    number, lines = re.search(r"line:? (\d+)", err), text.splitlines()
     if number and 0 < int(number[1]) <= len(lines):
         return f": {quoted(lines[int(number[1]) - 1])}"
     return ""
 
 
-def no_syntax(failure: Failure) -> str:
-    return f"{named_line(failure)}; this is a defect of epok or an iptables that is too old"
-
-
 ANOTHER_GATE = "; run cron/setup-host of this epok on the host, with --mark if epok has that option"
 # What a failure means, by its exit status, the command's first word and what it says: the first
 # that fits counts. Then how often that is tried at most, 0 where it will not change; and what to
-# do, which ends the message.
+# do, which ends the message: LINE stands for the line of the input that iptables names.
 FAILURES: tuple[tuple[str, int, str | Callable[[Failure], str]], ...] = (
     # also seen while another process made the tables of a host that had none
     ("incompatible", 3, "; native nft rules share the table: move them to a table of their own"),
-    ("^127 |command not found", 0, how_to_install),
+    (r"\bsudo: (command )?not found", 0, how_to_have_sudo),
+    ("^127 |command not found", 0, "; install it on the host: apt-get install iptables"),
     ("epok-gate: ", 0, ANOTHER_GATE),
     ("^[0-9-]+ sudo (?s:.*)(sudo:|not allowed)", 0, how_to_allow_sudo),
     ("must be root|Permission denied|not permitted", 0, how_to_be_able),
     ("temporarily unavailable|xtables lock|^-", 1000, ""),
-    ("^2 ", 0, no_syntax),
+    ("^2 ", 0, "LINE; this is a defect of epok or an iptables that is too old"),
     # a race with another writer, which goes away, or something that the kernel refuses, which stays
-    ("", RACES, named_line),
+    ("", RACES, "LINE"),
 )
 
 
@@ -4628,7 +4594,8 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
         said += "incompatible"
     _, tries, advice = next(row for row in FAILURES if re.search(row[0], said))
     if not isinstance(advice, str):
-        advice = advice(Failure(host, argv, result, text))
+        advice = advice(Failure(host, argv, result.err))
+    advice = advice.replace("LINE", named_line(result.err, text))
     message = f"{host.name}: {shlex.join(argv)}: {result.said}{advice}"
     return Transient(message, attempts=tries) if tries else Fatal(message)
 
@@ -4810,9 +4777,18 @@ def track(host: Host, argv: Sequence[str], deadline: Deadline, take: Take | None
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     """Notes how long a step takes."""
-    start = time.monotonic()
+    began = time.monotonic()
     yield
-    seconds[step] = time.monotonic() - start
+    seconds[step] = time.monotonic() - began
+
+
+@contextlib.contextmanager
+def as_warning(then: str) -> Iterator[None]:
+    """What fails within is a warning, for the host is right without it."""
+    try:
+        yield
+    except Fatal as error:
+        log.warning("%s%s", error, then)
 
 
 def rendered(plan: Plan, options: Options) -> Wanted:
@@ -4843,15 +4819,11 @@ class Publisher:
     """Tells in the status of Services of epok's class what the hosts forward that are right."""
 
     def __init__(
-        self,
-        options: Options,
-        source: SnapshotFile | Cluster,
-        services: Iterable[Service],
-        plan: Callable[[Facts], Plan],
+        self, options: Options, source: SnapshotFile | Cluster, services: Iterable[Service]
     ) -> None:
-        self.options, self.source, self.plan = options, source, plan
+        self.options, self.source = options, source
         self.services = {service.key: service for service in services if service.balanced}
-        self.right: list[Facts] = []
+        self.right: list[tuple[Facts, Plan, dict[str, list[Forward]]]] = []
         self.lock = threading.Lock()
         self.failed = False
 
@@ -4864,10 +4836,10 @@ class Publisher:
         options = self.options
         if options.publish != ("auto",):
             own = {*map(str, facts.addresses)}
-            others = {str(address) for each in self.right for address in each.addresses}
+            others = {str(address) for host, *_ in self.right for address in host.addresses}
             # what is no host's own, like a router's address, is everybody's
-            shared = self.all_right or own.isdisjoint(options.publish)
-            return [n for n in options.publish if n in own or (shared and n not in others)]
+            any_host = self.all_right or own.isdisjoint(options.publish)
+            return [n for n in options.publish if n in own or (any_host and n not in others)]
         internal = not service.annotations.keys().isdisjoint(INTERNAL_ANNOTATIONS)
         closed = options.external_interface * internal
         return [
@@ -4878,35 +4850,34 @@ class Publisher:
             if options.covers(address)
         ]
 
-    def add(self, facts: Facts) -> list[Publication]:
-        """What is to be written now that one more host is right."""
+    def add(self, facts: Facts, plan: Plan) -> list[Publication]:
+        """What is to be written now that one more host is right, which forwards what is planned."""
         if not self.services or (self.options.publish == ("auto",) and not facts.interfaces):
             return []  # a host that does not tell its addresses keeps what was written
-        self.right.append(facts)
-        made, every = [], set()
-        plans = [self.plan(each) for each in self.right]
-        forwards = [grouped(plan.forwards) for plan in plans]
+        self.right.append((facts, plan, grouped(plan.forwards)))
+        news: list[Publication] = []
+        named: set[str] = set()
         for service in self.services.values():
             before = service.balanced.ingress if service.balanced else []
-            entries: dict[str, Ingress] = {}
-            known: set[str] = set()
-            for host, plan, its in zip(self.right, plans, forwards, strict=True):
-                names = self.names(host, service)
-                known.update(names)
-                for entry in ingress_of(service, its.get(service.key, ()), plan, names):
-                    other = entries.setdefault(entry.name, entry)
+            its: dict[str, Ingress] = {}
+            names: set[str] = set()
+            for host, plan, forwards in self.right:
+                own = self.names(host, service)
+                names.update(own)
+                for entry in ingress_of(service, forwards.get(service.key, ()), plan, own):
+                    other = its.setdefault(entry.name, entry)
                     for one, two in zip(other.ports, entry.ports, strict=True):
                         one.error = one.error or two.error
             if not self.all_right:  # a host that failed keeps what was written
-                entries |= {each.name: each for each in before if each.name not in known}
-            after = sorted(entries.values(), key=self.order)
-            every |= known
+                its |= {each.name: each for each in before if each.name not in names}
+            after = sorted(its.values(), key=self.order)
+            named |= names
             if after != before:
-                made.append(Publication(service, before, after))
-        if self.options.publish and not every:
+                news.append(Publication(service, before, after))
+        if self.options.publish and not named:
             where = f"-i {','.join(self.options.interfaces)}"
             log.warning("--publish auto: no global address on %s; give the addresses", where)
-        return made
+        return news
 
     def order(self, entry: Ingress) -> tuple[int, bool, str]:
         """The same whichever host was right first."""
@@ -4914,20 +4885,22 @@ class Publisher:
         place = given.index(entry.name) if entry.name in given else len(given)
         return place, ":" in entry.name, entry.name
 
-    def publish(self, facts: Facts, deadline: Deadline) -> None:
-        """Writes what differs. Raises Fatal."""
+    def publish(self, facts: Facts, plan: Plan, deadline: Deadline) -> list[Publication]:
+        """Writes what differs, and returns it; in a --dry-run only that. Raises Fatal."""
         seconds = min(STATUS_SECONDS, deadline.remaining() / 2)
         deadline = Deadline(seconds, "the time for the status of Services,")
         with self.lock:
-            tasks = [(each.service.key, self.write, each) for each in self.add(facts)]
-            if not tasks or self.failed:
-                return
+            news = self.add(facts, plan)
+            if not news or self.options.dry_run or self.failed:
+                return news
             self.failed = True
             if not isinstance(self.source, Cluster):
                 raise Fatal(f"{self.source.name} is a file; no new EXTERNAL-IP was written")
+            tasks = [(each.service.key, self.write, each) for each in news]
             writing = Background(self.source.write_all, "new EXTERNAL-IP", tasks, deadline)
             writing.result(deadline, f"{self.source.name}: writing the status of Services")
             self.failed = False
+            return news
 
     def write(self, publication: Publication, deadline: Deadline) -> None:
         service, _, ingress = publication
@@ -4940,8 +4913,7 @@ class Publisher:
 def cluster_to_clean(options: Options, deadline: Deadline) -> Publisher:
     """What --clean takes out of the status of Services. Raises Fatal."""
     reader = Reader(options, deadline)
-    services = reader.once_each(SERVICES, "key")
-    return Publisher(options, reader.source, services, lambda _: Plan())
+    return Publisher(options, reader.source, reader.once_each(SERVICES, "key"))
 
 
 def grouped(forwards: Iterable[Forward]) -> dict[str, list[Forward]]:
@@ -4978,8 +4950,7 @@ class Planner:
             self.snapshot = self.reader.snapshot(options.explain)
         self.publisher: Publisher | None = None
         if options.publish:
-            services = self.snapshot.services
-            self.publisher = Publisher(options, self.reader.source, services, self.plan)
+            self.publisher = Publisher(options, self.reader.source, self.snapshot.services)
         self.plans: dict[tuple[Set[str], int], Plan] = {}
         self.rulesets: dict[tuple[Set[str], int], Wanted] = {}
         self.announced: set[str] = set()
@@ -5030,22 +5001,19 @@ class Planner:
         lines += [f"rejected: {rejection}" for rejection in plan.rejections]
         lines = [line for line in lines if line not in self.announced]
         self.announced.update(lines)
-        more = len(lines) - MAX_LINES
-        if more > 0:
-            lines = in_turn(lines, lambda line: line.removeprefix("rejected: "))[:MAX_LINES]
-        for line in lines:
+        some = lines
+        if len(lines) > MAX_LINES:
+            some = in_turn(lines, lambda line: line.removeprefix("rejected: "))[:MAX_LINES]
+        for line in some:
             log.warning("%s", line)
-        if more > 0:
+        if more := len(lines) - len(some):
             log.warning("%d more warnings like these; --status shows all of them", more)
         events = [each.event("UnknownAnnotation") for each in plan.unknown]
         events += [each.event("ExternalPortRejected") for each in plan.rejections]
         self.untold |= dict.fromkeys(events)
 
     def tell(self, news: Iterable[Event]) -> None:
-        """Writes Events about a host, then those about rejections, which the first host takes.
-
-        That they cannot be written is a warning, since the host is right without them.
-        """
+        """Writes Events about a host, then those about rejections, which the first host takes."""
         with self.lock:
             untold, self.untold = [*self.untold], {}
         # in any order: where the time does not suffice for all, each gets its turn
@@ -5058,11 +5026,9 @@ class Planner:
         deadline = Deadline(seconds, "the time for Events,")
         uids = {service.key: service.uid for service in self.snapshot.services}
         tasks = [(event.service, source.record, event, uids) for event in events]
-        try:
+        with as_warning(""):
             writing = Background(source.write_all, "Events", tasks, deadline)
             writing.result(deadline, f"{source.name}: writing Events")
-        except Fatal as error:
-            log.warning("%s", error)
 
 
 def events_of(changes: Iterable[Change], machine: str) -> list[Event]:
@@ -5085,31 +5051,30 @@ def report_swap(
     taken: str = "",
 ) -> None:
     """Says what a run did, and which nodes the host was taken for."""
+    say, complain = (functools.partial(level, "%s%s", prefix) for level in (log.info, log.warning))
     if taken and inputs:
-        log.info("%s%s", prefix, taken)
+        say(taken)
     for change in changes:
-        log.info("%s%s %s to %s", prefix, VERBS[change.sign], change.live, change.text)
+        say(f"{VERBS[change.sign]} {change.live} to {change.text}")
     # each once, in both IP versions
     count = len({key for tables in wanted.values() for key in dispatches_in(tables)})
     total = f"{count} {plural(count, 'forward')}"
     older = 0 if wanted[4]["nat"].hooks else older_rules(before)
     if older:
-        log.info("%sremoved %d %s of the older epok", prefix, older, plural(older, "rule"))
+        say(f"removed {older} {plural(older, 'rule')} of the older epok")
     if not inputs:
-        log.info("%sin sync, %s, nothing changed%s", prefix, total, taken and f"; {taken}")
+        say(f"in sync, {total}, nothing changed{taken and '; '}{taken}")
     elif not changes and not older:
         lines = sum(inputs) - 2 * len(inputs)
-        done = f"put right with {lines} {plural(lines, 'line')}"
-        log.info("%srules of epok's were %s, %s", prefix, done, total)
+        say(f"rules of epok's were put right with {lines} {plural(lines, 'line')}, {total}")
     for version, name in itertools.product(wanted, BUILT_IN):
         held = (before[version] or NOTHING)[name].held - wanted[version][name].chains.keys()
         if held:
-            what = f"{prefix}kept these chains, empty, in table {name}: {enumerated(sorted(held))}"
-            log.warning("%s: a rule that is not epok's refers to them; delete it", what)
+            what = f"kept these chains, empty, in table {name}: {enumerated(sorted(held))}"
+            complain(f"{what}: a rule that is not epok's refers to them; delete it")
     old, new = (each["filter"].chains.get(FORWARD) for each in (before[4] or NOTHING, wanted[4]))
     if old and new and old != new:
-        what = "--mark is another one now: connections that were open have lost their way"
-        log.warning("%s%s", prefix, what)
+        complain("--mark is another one now: connections that were open have lost their way")
 
 
 def all_lives(tables: Found, counted: Found) -> list[Live]:
@@ -5170,8 +5135,8 @@ def metrics_text(
     for name, value, labels in samples:
         kind = "counter" if name.endswith("_total") else "gauge"
         head = f"# HELP epok_{name} {HELP[name]}\n# TYPE epok_{name} {kind}\n"
-        within = ",".join(f"{key}={json.dumps(str(text))}" for key, text in labels.items())
-        line = f"epok_{name}{within and f'{{{within}}}'} {value:.15g}\n"
+        words = ",".join(f"{key}={json.dumps(str(text))}" for key, text in labels.items())
+        line = f"epok_{name}{words and f'{{{words}}}'} {value:.15g}\n"
         metrics[name] = metrics.get(name, head) + line
     return "".join(metrics.values())
 
@@ -5281,54 +5246,55 @@ class Option(NamedTuple):
 
     def fits(self, packet: Packet) -> bool | None:
         """None where that cannot be told."""
-        answers = [has(packet, self.name, value) if value else None for value in self.values]
+        asks = HAS.get(self.name)
+        answers = [asks(packet, value) if asks and value else None for value in self.values]
         if True not in answers and (None in answers or not answers):
             return None
         return (True in answers) != self.negated
 
 
-def has(packet: Packet, name: str, value: str) -> bool | None:
-    """Whether a packet has a value, None where that cannot be told."""
-    if name == "-m":
-        return True
-    if name in ("-i", "-o"):
-        return like(value, packet.interface if name == "-i" else packet.out())
-    if name == "-p":
-        return value in (packet.protocol, "all")
-    if name == "-d":
-        return in_network(value, packet.address)
-    if name in ("--dport", "--dports"):
-        return within(value, packet.port)
-    if name == "--syn" and value == "syn":
-        return packet.protocol == "tcp"
-    if name in ("--state", "--ctstate") and not packet.tracked:
+def has_state(packet: Packet, value: str) -> bool:
+    if not packet.tracked:
         return value == "INVALID"
-    if name in ("--state", "--ctstate"):
-        return value == "NEW" or (value == "DNAT" and not packet.local)
-    if name == "--dst-type":
-        return value == ("LOCAL" if packet.local else "UNICAST")
-    if name == "nfproto":
-        return value == f"ipv{packet.version}"
+    return value == "NEW" or (value == "DNAT" and not packet.local)
+
+
+def has_mark(packet: Packet, value: str) -> bool | None:
     bits, _, mask = value.partition("/")
-    known = name == "connmark --mark" and mask == f"{packet.mark:#x}"
-    return bits == mask if known else None
+    return bits == mask if mask == f"{packet.mark:#x}" else None
 
 
-def in_network(text: str, address: Address) -> bool | None:
+def is_within(address: Address, text: str) -> bool | None:
+    """Whether an address is in a network, or in a range from one to another."""
     first, _, last = text.partition("-")
-    try:
+    with contextlib.suppress(ValueError):
         if last:
             low, high = ipaddress.ip_address(first), ipaddress.ip_address(last)
             return int(low) <= int(address) <= int(high)
         return address in ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        return None
+    return None
 
 
-def within(ports: str, port: int) -> bool | None:
-    """Whether "25", "8000:8010" or "8000-8010" has a port."""
+def has_port(packet: Packet, ports: str) -> bool | None:
+    """Whether its port is in "25", "8000:8010" or "8000-8010"."""
     match = re.fullmatch("([0-9]{1,5})(?:[:-]([0-9]{1,5}))?", ports)
-    return int(match[1]) <= port <= int(match[2] or match[1]) if match else None
+    return int(match[1]) <= packet.port <= int(match[2] or match[1]) if match else None
+
+
+# Whether a packet has a value that an option asks for; None where that cannot be told.
+HAS: dict[str, Callable[[Packet, str], bool | None]] = {
+    "-m": lambda packet, value: True,
+    "-i": lambda packet, value: like(value, packet.interface),
+    "-o": lambda packet, value: like(value, packet.out()),
+    "-p": lambda packet, value: value in (packet.protocol, "all"),
+    "-d": lambda packet, value: is_within(packet.address, value),
+    "--syn": lambda packet, value: packet.protocol == "tcp" if value == "syn" else None,
+    "--dst-type": lambda packet, value: value == ("LOCAL" if packet.local else "UNICAST"),
+    "nfproto": lambda packet, value: value == f"ipv{packet.version}",
+    "connmark --mark": has_mark,
+    **dict.fromkeys(("--dport", "--dports"), has_port),
+    **dict.fromkeys(("--state", "--ctstate"), has_state),
+}
 
 
 class Rule(NamedTuple):
@@ -5358,10 +5324,8 @@ class Rule(NamedTuple):
 
 def large(network: str) -> bool:
     """Whether a network is no single client or household."""
-    with contextlib.suppress(ValueError):
-        text = ipaddress.ip_network(network, strict=False)
-        return text.prefixlen <= {4: 24, 6: 56}[text.version]
-    return False
+    length = network.partition("/")[2]
+    return length.isdecimal() and int(length) <= (56 if ":" in network else 24)
 
 
 RulesOf = Callable[[str], Sequence[Rule]]  # by chain
@@ -5439,93 +5403,25 @@ def iptables_rule(line: str, chains: Container[str]) -> Rule:
     if line.startswith("-P "):
         return Rule((), VERDICTS.get(line.split()[-1], "return"), "", line)
     options: list[Option] = []
-    line_only = COMMENT.sub("", line).replace("--tcp-flags FIN,SYN,RST,ACK SYN", "--syn syn")
-    for before, word in itertools.pairwise(split(line_only)[1:]):
+    words = split(COMMENT.sub("", line).replace("--tcp-flags FIN,SYN,RST,ACK SYN", "--syn syn"))
+    end = next((number for number, word in enumerate(words) if word in ("-j", "-g")), len(words))
+    for before, word in itertools.pairwise(words[1:end]):
         if re.match("--?[a-z]", word):
             name = f"{before} {word}" if word == "--mark" else word  # packets have one too
             options.append(Option(name, [], before == "!"))
         elif options and word != "!":
             options[-1].values.extend(word.split(","))
-    asked = list(itertools.takewhile(lambda option: option.name not in ("-j", "-g"), options))
-    jumps = options[len(asked) : len(asked) + 1]
-    target = "".join(value for jump in jumps for value in jump.values[:1])
-    target = "NOTRACK" if any(option.name == "--notrack" for option in options) else target
+    jump, target = [*words[end : end + 2], "", ""][:2]
+    target = "NOTRACK" if "--notrack" in words else target
     if owned(target):
-        return Rule(asked, "own", "", line)
+        return Rule(options, "own", "", line)
     if target in chains:
-        verdict = VERDICTS.get(target, "goto" if jumps[0].name == "-g" else "jump")
-        return Rule(asked, verdict, target, line)
+        return Rule(options, "goto" if jump == "-g" else "jump", target, line)
     other = "" if re.fullmatch(GOING_ON, target) else "?"
-    return Rule(asked, VERDICTS.get(target, other), "", line)
+    return Rule(options, VERDICTS.get(target, other), "", line)
 
 
 PACKAGES = {"ip": "iproute2", "ss": "iproute2", "nft": "nftables"}
-
-
-class Asker:
-    """Asks a host until the deadline; `blind` is what it did not tell, and why.
-
-    `refused` is what an older gate refused, and `lacking` whatever is not asked again.
-    """
-
-    def __init__(self, host: Host, deadline: Deadline) -> None:
-        self.host, self.deadline = host, deadline
-        self.blind: list[str] = []
-        self.refused: list[Command] = []
-        self.lacking: set[Command] = set()
-
-    def output(self, command: Command, *values: object, take: Take | None = None) -> str | None:
-        """What a command prints, None when it cannot be had. Raises Fatal."""
-        result = self.ask(command, *values, take=take)
-        return result.out if result and result.status == 0 else None
-
-    def ask(self, command: Command, *values: object, take: Take | None = None) -> Result | None:
-        """What a command leaves that the host could run. Raises Fatal."""
-        argv, sudo = command.argv(self.host.sudo, *values), command.as_root and self.host.sudo
-        # an older gate logs whatever it refuses, and knows no later command
-        later = list(Command)[list(Command).index(self.refused[0]) :] if self.refused else ()
-        if command in self.lacking or command in later:
-            return None
-        result = persist(self.deadline, self.host.run, argv, "", self.deadline, take)
-        if result.status == 0 or result.err.startswith("RTNETLINK answers: "):
-            return result
-        self.lacking.add(command)
-        words, tool, said, cure = shlex.join(argv), argv[len(sudo or ())], result.said, ""
-        if "epok-gate: " in result.err:
-            self.refused.append(command)
-            cure = "; run cron/setup-host of this epok on the host"
-        elif sudo and re.search("password|not allowed", result.err):
-            # sudo says so too when there is no such command
-            cure = f"; run cron/setup-host of this epok on the host, if that has {tool}"
-        elif (
-            "Permission denied" in result.err
-        ):  # of legacy's list of tables, as with the unit's user
-            cure = "; root may"
-        elif result.status == 127 or "BusyBox" in result.err:
-            said = f"not BusyBox's {tool}" if result.status != 127 else said
-            cure = f": apt-get install {PACKAGES.get(tool, tool)}"
-        self.blind.append(f"{words}: {said}{cure}")
-        return None
-
-    def nft(self, kind: str, command: Command, *names: str) -> list[Mapping[str, Any]] | None:
-        """What nft lists of one kind, as in libnftables-json(5); None when that cannot be had."""
-        if not all(re.fullmatch(NFT_NAME, name) for name in names):
-            asked = " ".join(map(quoted, ("chain", *names)))
-            self.blind.append(f"nft {asked}: epok asks for no such name")
-            return None
-        text = self.output(command, *names)
-        if text is None:
-            return None
-        with contextlib.suppress(ValueError, RecursionError):
-            parts = at(json.loads(text, object_hook=without_inner_chains), "nftables")
-            if isinstance(parts, list):
-                objects = [at(part, kind) for part in parts]
-                return [each for each in objects if isinstance(each, dict)]
-        asked = shlex.join(command.argv(self.host.sudo, *names))
-        self.blind.append(f"{asked}: {quoted(text)} is not understood")
-        return None
-
-
 NFT_NAME = r"[A-Za-z_][A-Za-z0-9_.-]{0,127}"  # that the gate and sudoers let through
 
 
@@ -5554,7 +5450,7 @@ class BaseChain(NamedTuple):
     type: str
 
 
-def nft_rules(asker: Asker, base: BaseChain) -> RulesOf:
+def nft_rules(visit: Visit, base: BaseChain) -> RulesOf:
     """The rules of a table that iptables did not make; a chain is read when a packet meets it."""
     read: dict[str, list[Rule]] = {}
 
@@ -5562,7 +5458,7 @@ def nft_rules(asker: Asker, base: BaseChain) -> RulesOf:
         where = f"nft table {base.family} {base.table}, chain {chain}"
         unknown = [Rule((), "?", "", where)]
         if chain not in read and len(read) < 50:
-            listed = asker.nft("rule", Command.NFT_CHAIN, base.family, base.table, chain)
+            listed = visit.nft("rule", Command.NFT_CHAIN, base.family, base.table, chain)
             read[chain] = unknown if listed is None else [nft_rule(each, where) for each in listed]
             policy = base.policy.upper() if chain == base.name else ""
             end = VERDICTS.get(policy, "return")
@@ -5595,17 +5491,22 @@ def nft_rule(rule: Mapping[str, Any], where: str) -> Rule:
 
 
 UNKNOWN = Option("?", [])
-NFT_OPTIONS = {
-    **{("meta", key): "-i" for key in ("iif", "iifname")},
-    **{("meta", key): "-o" for key in ("oif", "oifname")},
-    **{("ct", key): "--ctstate" for key in ("state", "status")},
-    **dict.fromkeys([("meta", "l4proto"), ("payload", "protocol"), ("payload", "nexthdr")], "-p"),
-    ("meta", "nfproto"): "nfproto",
-    ("payload", "daddr"): "-d",
-    ("payload", "saddr"): "-s",
-    ("payload", "flags"): "--syn",
-    ("fib", "type"): "--dst-type",
-    ("payload", "dport"): "--dport",
+NFT_OPTIONS = {  # by what stands on the left of an expression
+    ("meta", "key", "iif"): "-i",
+    ("meta", "key", "iifname"): "-i",
+    ("meta", "key", "oif"): "-o",
+    ("meta", "key", "oifname"): "-o",
+    ("meta", "key", "l4proto"): "-p",
+    ("meta", "key", "nfproto"): "nfproto",
+    ("ct", "key", "state"): "--ctstate",
+    ("ct", "key", "status"): "--ctstate",
+    ("fib", "result", "type"): "--dst-type",
+    ("payload", "field", "protocol"): "-p",
+    ("payload", "field", "nexthdr"): "-p",
+    ("payload", "field", "daddr"): "-d",
+    ("payload", "field", "saddr"): "-s",
+    ("payload", "field", "dport"): "--dport",
+    ("payload", "field", "flags"): "--syn",
 }
 NFT_PROTOCOLS = (*PROTOCOLS, "icmp", "icmpv6", "igmp", "esp", "ah", "comp", "udplite", "dccp")
 
@@ -5614,38 +5515,34 @@ def nft_options(expression: Any) -> list[Option]:
     """What an expression of libnftables-json(5) asks of a packet, as options of iptables."""
     left, right, op = (at(expression, key) for key in ("left", "right", "op"))
     masked = at(left, "&")
-    if isinstance(masked, list) and [at(each, "ct", "key") for each in masked] == ["mark", None]:
-        if op in ("==", "!=") and isinstance(masked[1], int) and isinstance(right, int):
-            return [Option("connmark --mark", [f"{right:#x}/{masked[1]:#x}"], op == "!=")]
-        return [UNKNOWN]
-    words = {"payload": "field", "meta": "key", "ct": "key", "fib": "result"}
-    asked = [(kind, at(left, kind, word)) for kind, word in words.items()]
-    kind, key = next((pair for pair in asked if isinstance(pair[1], str)), ("", ""))
-    layer = at(left, "payload", "protocol")
-    whose = at(left, "fib", "flags")
-    if not kind or (kind == "payload" and layer is None) or whose not in (None, ["daddr"]):
-        return [UNKNOWN]
-    options = []
+    marks = isinstance(masked, list) and [at(each, "ct", "key") for each in masked] == [
+        "mark",
+        None,
+    ]
+    if marks and op in ("==", "!=") and isinstance(masked[1], int) and isinstance(right, int):
+        return [Option("connmark --mark", [f"{right:#x}/{masked[1]:#x}"], op == "!=")]
+    options, layer = [], at(left, "payload", "protocol")
     # a packet has such a field only when it is of that protocol
     if layer in ("ip", "ip6"):
         options = [Option("nfproto", ["ipv4" if layer == "ip" else "ipv6"])]
     elif layer in NFT_PROTOCOLS:
         options = [Option("-p", [layer])]
-    name = NFT_OPTIONS.get((kind, key), "?")
+    names = [name for (*path, key), name in NFT_OPTIONS.items() if at(left, *path) == key]
     # a list is bits of which one is enough, but with any other operator than "in" all of them count
-    exact = isinstance(right, list) or key == "status"
-    if op not in (("in",) if exact else ("in", "==", "!=")):
+    exact = isinstance(right, list) or at(left, "ct", "key") == "status"
+    operators = ("in",) if exact else ("in", "==", "!=")
+    if not names or op not in operators or at(left, "fib", "flags") not in (None, ["daddr"]):
         return [*options, UNKNOWN]
     values = right["set"] if isinstance(right, dict) and "set" in right else right
-    texts = [nft_text(value, name) for value in (values if isinstance(values, list) else [values])]
-    return [*options, Option(name, texts, op == "!=")]
+    values = values if isinstance(values, list) else [values]
+    return [*options, Option(names[0], [nft_text(value, names[0]) for value in values], op == "!=")]
 
 
 def nft_text(value: Any, name: str) -> str:
     """A value of an expression as iptables has it; empty for what it has not, like a named set."""
-    element, ends = at(value, "elem"), at(value, "range")
-    if isinstance(element, dict) and "val" in element:
-        return nft_text(element["val"], name)
+    element, ends = at(value, "elem", "val"), at(value, "range")
+    if element is not None:
+        return nft_text(element, name)
     address, length = at(value, "prefix", "addr"), at(value, "prefix", "len")
     if name in ("-d", "-s") and None not in (address, length):
         return f"{address}/{length}"
@@ -5670,40 +5567,13 @@ class Listener(NamedTuple):
     port: int
 
 
-class Surroundings(NamedTuple):
-    """What else on a host decides about a connection; None is what the host does not tell.
-
-    That is: interfaces with strict rp_filter, those that do not forward IPv4, programs that listen,
-    and chains of nft that what is forwarded passes.
-    """
-
-    strict: Set[str] | None = None
-    idle: Set[str] | None = None
-    listeners: Sequence[Listener] | None = None
-    bases: Sequence[BaseChain] | None = None
-
-
-def read_surroundings(asker: Asker) -> Surroundings:
-    netconf = asker.output(Command.NETCONF)
-    listening = asker.output(Command.LISTENERS)
-    chains = asker.nft("chain", Command.NFT_CHAINS)
-    strict = idle = listeners = None
-    if netconf is not None:
-        strict = strict_interfaces(netconf)
-        idle = set(re.findall(r"(?m)^inet (\S+) .*\bforwarding off", netconf))
-    if listening is not None:
-        read = map(to_listener, listening.splitlines())
-        listeners = list(dict.fromkeys(each for each in read if each))
-    return Surroundings(strict, idle, listeners, None if chains is None else base_chains(chains))
-
-
 def strict_interfaces(netconf: str) -> set[str]:
     """The interfaces with strict rp_filter, by what ip netconf prints."""
     modes = dict(re.findall(r"(?m)^inet (\S+) .*\brp_filter (\w+)", netconf))
     # the higher of the interface's and that of all counts, and loose is higher: ip-sysctl.rst
-    both = {name: (mode, modes.get("all")) for name, mode in modes.items()}
-    own = both.keys() - {"all", "default", "lo"}
-    return {name for name in own if "strict" in both[name] and "loose" not in both[name]}
+    of_all = modes.pop("all", None)
+    both = {name: {mode, of_all} for name, mode in modes.items() if name not in ("default", "lo")}
+    return {name for name, some in both.items() if "strict" in some and "loose" not in some}
 
 
 def to_listener(line: str) -> Listener | None:
@@ -5717,27 +5587,44 @@ def to_listener(line: str) -> Listener | None:
     return Listener(match[1], address, int(match[4]))
 
 
-def base_chains(chains: Iterable[Mapping[str, Any]]) -> list[BaseChain]:
-    """Those that what is forwarded passes, of chains as libnftables-json(5) has them."""
-    return [
-        BaseChain(priority, *(str(chain.get(word)) for word in BaseChain._fields[1:]))
-        for chain in chains
-        if chain.get("hook") in ("prerouting", "forward", "postrouting")
-        if isinstance(priority := chain.get("prio"), int)
-    ]
+def to_base_chain(chain: Mapping[str, Any]) -> BaseChain | None:
+    """None for one that what is forwarded does not pass."""
+    priority, hook = chain.get("prio"), chain.get("hook")
+    if hook not in ("prerouting", "forward", "postrouting") or not isinstance(priority, int):
+        return None
+    return BaseChain(priority, *(str(chain.get(word)) for word in BaseChain._fields[1:]))
+
+
+class Way(NamedTuple):
+    """The interface, and gateway if any, by which packets leave, or `why` they do not.
+
+    All are empty where the host does not tell.
+    """
+
+    interface: str = ""
+    gateway: str = ""
+    why: str = ""
 
 
 class Visit:
     """One host, and what it tells: what it has, its rules, and what else is there, each asked once.
 
-    `options` are those of the run, or what the live rules tell of them.
+    `options` are those of the run, or what the live rules tell of them. It is asked until
+    `patience` ends; `blind` is what it did not tell, and why, `lacking` what is not asked again.
+    What else decides about a connection is None until it has looked around, and if it cannot.
     """
 
+    strict: Set[str] | None = None  # the interfaces with strict rp_filter
+    idle: Set[str] | None = None  # those that do not forward IPv4
+    listeners: Sequence[Listener] | None = None  # the programs that listen
+    bases: Sequence[BaseChain] | None = None  # the chains of nft that what is forwarded passes
+
     def __init__(self, host: Host, options: Options, deadline: Deadline) -> None:
-        self.host, self.options, self.deadline = host, options, deadline
-        self.asker = Asker(host, deadline)
-        self.around = Surroundings()
-        self.ways: dict[tuple[object, ...], tuple[str, str]] = {}
+        self.host, self.name, self.options = host, host.name, options
+        self.deadline = self.patience = deadline
+        self.blind: list[str] = []
+        self.lacking: set[Command] = set()
+        self.ways: dict[tuple[object, ...], Way] = {}
         self.looking: Background | None = None
         self.arriving = Background(self.arrive)
 
@@ -5748,11 +5635,11 @@ class Visit:
         reading = Background(read_all_tables, self.host, self.deadline, counted)
         # over SSH it must wait: what is sent must not share its sessions, or its connection
         if isinstance(self.host, LocalHost):
-            self.looking = Background(read_surroundings, self.asker)
+            self.looking = Background(self.learn)
         return facts, reading
 
     def arrived(self) -> tuple[Facts, Background]:
-        doing = f"{self.host.name}: reading its addresses"
+        doing = f"{self.name}: reading its addresses"
         return self.arriving.result(self.deadline, doing)  # type: ignore[no-any-return]
 
     @property
@@ -5762,32 +5649,92 @@ class Visit:
     @property
     def found(self) -> Found:
         """Its rules. Raises Fatal."""
-        doing = f"{self.host.name}: reading its rules"
+        doing = f"{self.name}: reading its rules"
         return self.arrived()[1].result(self.deadline, doing)  # type: ignore[no-any-return]
 
     def look_around(self) -> None:
         """Learns what else is there. Raises Fatal."""
-        looking = self.looking or Background(read_surroundings, self.asker)
-        doing = f"{self.host.name}: reading what else is there"
-        self.around = looking.result(self.asker.deadline, doing)
+        looking = self.looking or Background(self.learn)
+        looking.result(self.patience, f"{self.name}: reading what else is there")
 
-    def way(self, to: Address, *origin: object) -> tuple[str, str]:
-        """The interface by which packets to an address leave, else why they do not. Raises Fatal.
+    def learn(self) -> None:
+        netconf, listening = self.output(Command.NETCONF), self.output(Command.LISTENERS)
+        chains = self.nft("chain", Command.NFT_CHAINS)
+        if netconf is not None:
+            self.strict = strict_interfaces(netconf)
+            self.idle = set(re.findall(r"(?m)^inet (\S+) .*\bforwarding off", netconf))
+        if listening is not None:
+            read = dict.fromkeys(map(to_listener, listening.splitlines()))
+            self.listeners = [each for each in read if each]
+        if chains is not None:
+            self.bases = [each for each in map(to_base_chain, chains) if each]
+
+    def output(self, command: Command, *values: object, take: Take | None = None) -> str | None:
+        """What a command prints, None when it cannot be had. Raises Fatal."""
+        result = self.ask(command, *values, take=take)
+        return result.out if result and result.status == 0 else None
+
+    def ask(self, command: Command, *values: object, take: Take | None = None) -> Result | None:
+        """What a command leaves that the host could run. Raises Fatal."""
+        if command in self.lacking:
+            return None
+        argv, sudo = command.argv(self.host.sudo, *values), command.as_root and self.host.sudo
+        result = persist(self.patience, self.host.run, argv, "", self.patience, take)
+        if result.status == 0 or result.err.startswith("RTNETLINK answers: "):
+            return result
+        self.lacking.add(command)
+        tool, said, cure = argv[len(sudo or ())], result.said, ""
+        if "epok-gate: " in result.err:
+            # an older gate logs whatever it refuses, and knows no later command
+            every = list(Command)
+            self.lacking.update(every[every.index(command) :])
+            cure = ANOTHER_GATE
+        elif sudo and re.search("password|not allowed", result.err):
+            # sudo says so too when there is no such command
+            cure = f"; run cron/setup-host of this epok on the host, if that has {tool}"
+        elif "Permission denied" in result.err:
+            cure = "; root may"  # read legacy's list of tables, as the unit's user may not
+        elif result.status == 127 or "BusyBox" in result.err:
+            said = f"not BusyBox's {tool}" if result.status != 127 else said
+            cure = f": apt-get install {PACKAGES.get(tool, tool)}"
+        self.blind.append(f"{shlex.join(argv)}: {said}{cure}")
+        return None
+
+    def nft(self, kind: str, command: Command, *names: str) -> list[Mapping[str, Any]] | None:
+        """What nft lists of one kind, as in libnftables-json(5); None when that cannot be had."""
+        asked = shlex.join(command.argv((), *names))
+        if not all(re.fullmatch(NFT_NAME, name) for name in names):
+            self.blind.append(f"{quoted(asked)}: epok asks for no such name")
+            return None
+        text = self.output(command, *names)
+        if text is None:
+            return None
+        with contextlib.suppress(ValueError, RecursionError):
+            parts = at(json.loads(text, object_hook=without_inner_chains), "nftables")
+            if isinstance(parts, list):
+                objects = [at(part, kind) for part in parts]
+                return [each for each in objects if isinstance(each, dict)]
+        self.blind.append(f"{asked}: {quoted(text)} is not understood")
+        return None
+
+    def way(self, to: Address, *origin: object) -> Way:
+        """How packets to an address leave. Raises Fatal.
 
         Their origin is the host, or an address and the interface that they come in by.
         """
         key = (to, *origin)
         if key not in self.ways:
-            own = Command.WAY if to.version == 4 else Command.WAY_6
-            result = self.asker.ask(Command.WAY_FROM if origin else own, *key)
-            found = re.search(r"\bdev (\S+)", result.out) if result and not result.status else None
-            self.ways[key] = found[1] if found else "", result.err if result else ""
+            command = Command.WAY_FROM if origin else Command.WAY.of(to.version)
+            result = self.ask(command, *key)
+            found = result and re.search(r"(?:\bvia (\S+) )?\bdev (\S+)", result.out)
+            why = result.err if result else ""
+            self.ways[key] = Way(found[2], found[1] or "") if found else Way(why=why)
         return self.ways[key]
 
     @functools.cached_property
-    def rules(self) -> str:
+    def ip_rules(self) -> str:
         """How routes are chosen."""
-        return self.asker.output(Command.RULES) or ""
+        return self.output(Command.RULES) or ""
 
     @functools.cached_property
     def backends(self) -> list[Backend]:
@@ -5820,68 +5767,65 @@ Chains = Mapping[str, Sequence[str]]
 class Backend(NamedTuple):
     """Rules of iptables that are not epok's, by table and chain, and the tool that has them.
 
-    `hooks` are epok's hooks among them, in the backend that epok uses.
+    `own` are epok's tables, in the backend that epok uses.
     """
 
-    family: Family
+    version: int
     tool: str
     tables: Mapping[str, Chains]
-    hooks: Mapping[str, Mapping[str, Sequence[str]]] | None
+    own: Tables | None = None
 
 
 def backends_of(visit: Visit, family: Family) -> Iterator[Backend]:
-    tables, asker = visit.found[family.version], visit.asker
-    if tables is None:
+    own, bases = visit.found[family.version], visit.bases
+    if own is None:
         return
-    here = {base.table for base in visit.around.bases or () if of_iptables(base, family)}
-    nft = is_nft(tables)
-    more: Mapping[str, Chains] = {}
+    here = {base.table for base in bases or () if of_iptables(base, family.version)}
+    tables: dict[str, Chains] = {}
     # legacy makes a table that is only asked for, so it is asked for all that there are
-    if not nft or visit.around.bases is None or here - BUILT_IN.keys():
-        more = read_saved(asker, BUILT_IN, Command.SAVE_ALL, family.tool)
-    own = {name: table.foreign for name, table in tables.items()}
-    hooks = {name: table.hooks for name, table in tables.items()}
-    yield Backend(family, family.tool, {**more, **own}, hooks)
-    if tables["filter"].beside if nft else here:
-        name = "legacy" if nft else "nft"
-        saved = read_saved(asker, (), Command.OTHER_SAVE, family.tool, name)
-        yield Backend(family, f"{family.tool}-{name}", saved, None)
+    if not is_nft(own) or bases is None or here - BUILT_IN.keys():
+        tables = read_saved(visit, BUILT_IN, Command.SAVE_ALL, family.tool)
+    tables |= {name: table.foreign for name, table in own.items()}
+    yield Backend(family.version, family.tool, tables, own)
+    if own["filter"].beside if is_nft(own) else here:
+        name = "legacy" if is_nft(own) else "nft"
+        saved = read_saved(visit, (), Command.OTHER_SAVE, family.tool, name)
+        yield Backend(family.version, f"{family.tool}-{name}", saved)
 
 
 def is_nft(tables: Tables) -> bool:
     """By the first line that iptables-save prints."""
-    return "nf_tables" in tables["filter"].origin or "xtables-save" in tables["filter"].origin
+    return bool(re.search("nf_tables|xtables-save", tables["filter"].origin))
 
 
-def of_iptables(base: BaseChain, family: Family) -> bool:
+def of_iptables(base: BaseChain, version: int) -> bool:
     """Whether iptables made a chain of nft, by its name."""
-    layer = "ip" if family.version == 4 else "ip6"
+    layer = "ip" if version == 4 else "ip6"
     return base.family == layer and (base.table, base.name) in HOOKED
 
 
 def read_saved(
-    asker: Asker, known: Container[str], command: Command, *words: str
-) -> Mapping[str, Chains]:
+    visit: Visit, known: Container[str], command: Command, *words: str
+) -> dict[str, Chains]:
     """The tables that iptables-save prints, but for those that are known. Raises Fatal."""
     tables: dict[str, Chains] = {}
 
     def take(pieces: Iterable[bytes]) -> str:
         name, said = "", ""
         lines: list[str] = []
-        meter = Meter(f"{asker.host.name}: {words[0]}-save", 2 * RULES_LIMIT, 2 * RULES_LINES)
+        meter = Meter(f"{visit.name}: {words[0]}-save", 2 * RULES_LIMIT, 2 * RULES_LINES)
         for line in lines_of(meter.passing(pieces)):
             said += line if "incompatible" in line else ""
-            name = line[1:] if line.startswith("*") else name
-            if name and name not in known:
+            if line.startswith("*"):
+                name, lines = line[1:], []
+            if name not in known:
                 lines.append(line)
-            if line == "COMMIT":
-                if lines:
-                    tables[name] = Saved(name).read(lines).others
-                name, lines = "", []
+            if line == "COMMIT" and lines:
+                tables[name] = Saved(name).read(lines).others
         return said
 
-    if said := asker.output(command, *words, take=take):
-        asker.blind.append(f"{shlex.join(command.argv((), *words))}: {one_line(said)}")
+    if said := visit.output(command, *words, take=take):
+        visit.blind.append(f"{shlex.join(command.argv((), *words))}: {one_line(said)}")
     return tables
 
 
@@ -5893,6 +5837,7 @@ class Firewall(NamedTuple):
     first to last. `cure` lets packets through, with MATCH for what they are.
     """
 
+    visit: Visit
     version: int
     hook: str
     priority: int
@@ -5908,13 +5853,13 @@ class Firewall(NamedTuple):
         early = self.priority <= TRANSLATED or self.rivals is not None
         return early and self.hook == "prerouting"
 
-    def cure_for(self, mark: Mark, name: str, protocol: str, ports: Sequence[str]) -> str:
+    def cure_for(self, name: str, protocol: str, ports: Sequence[str]) -> str:
         """For what comes by an interface to ports of the host, and then has epok's mark."""
-        some, bits = ", ".join(ports), f"{mark.forwarded:#x}"
+        mark, some = self.visit.options.mark, ", ".join(ports)
         if "nft insert" in self.cure:
             some = some if len(ports) == 1 else f"{{ {some} }}"
             early = f"iifname {name} {protocol} dport {some} fib daddr type local"
-            late = f"ct mark and {bits} == {bits}"
+            late = f"ct mark and {mark.forwarded:#x} == {mark.forwarded:#x}"
         else:
             some = some.replace("-", ":").replace(" ", "")
             some = f"--dport {some}" if len(ports) == 1 else f"-m multiport --dports {some}"
@@ -5922,62 +5867,99 @@ class Firewall(NamedTuple):
             late = f"-m connmark {marked(mark)}"
         return self.cure.replace("MATCH", early if self.before_nat else late)
 
+    def loss(self, forward: Forwarding, interface: str) -> tuple[str, str, bool] | None:
+        """What it does to a forward, if anything, by which rule, and whether that is sure."""
+        shows = self.loses == ("accept",)  # before they are masqueraded, where they shall be
+        if shows and (forward.kept if isinstance(forward, Live) else not forward.masquerade):
+            return None
+        walks = [Walk(self.rules, each, self.loses) for each in self.packets(forward, interface)]
+        decisions = [walk.decision(self.chain) for walk in walks]
+        ends = [(rule, sure) for rule, sure in decisions if rule and rule.verdict in self.loses]
+        sure = self.sure and len(ends) == len(decisions) and all(sure for _, sure in ends)
+        rules = [rule for rule, _ in ends] + [doubt for walk in walks for doubt in walk.doubts]
+        if not rules:
+            return None
+        does = {"drop": "drops", "notrack": "does not track"}.get(rules[0].verdict, "takes")
+        return "shows nodes the clients of" if shows else does, rules[0].text, sure
+
+    def packets(self, forward: Forwarding, interface: str) -> Iterator[Packet]:
+        """The first packets of connections as they come here.
+
+        What becomes of all of them becomes of the forward.
+        """
+        visit, version, protocol = self.visit, self.version, forward.protocol
+        facts, options = visit.facts, visit.options
+        targets = [target for target in forward.targets if target.address.version == version]
+        own = [ip for ip in facts.addresses if ip.version == version and options.covers(ip)]
+        # clients connect to addresses of the interface that they come in by, or else to any
+        nearest = [ip for ip in own if ip in facts.interfaces[interface]] or own
+        for offset in sorted({0, forward.last - forward.first}) if targets else ():
+            if self.before_nat:
+                port, tracked = forward.first + offset, self.priority > TRACKED
+                for ip in nearest:
+                    yield Packet(version, interface, str, protocol, port, ip, True, 0, tracked)
+                continue
+            for target in targets:
+                out = functools.partial(lambda to: visit.way(to).interface, target.address)
+                place = protocol, target.port + offset, target.address
+                yield Packet(version, interface, out, *place, False, options.mark.forwarded)
+
 
 def firewalls(visit: Visit) -> list[Firewall]:
     """What connections meet that is not epok's, in the order in which they do. Raises Fatal."""
-    walls = [wall for backend in visit.backends for wall in of_backend(backend)]
-    for family in FAMILIES:
-        if visit.found[family.version] is not None:
-            walls += of_nft(family, visit)
+    walls = [wall for backend in visit.backends for wall in of_backend(visit, backend)]
+    for version, own in visit.found.items():
+        walls += of_nft(visit, version, is_nft(own)) if own else ()
     order = ("prerouting", "forward", "postrouting")
     return sorted(walls, key=lambda wall: (order.index(wall.hook), wall.priority))
 
 
-def of_backend(backend: Backend) -> Iterator[Firewall]:
+def of_backend(visit: Visit, backend: Backend) -> Iterator[Firewall]:
     for (table, chain), (priority, loses) in HOOKED.items():
-        if chain not in (chains := backend.tables.get(table, {})):
+        chains = backend.tables.get(table, {})
+        if chain not in chains:
             continue
         command = f"{backend.tool} -t {table}"
-        place = backend.family.version, chain.lower(), priority, chain
-        jump = HOOKS.get(table, {}).get(chain) if backend.hooks else None
+        place = visit, backend.version, chain.lower(), priority, chain
+        jump = HOOKS.get(table, {}).get(chain) if backend.own else None
         if not jump:
             cure = f"let it pass: {command.removesuffix(' -t filter')} -I {chain} MATCH -j ACCEPT"
             others = tuple(verdict for verdict in loses if verdict != "accept")
             # of two backends' tables, the kernel comes first to the one that was made later
             yield Firewall(*place, iptables_rules(chains), others, cure, sure=table != "nat")
-        elif backend.hooks and jump in backend.hooks[table].get(chain, ()):
-            undo = f"{command} -D {chain} {jump}"
-            cure = f"delete that rule, or {undo}, and epok's next run puts its own first"
+        elif backend.own and jump in backend.own[table].hooks.get(chain, ()):
+            cure = f"delete that rule, or {command} -D {chain} {jump}"
+            cure += ", and epok's next run puts its own first"
             yield Firewall(*place, iptables_rules(chains), loses, cure)
         if jump == HOST_HOOK:
             lines, hook = chains[chain], f"-A {chain} {jump}"
             after = lines[lines.index(hook) + 1 :] if hook in lines else lines
-            after = [line for line in after if not re.search(IS_OLDER, line)]
-            behind = {**chains, chain: after}
+            behind = {**chains, chain: [line for line in after if not re.search(IS_OLDER, line)]}
             yield Firewall(*place, iptables_rules(behind), ("nat",), rivals=ports_in(behind))
 
 
-def of_nft(family: Family, visit: Visit) -> Iterator[Firewall]:
-    """Chains of nft that iptables did not make."""
-    layer = "ip" if family.version == 4 else "ip6"
-    bases = [base for base in visit.around.bases or () if base.family in ("inet", layer)]
-    own = [base[1:4] == (layer, "nat", "PREROUTING") for base in bases]
-    for number, base in enumerate(bases):
-        if of_iptables(base, family):
+def of_nft(visit: Visit, version: int, nft: bool) -> Iterator[Firewall]:
+    """Chains of nft that iptables did not make; with `nft` epok's own are there too."""
+    layer = "ip" if version == 4 else "ip6"
+    bases = [base for base in visit.bases or () if base.family in ("inet", layer)]
+    own_came = False  # epok's, of those with the same priority
+    for base in bases:
+        own_came |= base[1:4] == (layer, "nat", "PREROUTING")
+        if of_iptables(base, version):
             continue
-        loses, known, rivals = LOST, True, None
+        loses, sure, rivals = LOST, True, None
         cure = f"let it pass: nft insert rule {base.family} {base.table} {base.name} MATCH accept"
         if base.table == "firewalld" and base.hook == "forward":
             cure = "StrictForwardPorts=no in /etc/firewalld/firewalld.conf lets it pass, "
             cure += "after firewall-cmd --reload"
         if base.type == "nat" and base.hook == "prerouting":
             # of chains with the same priority, the kernel comes first to the one made later
-            known = base.priority != TRANSLATED or is_nft(visit.found[family.version] or NOTHING)
-            behind = known and (base.priority, not any(own[:number])) > (TRANSLATED, False)
+            sure = nft or base.priority != TRANSLATED
+            behind = sure and (base.priority, not own_came) > (TRANSLATED, False)
             loses, rivals = ("drop", "nat"), [(0, 65535)] if behind else None
-        rules = nft_rules(visit.asker, base)
-        place = family.version, base.hook, base.priority, base.name
-        yield Firewall(*place, rules, loses, cure, known, rivals)
+        rules = nft_rules(visit, base)
+        place = visit, version, base.hook, base.priority, base.name
+        yield Firewall(*place, rules, loses, cure, sure, rivals)
 
 
 class Check(NamedTuple):
@@ -6021,9 +6003,12 @@ def check_host(visit: Visit, forwards: Sequence[Forwarding]) -> Iterator[Check]:
 
 
 def check_sight(visit: Visit) -> Iterator[Check]:
-    for reason in dict.fromkeys(visit.asker.blind):
-        problem = f"{visit.host.name} does not tell all that matters: {reason}"
+    for reason in dict.fromkeys(visit.blind):
+        problem = f"{visit.name} does not tell all that matters: {reason}"
         yield Check("the host tells all that matters", problem, False)
+
+
+NODE_IP = "let kubelet report the node's own address (--node-ip; see kubectl get nodes -o wide)"
 
 
 def check_targets(visit: Visit, forwards: Iterable[Forwarding]) -> Check:
@@ -6031,53 +6016,56 @@ def check_targets(visit: Visit, forwards: Iterable[Forwarding]) -> Check:
     targets = {each.address for some in forwards if not some.direct for each in some.targets}
     own, problem = sorted(targets & {*visit.facts.addresses}, key=str), ""
     if own:
-        problem = f"{visit.host.name} has the address {enumerated(map(str, own))} itself, which a "
-        problem += "node reports, so what is forwarded there comes back: let kubelet report the "
-        problem += "node's own address (--node-ip; see kubectl get nodes -o wide)"
+        problem = f"{visit.name} has the address {enumerated(map(str, own))} itself, which a "
+        problem += f"node reports, so what is forwarded there comes back: {NODE_IP}"
     return Check("no node has an address of the host", problem)
 
 
 def check_interface(visit: Visit, interface: str) -> Check:
     """Whether packets can come in by an interface that is given."""
-    what, host = f"there is an interface {interface}", visit.host.name
+    what, host = f"there is an interface {interface}", visit.name
     fitting = [name for name in visit.facts.interfaces if like(interface, name)]
     if not fitting:
         names = quoted(", ".join(visit.facts.interfaces))
         return Check(what, f"{host} has no interface {interface}: give -i those it has, of {names}")
     bare = not any(visit.facts.interfaces[name] for name in fitting)
-    way = visit.way(BEYOND)[0] if bare else ""
+    way = visit.way(BEYOND[4]).interface if bare else ""
     if not way or way in visit.entries:
         return Check(what)
     problem = f"{host} has no address at {interface}, as if that were a port of a bridge, by which "
     return Check(what, problem + f"nothing comes in: give -i {way}, its way to others", sure=False)
 
 
-BEYOND = ipaddress.ip_address("100.0.0.1")  # stands for clients that are in no network of the host
+# stand for clients that are in no network of the host
+BEYOND = {4: ipaddress.ip_address("100.0.0.1"), 6: ipaddress.ip_address("2000::1")}
 
 
 def check_forwarding(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
-    targets = dict.fromkeys(target.address for forward in forwards for target in forward.targets)
-    on, idle, host = visit.facts.forwarding, visit.around.idle, visit.host.name
-    for (version, tool, _), sysctl in zip(FAMILIES, SYSCTLS, strict=True):
-        some = [address for address in targets if address.version == version]
-        what, name = f"forwarding of IPv{version} is on", sysctl.removeprefix("/proc/sys/")
+    targets = [target.address for forward in forwards for target in forward.targets]
+    on, idle, host = visit.facts.forwarding, visit.idle, visit.name
+    for family, sysctl in zip(FAMILIES, SYSCTLS, strict=True):
+        version, what = family.version, f"forwarding of IPv{family.version} is on"
+        node = next((address for address in targets if address.version == version), None)
+        if not node:
+            continue
+        if visit.found[version] is None:
+            yield Check(what, f"{host} has no working {family.tool}: no forwards over IPv{version}")
+            continue
         # of IPv4 each interface has its own: that of clients, and that of the nodes' answers
-        ways = [*visit.entries, visit.way(some[0])[0]] if version == 4 and some and idle else []
+        ways = [*visit.entries, visit.way(node).interface] if version == 4 and idle else []
         closed = [way for way in dict.fromkeys(ways) if way in (idle or ())]
-        problem = f"{host} has no working {tool}: no forwards over IPv{version}"
-        if some and visit.found[version] is None:
-            yield Check(what, problem)
-        elif closed and (len(closed) < len({*ways}) or on.get(version)):
+        if closed and (len(closed) < len({*ways}) or on.get(version)):
             for way in closed:
                 problem = f"{host} does not forward IPv4 that comes in by {way}: sysctl -w "
                 problem += f"net.ipv4.conf.{way.replace('.', '/')}.forwarding=1"
                 # of several that fit a pattern, some may be for others
                 sure = way in visit.options.interfaces or way not in visit.entries
                 yield Check(what, problem, sure)
-        elif some and version in on:
-            problem = f"{host} does not forward IPv{version}: sysctl -w {name.replace('/', '.')}=1"
-            known = on[version] if version == 6 or idle is None else not closed
-            yield Check(what, "" if known else problem)
+        elif version in on:
+            name = sysctl.removeprefix("/proc/sys/").replace("/", ".")
+            problem = f"{host} does not forward IPv{version}: sysctl -w {name}=1"
+            well = on[version] if version == 6 or idle is None else not closed
+            yield Check(what, "" if well else problem)
 
 
 NO_OLDER = "the older epok has left no rules"
@@ -6090,7 +6078,7 @@ def check_older(visit: Visit) -> Iterator[Check]:
     """What the older epok has left forwards whatever the annotations say by now."""
     count = older_rules(visit.found)
     if count and not visit.options.clean:
-        problem = f"{visit.host.name} has {count} {plural(count, 'rule')} of the older epok, "
+        problem = f"{visit.name} has {count} {plural(count, 'rule')} of the older epok, "
         problem += "which forward whatever the annotations say; once it is stopped, as root on the "
         problem += f"host: iptables-save -t nat | {DELETE_OLDER} | iptables-restore -n -w 5"
         yield Check(NO_OLDER, problem)
@@ -6101,44 +6089,45 @@ def check_answers(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Chec
 
     Else an answer that leaves elsewhere comes from an address that others do not expect there.
     """
-    targets = [target.address for forward in forwards for target in forward.targets]
-    nodes = [address for address in targets if address.version == 4]
-    if visit.around.strict is None or not nodes:
+    targets = (target.address for forward in forwards for target in forward.targets)
+    node = next((address for address in targets if address.version == 4), None)
+    if visit.strict is None or not node:
         return
-    inner, host = visit.way(nodes[0])[0], visit.host.name
+    inner, host, beyond = visit.way(node).interface, visit.name, BEYOND[4]
     for name in [name for name in visit.entries if inner and visit.facts.interfaces[name]]:
         what = f"rp_filter lets clients in by {name}, and answers leave by it"
-        back, lost = visit.way(BEYOND, nodes[0], inner)
-        # one inner interface of several has clients of its own networks, most likely
-        sole = name == visit.options.external_interface or len(visit.entries) == 1
-        if back and back != name and "Invalid" in visit.way(nodes[0], BEYOND, name)[1]:
+        back, _, why = visit.way(beyond, node, inner)
+        elsewhere = back not in ("", name)
+        if elsewhere and "Invalid" in visit.way(node, beyond, name).why:
             problem = f"{host} drops what comes in by {name} from beyond its own networks, as "
             problem += f"rp_filter is strict and its way back is by {back}: {loose(name)}"
+            # one inner interface of several has clients of its own networks, most likely
+            sole = name == visit.options.external_interface or len(visit.entries) == 1
             yield Check(what, problem, sole)
-        elif back and back != name and (cure := how_to_answer(visit, name, back)):
-            problem = f"{host} sends answers to clients beyond the networks of {name} by {back}: "
-            yield Check(what, problem + cure, sure=False)
-        elif "Invalid" in lost:
+        elif elsewhere and (cure := how_to_answer(visit, name, back)):
+            problem = f"{host} sends answers to clients beyond the networks of {name} by "
+            yield Check(what, f"{problem}{back}: {cure}", sure=False)
+        elif "Invalid" in why:
             problem = f"{host} drops the nodes' answers, as rp_filter is strict and the way to "
-            yield Check(what, f"{problem}{nodes[0]} is not by {inner}: {loose(inner)}", sure=False)
-        elif back or lost:
+            yield Check(what, f"{problem}{node} is not by {inner}: {loose(inner)}", sure=False)
+        elif back or why:
             yield Check(what)
         if inner == name and "br" in name and visit.options.looks:
-            problem = f"clients come in by {name}, where the nodes are: if one of them is a VM on "
-            problem += "that bridge, and net.bridge.bridge-nf-call-iptables is 1, it cannot reach "
-            problem += "itself through the host until its port says: bridge link set dev PORT "
-            yield Check("nodes reach themselves", problem + "hairpin on", sure=False)
+            problem = f"a node that is a VM on the bridge {name} cannot reach itself through the "
+            problem += "host, where net.bridge.bridge-nf-call-iptables is 1, until its port says: "
+            problem += "bridge link set dev PORT hairpin on"
+            yield Check("nodes reach themselves", problem, sure=False)
 
 
 def how_to_answer(visit: Visit, name: str, back: str) -> str:
     """What lets answers leave by the interface that clients come in by; empty if none are lost."""
     mark, own = visit.options.mark, map(str, visit.facts.interfaces[name])
-    tables = dict(re.findall(r"\bfrom (\S+) lookup (\S+)", visit.rules))
+    tables = dict(re.findall(r"\bfrom (\S+) lookup (\S+)", visit.ip_rules))
     table = next((tables[address] for address in own if address in tables), "")
     bit = next(1 << n for n in (30, 27) if not 1 << n & (mark.forwarded | mark.masquerade))
     bits, start = f"{bit:#x}/{bit:#x}", "iptables -t mangle -A PREROUTING"
     # an inner interface has no clients from beyond; with the mark, it is as this says
-    if (back in visit.entries and not table) or f" fwmark {bits} " in visit.rules:
+    if (back in visit.entries and not table) or f" fwmark {bits} " in visit.ip_rules:
         return ""
     steps = [
         f"ip rule add fwmark {bits} lookup {table or 7001}",
@@ -6163,38 +6152,20 @@ def check_paths(
     ahead, entries = [wall for wall in walls if wall.rivals is None], visit.entries
     lost: dict[tuple[Firewall, str, str, str, str, bool], list[str]] = {}
     for wall, name, forward in itertools.product(ahead, entries, forwards):
-        for loss in losses(forward, name, wall, visit):
+        if loss := wall.loss(forward, name):
             where = lost.setdefault((wall, name, forward.protocol, *loss), [])
             where.append(f"{Range(forward.first, forward.last)}")
-    problems = {}
+    checks = []
     for (wall, name, protocol, does, rule, sure), texts in lost.items():
         for ports in (texts[n : n + 7] for n in range(0, len(texts), 7)):  # as fit into a rule
             some = enumerated(f"{protocol}/{port}" for port in ports)
             perhaps, by = "" if sure else "perhaps ", printable(rule)  # with somebody's comments
-            problem = f"{visit.host.name} {perhaps}{does} {some} from {name} by {by}; "
-            problems[problem + wall.cure_for(visit.options.mark, name, protocol, ports)] = sure
-    yield from (Check(what, problem, sure) for problem, sure in problems.items())
+            problem = f"{visit.name} {perhaps}{does} {some} from {name} by {by}; "
+            checks.append(Check(what, problem + wall.cure_for(name, protocol, ports), sure))
+    yield from dict.fromkeys(checks)
     aside = re.compile("(sudo -n )?(ip|ss|conntrack) ")
-    if entries and not lost and all(map(aside.match, visit.asker.blind)):
+    if entries and not lost and all(map(aside.match, visit.blind)):
         yield Check(what)
-
-
-def losses(
-    forward: Forwarding, interface: str, wall: Firewall, visit: Visit
-) -> Iterator[tuple[str, str, bool]]:
-    """What a firewall does to a forward, by which rule, and whether that is sure."""
-    shows = wall.loses == ("accept",)  # before they are masqueraded, where they shall be
-    if shows and (forward.kept if isinstance(forward, Live) else not forward.masquerade):
-        return
-    packets = packets_of(forward, interface, wall, visit)
-    walks = [Walk(wall.rules, packet, wall.loses) for packet in packets]
-    decisions = [walk.decision(wall.chain) for walk in walks]
-    ends = [(rule, sure) for rule, sure in decisions if rule and rule.verdict in wall.loses]
-    sure = wall.sure and len(ends) == len(decisions) and all(sure for _, sure in ends)
-    doubts = [doubt for walk in walks for doubt in walk.doubts]
-    for rule in [*(rule for rule, _ in ends), *doubts][:1]:
-        does = {"drop": "drops", "notrack": "does not track"}.get(rule.verdict, "takes")
-        yield "shows nodes the clients of" if shows else does, rule.text, sure
 
 
 COPIES = re.compile(r"-A (\S+) (.*)-j CONNMARK --(save|restore)-mark --nfmask (\w+) --ctmask (\w+)")
@@ -6202,82 +6173,46 @@ COPIES = re.compile(r"-A (\S+) (.*)-j CONNMARK --(save|restore)-mark --nfmask (\
 
 def check_marks(visit: Visit) -> Iterator[Check]:
     """Whether somebody's rules copy connections' marks whole, and epok's bits with them."""
-    bits, host = visit.options.mark.forwarded | visit.options.mark.masquerade, visit.host.name
-    lines = [
-        (f"{backend.tool} -t mangle -R {chain} {number} ", match)
+    bits, host = visit.options.mark.forwarded | visit.options.mark.masquerade, visit.name
+    copies = [
+        (f"{backend.tool} -t mangle -R", number, match)
         for backend in visit.backends
-        for chain, lines in backend.tables.get("mangle", {}).items()
-        for number, line in enumerate(lines, 1)
-        if (match := COPIES.match(line)) and int(match[4], 0) & int(match[5], 0) & bits
+        for lines in backend.tables.get("mangle", {}).values()
+        for number, match in enumerate(map(COPIES.match, lines), 1)
+        if match and int(match[4], 0) & int(match[5], 0) & bits
     ]
-    for command, match in lines:
-        chain, asked, kind = match.groups()[:3]
-        does, sure = (
-            "overwrites epok's bits of connection marks",
-            chain in ("FORWARD", "POSTROUTING"),
-        )
+    for command, number, match in copies:
+        chain, asked, kind, *masks = match.groups()
+        does = "overwrites epok's bits of connection marks"
+        sure = chain in ("FORWARD", "POSTROUTING")
         if kind == "restore":
             does = "gives packets epok's bits of connection marks, so that ip rule misses them,"
-            sure = bool(re.search(r"(?m)^\d+:\s+from .*\bfwmark \w+ ", visit.rules))
+            sure = bool(re.search(r"(?m)^\d+:\s+from .*\bfwmark \w+ ", visit.ip_rules))
         if kind == "save" or sure:
-            masks = [f"{int(text, 0) & ~bits:#x}" for text in match.groups()[3:]]
-            cure = (
-                f"{command}{asked}-j CONNMARK --{kind}-mark --nfmask {masks[0]} --ctmask {masks[1]}"
-            )
-            problem = f"{host} {does} by {printable(match[0])}; spare them: {cure}"
+            problem = f"{host} {does} by {printable(match[0])}; spare them: {command} {chain} "
+            spared, others = (f"{int(mask, 0) & ~bits:#x}" for mask in masks)
+            problem += f"{number} {asked}-j CONNMARK --{kind}-mark --nfmask {spared} "
+            problem += f"--ctmask {others}"
             yield Check("epok's bits of marks are its own", problem, sure and not asked)
-
-
-def packets_of(
-    forward: Forwarding, interface: str, wall: Firewall, visit: Visit
-) -> Iterator[Packet]:
-    """The first packets of connections as a firewall sees them.
-
-    What becomes of all of them becomes of the forward.
-    """
-    version, protocol, mark = wall.version, forward.protocol, visit.options.mark.forwarded
-    targets = [target for target in forward.targets if target.address.version == version]
-    for offset in sorted({0, forward.last - forward.first}) if targets else ():
-        if wall.before_nat:
-            port, tracked = forward.first + offset, wall.priority > TRACKED
-            for address in entrances(interface, version, visit):
-                yield Packet(version, interface, str, protocol, port, address, True, 0, tracked)
-            continue
-        for target in targets:
-            address, port = target.address, target.port + offset
-            out = functools.partial(lambda to: visit.way(to)[0], address)
-            yield Packet(version, interface, out, protocol, port, address, False, mark)
-
-
-def entrances(interface: str, version: int, visit: Visit) -> list[Address]:
-    """The host's addresses that clients connect to who come in by an interface.
-
-    These are its own, or else any.
-    """
-    facts, covers = visit.facts, visit.options.covers
-    every = [each for each in facts.addresses if each.version == version and covers(each)]
-    return [address for address in every if address in facts.interfaces[interface]] or every
 
 
 def check_listeners(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
     """Whether a forward hides a program of the host."""
     options, interfaces = visit.options, visit.facts.interfaces
-    if visit.around.listeners is None:
+    if visit.listeners is None:
         return
     what = "no program of the host listens on an external port"
-    elsewhere: set[Address] = set()
-    if "lo" not in options.interfaces:
-        inner = [name for name in interfaces if not comes_in(name, options)]
-        elsewhere = {address for name in inner for address in interfaces[name]}
+    inner = [name for name in interfaces if not comes_in(name, options)]
+    elsewhere = {ip for name in inner for ip in interfaces[name] if "lo" not in options.interfaces}
     hidden = [
         (listener, forward)
-        for forward, listener in itertools.product(forwards, visit.around.listeners)
+        for forward, listener in itertools.product(forwards, visit.listeners)
         if forward.first <= listener.port <= forward.last and forward.protocol == listener.protocol
         if hides(forward, listener.address, options) and listener.address not in elsewhere
     ]
     for (protocol, address, port), forward in hidden:
         where = "" if address is None or address.is_unspecified else f" at {address}"
-        problem = f"{visit.host.name} has a program that listens on {protocol}/{port}{where}, and "
+        problem = f"{visit.name} has a program that listens on {protocol}/{port}{where}, and "
         problem += f"clients get {forward.service} instead: stop it "
         problem += f"(ss -{protocol[0]}lnp sport = :{port} names it), or forward another port"
         yield Check(what, problem)
@@ -6289,23 +6224,20 @@ def check_rivals(
     visit: Visit, forwards: Iterable[Forwarding], walls: Iterable[Firewall]
 ) -> Iterator[Check]:
     """Whether a forward takes the clients of somebody's rule that comes behind epok's."""
-    told = {(each.protocol, each.port) for each in visit.around.listeners or ()}
-    for wall, forward in itertools.product([w for w in walls if w.rivals], forwards):
+    told = {(each.protocol, each.port) for each in visit.listeners or ()}
+    for wall, forward in itertools.product(walls, forwards):
         # most forwards have no rival: only of those whose ports rules name are the rules read
-        if not any(
-            low <= forward.last and forward.first <= high for low, high in wall.rivals or ()
-        ):
+        named = wall.rivals or ()
+        if not any(low <= forward.last and forward.first <= high for low, high in named):
             continue
-        packets = [
-            packet for name in visit.entries for packet in packets_of(forward, name, wall, visit)
-        ]
-        for packet in packets:
+        packets = (wall.packets(forward, name) for name in visit.entries)
+        for packet in itertools.chain.from_iterable(packets):
             rule, sure = Walk(wall.rules, packet).decision(wall.chain)
             port = packet.protocol, packet.port
             by_port = rule and any(each.name.startswith("--dport") for each in rule.options)
             if rule and rule.verdict == "nat" and sure and by_port and port not in told:
                 told.add(port)
-                problem = f"{visit.host.name} has a rule that publishes {port[0]}/{port[1]}, "
+                problem = f"{visit.name} has a rule that publishes {port[0]}/{port[1]}, "
                 problem += f"{printable(rule.text)}, and clients get {forward.service} instead: "
                 problem += "let whoever made it take another port, or forward another one"
                 yield Check("nobody else's rule publishes an external port", problem)
@@ -6326,29 +6258,25 @@ def hides(forward: Forwarding, address: Address | None, options: Options) -> boo
     return taken and address.version in {target.address.version for target in forward.targets}
 
 
-def check_nodes(host: Host, forwards: Iterable[Forwarding], deadline: Deadline) -> Iterator[Check]:
+def check_nodes(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]:
     """Whether each target of TCP forwards answers, from the host."""
     tcp = [forward for forward in forwards if forward.protocol == "tcp"]
-    targets = dict.fromkeys(target for forward in tcp for target in forward.targets)
-    limit = Deadline(min(LOOK_SECONDS, deadline.remaining()), "the time for looking,")
-    some = list(targets)[:64]
-    trying = [Background(persist, limit, host.reach, str(t.address), t.port, limit) for t in some]
+    some = list(dict.fromkeys(target for forward in tcp for target in forward.targets))[:64]
+    limit = Deadline(min(LOOK_SECONDS, visit.deadline.remaining()), "the time for looking,")
+    reach = visit.host.reach
+    trying = [Background(persist, limit, reach, str(t.address), t.port, limit) for t in some]
     for target, thread in zip(some, trying, strict=True):
-        where = f"{target.address} port {target.port}"
-        what, problem, sure = f"{where} answers", "", True
-        try:
-            reason = thread.result(limit, str(target.address))
-        except Fatal:
-            reason = None
+        where, problem = f"{target.address} port {target.port}", ""
+        reason: str | None = None
+        with contextlib.suppress(Fatal):
+            reason = thread.result(limit, where)
         if reason is None:
-            sure = False
-            problem = f"{where} could not be tried from {host.name}: that takes nc there (apt-get "
+            problem = f"{where} could not be tried from {visit.name}: that takes nc there (apt-get "
             problem += "install netcat-openbsd), and the gate of this epok (cron/setup-host)"
         elif reason:
-            problem = f"{where} does not answer {host.name}: {reason}; see whether the Service's "
-            problem += "pods are ready, kube-proxy runs there, and no firewall of the node is in "
-            problem += "between"
-        yield Check(what, problem, sure)
+            problem = f"{where} does not answer {visit.name}: {reason}; are pods of the Service "
+            problem += "ready, does kube-proxy run there, and is no firewall of the node between?"
+        yield Check(f"{where} answers", problem, sure=reason is not None)
 
 
 def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
@@ -6357,29 +6285,21 @@ def check_pods(visit: Visit, planner: Planner) -> Iterator[Check]:
     if not own:
         return
     nodes = {ip for node in snapshot.nodes for ip in node.addresses}
-    pods = [(each.node, each.address) for some in snapshot.endpoints.values() for each in some]
-    inner = [(name, ip) for name, ip in pods if ip and ip not in nodes]
-    near = [ip for name, ip in inner if name in own]
-    its = (near or [ip for _, ip in inner])[:3]
-
-    @functools.cache
-    def hop(to: Address) -> str | None:
-        result = visit.asker.ask(Command.WAY if to.version == 4 else Command.WAY_6, to)
-        found = result and re.search(r"(\bvia \S+ )?\bdev \S+", result.out)
-        return found[0] if found else result and ""
-
-    # a node's own pods are never where all goes that no route is for; those of other nodes may be
-    beyond = {4: BEYOND, 6: ipaddress.ip_address("2000::1")}
-    astray = {version: hop(to) if near else "" for version, to in beyond.items()}
-    lost = [ip for ip in its if hop(ip) in ("", astray[ip.version])]
-    if not its or None in map(hop, its):
+    pods = [(each.node, each.address) for each in itertools.chain(*snapshot.endpoints.values())]
+    inner = [(node, ip) for node, ip in pods if ip and ip not in nodes]
+    near = [ip for node, ip in inner if node in own]
+    ways = {ip: visit.way(ip) for ip in (near or [ip for _, ip in inner])[:3]}
+    if not ways or Way() in ways.values():
         return
+    lost = [ip for ip, way in ways.items() if not way.interface]
+    if near:
+        # a node's own pods are never where all goes that no route is for; those of others may be
+        lost += [ip for ip, way in ways.items() if way == visit.way(BEYOND[ip.version])]
     names, problem = enumerated(own), ""
-    if len(lost) == len(its):
+    if ways.keys() == {*lost}:
         address = enumerated(map(str, own.values()))
-        problem = f"{visit.host.name} has the address {address}, which node {names} reports, but "
-        problem += f"no route to its pods, like {its[0]}: if it is another machine, let kubelet "
-        problem += "report the node's own address (--node-ip; see kubectl get nodes -o wide); "
+        problem = f"{visit.name} has the address {address}, which node {names} reports, but "
+        problem += f"no route to its pods, like {lost[0]}: if it is another machine, {NODE_IP}; "
         problem += "if it is that node, see to its network plugin"
     yield Check(f"a route to the pods of node {names}, which the host is taken for", problem)
 
@@ -6392,27 +6312,25 @@ def read_flows(visit: Visit, lives: Iterable[Live]) -> Flows:
     """How many connections to nodes the host tracks that are answered, and that still wait."""
     flows: dict[Live, Sequence[int]] = {}
     own, left = {str(address) for address in visit.facts.addresses}, MOST_PORTS
-
-    @functools.cache
-    def tracked(version: int, port: Sequence[int]) -> str | None:
-        commands = [Command.FLOWS, Command.FLOWS_6, Command.PORT_FLOWS, Command.PORT_FLOWS_6]
-        return visit.asker.output(commands[2 * len(port) + (version == 6)], *port)
-
+    tracked = functools.cache(visit.output)
+    commands = {"udp": Command.FLOWS, "tcp": Command.PORT_FLOWS}
     for live in lives:
-        every = [(port,) for port in range(live.first, live.last + 1)]
-        of_all: list[tuple[int, ...]] = [()] if live.protocol == "udp" else []
-        asked = every if live.protocol == "tcp" else of_all
-        left -= len(every) if live.protocol == "tcp" else 0
-        texts = [tracked(live.version, port) for port in asked if left >= 0]
-        lines = [line for text in texts if text is not None for line in text.splitlines()]
-        met = [(line, match.group(1, 2, 3)) for line in lines if (match := FLOW.search(line))]
+        ports = range(live.first, live.last + 1)
+        asked = [(port,) for port in ports] if live.protocol == "tcp" else [()]
+        left -= len(asked) if live.protocol == "tcp" else 0
+        if live.protocol not in commands or left < 0:
+            continue
+        command = commands[live.protocol].of(live.version)
+        texts = [tracked(command, *values) for values in asked]
         nodes = {str(target.address) for target in live.targets}
         waits = [
             "[UNREPLIED]" in line
-            for line, (to, port, node) in met
-            if to in own and live.first <= int(port) <= live.last and node in nodes
+            for text in texts
+            for line in (text or "").splitlines()
+            if (flow := FLOW.search(line))
+            if flow[1] in own and int(flow[2]) in ports and flow[3] in nodes
         ]
-        if texts and None not in texts:
+        if None not in texts:
             flows[live] = waits.count(False), waits.count(True)
     return flows
 
@@ -6424,7 +6342,7 @@ class DryRun:
     """What a run would do to a host."""
 
     def __init__(self, visit: Visit, wanted: Wanted, news: Sequence[Publication]) -> None:
-        self.name, self.several, self.news = visit.host.name, len(visit.options.host) > 1, news
+        self.name, self.several, self.news = visit.name, len(visit.options.host) > 1, news
         self.changes = changes_between(visit.found, wanted)
         self.inputs = list(next_inputs(wanted, visit.found, visit.options))
 
@@ -6444,29 +6362,42 @@ class DryRun:
         return {"host": self.name, "changes": changes, "published": news, "inputs": inputs}
 
 
-@dataclass
+NO_CLUSTER = Snapshot((), (), {})
+
+
 class Status:
     """What a host does now, beside what the cluster wants, if that is known, and what was checked.
 
-    `pending` is what the next run would change; `key` the Service that all is about, if it is one;
+    With --explain all is about the Service `key`. `pending` is what the next run would change;
     `taken` tells which nodes the host is taken for.
     """
 
-    host: str
-    tables: Found
-    lives: list[Live]
-    key: str = ""
-    plan: Plan = field(default_factory=Plan)
-    cluster: str = ""
-    taken: str = ""
-    pending: list[Change] = field(default_factory=list)
-    checks: list[Check] = field(default_factory=list)
-    published: Mapping[str, list[Ingress]] = field(default_factory=dict)
-    flows: Flows = field(default_factory=dict)
+    def __init__(self, visit: Visit) -> None:
+        self.host, self.tables, self.options = visit.name, visit.found, visit.options
+        self.key = visit.options.explain
+        lives = all_lives(visit.found, visit.found)
+        self.lives = [live for live in lives if self.concerns(live.service)]
+        self.snapshot, self.plan = NO_CLUSTER, Plan()
+        self.cluster = self.taken = ""
+        self.pending: list[Change] = []
+        self.rejections: list[Rejection] = []
+        self.published: Mapping[str, list[Ingress]] = {}
+        self.checks: list[Check] = []
+        self.flows: Flows = {}
 
-    @property
-    def rejections(self) -> list[Rejection]:
-        return self.plan.rejections
+    def concerns(self, service: str) -> bool:
+        return self.key in ("", service)
+
+    def compare(self, planner: Planner, facts: Facts) -> None:
+        """Learns what the cluster wants. Raises Fatal."""
+        self.plan, self.taken = planner.plan(facts), planner.taken(facts)
+        self.snapshot = planner.snapshot
+        self.cluster = f"compared with {planner.reader.source.name}"
+        changes = changes_between(self.tables, rendered(self.plan, self.options))
+        self.pending = [change for change in changes if self.concerns(change.live.service)]
+        self.rejections = [each for each in self.plan.rejections if self.concerns(each.service)]
+        services = [each for each in self.snapshot.services if self.concerns(each.key)]
+        self.published = {each.key: each.balanced.ingress for each in services if each.balanced}
 
     @property
     def warnings(self) -> list[str]:
@@ -6476,15 +6407,6 @@ class Status:
     def forwards(self) -> Sequence[Forwarding]:
         """What is checked."""
         return self.lives or self.plan.forwards
-
-    def compare(self, planner: Planner, visit: Visit) -> None:
-        """Learns what the cluster wants. Raises Fatal."""
-        self.plan = planner.plan(visit.facts)
-        self.pending = changes_between(self.tables, rendered(self.plan, visit.options))
-        self.cluster = f"compared with {planner.reader.source.name}"
-        self.taken = planner.taken(visit.facts)
-        services = [each for each in planner.snapshot.services if self.key in ("", each.key)]
-        self.published = {each.key: each.balanced.ingress for each in services if each.balanced}
 
     def hooks(self, version: int) -> str:
         """Whether epok's hooks are there: "in place", "not used", or "missing in" some chain."""
@@ -6501,7 +6423,7 @@ class Status:
 
     @property
     def backend(self) -> str:
-        tables = next((tables for tables in self.tables.values() if tables), NOTHING)
+        tables = next(filter(None, self.tables.values()), NOTHING)
         version = re.search(r"v([0-9.]+)", tables["filter"].origin)
         kind = "nft" if is_nft(tables) else "legacy"
         return f"iptables {version[1] if version else '?'} ({kind})"
@@ -6517,7 +6439,7 @@ class Status:
     def text(self) -> str:
         rows = forward_rows(self.lives, self.flows)
         forwards = aligned(rows) if self.lives else ["no forwards"]
-        lines = [self.title(), *[self.taken] * bool(self.taken), *forwards, *self.to_come()]
+        lines = [self.title(), *filter(None, [self.taken]), *forwards, *self.to_come()]
         lines += [f"rejected: {rejection}" for rejection in self.rejections]
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines += [f"{key}: EXTERNAL-IP {ips(found)}" for key, found in self.published.items()]
@@ -6525,15 +6447,15 @@ class Status:
         passed = sum(not check.problem for check in self.checks)
         return "\n".join([*lines, f"{passed} of {len(self.checks)} checks passed"])
 
-    def tracked(self, live: Live) -> dict[str, int]:
-        return dict(zip(("answered", "waiting"), self.flows.get(live, ()), strict=False))
-
     def document(self) -> dict[str, Any]:
+        def tracked(live: Live) -> dict[str, int]:
+            return dict(zip(("answered", "waiting"), self.flows.get(live, ()), strict=False))
+
         return {
             "host": self.host,
             "backend": self.backend,
             "hooks": {f"IPv{version}": self.hooks(version) for version in self.tables},
-            "forwards": [live.document() | self.tracked(live) for live in self.lives],
+            "forwards": [live.document() | tracked(live) for live in self.lives],
             "cluster": self.cluster,
             "taken": self.taken,
             "pending": [change.document() for change in self.pending],
@@ -6567,72 +6489,50 @@ def forward_rows(lives: Sequence[Live], flows: Flows) -> list[list[str]]:
 WORKS = "it works as far as can be seen from here: "
 
 
-@dataclass
 class Story(Status):
     """All about one Service on one host, from its annotation to its live rules."""
 
-    max_nodes: int = 0
-    snapshot: Snapshot | None = None
-
-    def compare(self, planner: Planner, visit: Visit) -> None:
-        super().compare(planner, visit)
-        self.pending = [change for change in self.pending if change.live.service == self.key]
-        self.snapshot = planner.snapshot
-
     @property
     def service(self) -> Service | None:
-        services = self.snapshot.services if self.snapshot else ()
-        return next((service for service in services if service.key == self.key), None)
-
-    @property
-    def rejections(self) -> list[Rejection]:
-        return [each for each in self.plan.rejections if each.service == self.key]
+        return next((each for each in self.snapshot.services if each.key == self.key), None)
 
     @property
     def warnings(self) -> list[str]:
         """Those about this Service, or about all."""
-        services = self.snapshot.services if self.snapshot else ()
-        others = {service.key for service in services} - {self.key}
+        others = {service.key for service in self.snapshot.services} - {self.key}
         about = [text for text in super().warnings if text.partition(": ")[0] not in others]
         if self.plan.claims and self.published.get(self.key) == []:
             about.append("it has no EXTERNAL-IP: runs write it with --publish, and the permission")
-        return [*about, *self.open_relay()]
+        # one that cannot tell its clients from the cluster's nodes may relay for all
+        tcp = {claim.external for claim in self.plan.claims if claim.port.protocol == "tcp"}
+        mail = tcp.intersection(MAIL_PORTS)
+        if mail and self.service and not self.service.local:
+            namespace, _, name = self.key.partition("/")
+            patch = """'{"spec": {"externalTrafficPolicy": "Local"}}'"""
+            about.append(
+                f"port {spans(mail)} looks like a mail server's, and externalTrafficPolicy Cluster "
+                "hides its clients' addresses: if it trusts those of the cluster, it relays mail "
+                f"for everybody: kubectl patch service -n {namespace} {name} -p {patch}"
+            )
+        return about
 
     @property
     def forwards(self) -> Sequence[Forwarding]:
         return [each for each in self.plan.forwards if each.service == self.key] or self.lives
 
-    def open_relay(self) -> Iterator[str]:
-        """A mail server that cannot tell its clients from the cluster's nodes may relay for all."""
-        tcp = {claim.external for claim in self.plan.claims if claim.port.protocol == "tcp"}
-        asked = tcp.intersection(MAIL_PORTS)
-        namespace, _, name = self.key.partition("/")
-        if asked and self.service and not self.service.local:
-            patch = """'{"spec": {"externalTrafficPolicy": "Local"}}'"""
-            yield (
-                f"port {spans(asked)} looks like a mail server's, and externalTrafficPolicy "
-                "Cluster hides its clients' addresses: if it trusts those of the cluster, it "
-                f"relays mail for everybody: kubectl patch service -n {namespace} {name} -p {patch}"
-            )
-
     def mappings(self) -> list[tuple[str, str, bool]]:
         """Each mapping, its fate, and whether it stands."""
-        groups: dict[str, list[str]] = {}
+        ports: dict[str, list[str]] = {}
         for mapping, external, port in self.plan.claims:
             to = f"NodePort {port.node_port} ({port.name or port.port})"
-            groups.setdefault(mapping, []).append(f"{port.protocol}/{external} -> {to}")
-        granted = [(mapping, enumerated(ports), True) for mapping, ports in groups.items()]
-        refused = [
-            (each.mapping or "all", f"rejected: {each.reason}", False) for each in self.rejections
-        ]
-        return granted + refused
-
-    def nodes(self) -> list[tuple[Node, str]]:
-        """Each node, and why it is left out, if it is."""
-        nodes = self.snapshot.nodes if self.snapshot else ()
-        return [(node, self.why_left_out(node)) for node in nodes]
+            ports.setdefault(mapping, []).append(f"{port.protocol}/{external} -> {to}")
+        fates = [(mapping, enumerated(some), True) for mapping, some in ports.items()]
+        for each in self.rejections:
+            fates.append((each.mapping or "all", f"rejected: {each.reason}", False))
+        return fates
 
     def why_left_out(self, node: Node) -> str:
+        """Why no connections go to a node; empty if they do."""
         service, used = self.service, {place.name for place in self.plan.places if place.live}
         if not service or node.name in used:
             return ""
@@ -6646,11 +6546,11 @@ class Story(Status):
             return f"no usable InternalIP or ExternalIP of IPv{service.versions[0]}"
         if service.local:
             return "has no ready pod of the Service (externalTrafficPolicy Local)"
-        return f"{self.max_nodes} others are used (--max-nodes)"
+        return f"{self.options.max_nodes} others are used (--max-nodes)"
 
     def pods(self) -> str:
         """How many pods are ready, empty when that is not known."""
-        endpoints = self.snapshot.endpoints.get(self.key) if self.snapshot else None
+        endpoints = self.snapshot.endpoints.get(self.key)
         if endpoints is None:
             return ""
         ready = [str(endpoint.address) for endpoint in endpoints if endpoint.ready]
@@ -6658,21 +6558,14 @@ class Story(Status):
 
     def cause(self) -> str:
         """The most likely cause when the Service cannot be reached, and what to do about it."""
-        causes = itertools.chain(
-            self.not_asked(),
-            self.nowhere_to_go(),
-            self.not_done(),
-            self.in_the_way(),
-            self.evidence(),
-        )
-        nothing = f"{WORKS}connections come in, and the nodes answer"
-        return next(causes, "") or nothing
+        steps = self.not_asked, self.nowhere_to_go, self.not_done, self.in_the_way, self.evidence
+        causes = (cause for step in steps for cause in step())
+        return next(causes, f"{WORKS}connections come in, and the nodes answer")
 
     def not_asked(self) -> Iterator[str]:
-        namespace, _, name = self.key.partition("/")
-        service = self.service
-        if self.snapshot and not service:
-            keys = enumerated(sorted(service.key for service in self.snapshot.services)) or "none"
+        service, (namespace, _, name) = self.service, self.key.partition("/")
+        if self.snapshot is not NO_CLUSTER and not service:
+            keys = enumerated(sorted(each.key for each in self.snapshot.services)) or "none"
             yield f"there is no Service {self.key}; those with an annotation of epok's: {keys}"
         if service and not service.mapped and not service.balanced:
             strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
@@ -6680,13 +6573,13 @@ class Story(Status):
             annotate = f"kubectl annotate service -n {namespace} {name} {PORT_ANNOTATIONS[0]}"
             yield f"it has no annotation {PORT_ANNOTATIONS[0]}{only}: {annotate}=EXTERNAL:NODEPORT"
         elif service and not self.plan.claims:
-            messages = [rejection.message for rejection in self.rejections]
-            yield messages[0] if messages else "its annotation names no port"
+            yield from (rejection.message for rejection in self.rejections)
+            yield "its annotation names no port"
 
     def nowhere_to_go(self) -> Iterator[str]:
-        namespace, _, name = self.key.partition("/")
         passed = [check.what for check in self.checks if not check.problem]
         if self.pods().startswith("0 of") and not any(w.endswith(" answers") for w in passed):
+            namespace, _, name = self.key.partition("/")
             slices = f"endpointslices -n {namespace} -l kubernetes.io/service-name={name}"
             yield f"no pod of it is ready: kubectl get {slices}"
         if self.service and not any(place.live for place in self.plan.places):
@@ -6709,11 +6602,14 @@ class Story(Status):
                 yield check.problem
         yield from (rejection.message for rejection in self.rejections)
 
+    def nat(self, live: Live) -> Table:
+        return (self.tables[live.version] or NOTHING)["nat"]
+
     def met(self, live: Live) -> int:
         """How many connections met its rules since EPOK was written, which is when -i changes."""
-        nat = (self.tables[live.version] or NOTHING)["nat"]
+        nat, protocol = self.nat(live), f" -p {live.protocol} "
         pairs = zip(nat.chains.get(ROOT, ()), nat.counts.get(ROOT, ()), strict=False)
-        return min(*live.counts[:1], sum(n for rule, n in pairs if f" -p {live.protocol} " in rule))
+        return min(live.counts[0], sum(count for rule, count in pairs if protocol in rule))
 
     def evidence(self) -> Iterator[str]:
         """How far packets came, as the kernel counts them."""
@@ -6732,8 +6628,7 @@ class Story(Status):
                 f"that interface; if {look} shows nothing on {host}, it is lost before it{doubts}"
             )
         kept = any(live.kept for live in lives)
-        nats = [(self.tables[live.version] or NOTHING)["nat"] for live in lives]
-        if not kept and not any(nat.counts.get(POSTROUTING, [1])[0] for nat in nats):
+        if not kept and not any(self.nat(live).counts.get(POSTROUTING, [1])[0] for live in lives):
             yield f"{some}, and none has left {host} again: a rule is in the way, or no route"
         answered, waiting = (sum(each[n] for each in self.flows.values()) for n in (0, 1))
         waits = f"{waiting} {plural(waiting, 'waits', 'wait')} for an answer"
@@ -6753,24 +6648,19 @@ class Story(Status):
 
     def trace(self) -> list[str]:
         """How the kernel itself tells what it does with the first packet of each connection."""
-        live, nft = self.lives[0], self.backend.endswith("(nft)")
-        chain = "trace { type filter hook prerouting priority -350; }"
-        syn = " tcp flags syn" * (live.protocol == "tcp")
-        name = self.way.replace("+", "*")
-        match = f"iifname {name} {live.protocol} dport {live.first}{syn}"
-        begin = (
-            f"add table inet epok; add chain inet epok {chain}; add rule inet epok trace {match}"
-        )
-        steps = (
-            f"nft '{begin} meta nftrace set 1' && nft monitor trace",
-            "nft delete table inet epok",
-        )
-        if not nft:
-            rule = f"PREROUTING -i {self.way} -p {live.protocol} --dport {live.first} -j TRACE"
-            show = "dmesg -w | grep TRACE:"
-            steps = f"iptables -t raw -I {rule} && {show}", f"iptables -t raw -D {rule}"
-        told = f"To see what becomes of its packets, as root on {self.host}:", "To end that:"
-        return [f"{what} {step}" for what, step in zip(told, steps, strict=True)]
+        live = self.lives[0]
+        rule = f"PREROUTING -i {self.way} -p {live.protocol} --dport {live.first} -j TRACE"
+        begin = f"iptables -t raw -I {rule} && dmesg -w | grep TRACE:"
+        end = f"iptables -t raw -D {rule}"
+        if self.backend.endswith("(nft)"):
+            syn = " tcp flags syn" * (live.protocol == "tcp")
+            match = f"iifname {self.way.replace('+', '*')} {live.protocol} dport {live.first}{syn}"
+            begin = "nft 'add table inet epok; "
+            begin += "add chain inet epok trace { type filter hook prerouting priority -350; }; "
+            begin += f"add rule inet epok trace {match} meta nftrace set 1' && nft monitor trace"
+            end = "nft delete table inet epok"
+        what = "To see what becomes of its packets, as root on"
+        return [f"{what} {self.host}: {begin}", f"To end that: {end}"]
 
     def text(self) -> str:
         title = painted(f"{self.key} on {self.host}", "title")
@@ -6799,9 +6689,8 @@ class Story(Status):
         if service.source_ranges:
             lines.append(f"loadBalancerSourceRanges: {enumerated(service.source_ranges)}")
         lines += [f"EXTERNAL-IP: {ips(found)}" for found in self.published.values()]
-        if self.pods():
-            lines.append(f"pods: {self.pods()}")
-        lines += [self.taken] * bool(self.taken)
+        lines += [f"pods: {self.pods()}"] if self.pods() else []
+        lines += [self.taken] if self.taken else []
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines = [f"  {line}" for line in lines]
         if mappings := self.mappings():
@@ -6809,9 +6698,10 @@ class Story(Status):
             lines += ["Mappings", *aligned(rows, "  ")]
         if self.plan.claims:
             rows = []
-            for node, why in self.nodes():
-                addresses = enumerated(map(str, node.addresses)) or "no address"
-                rows.append([node.name, addresses, f"left out: {why}" if why else "used"])
+            for node in self.snapshot.nodes:
+                addresses, why = enumerated(map(str, node.addresses)), self.why_left_out(node)
+                fate = f"left out: {why}" if why else "used"
+                rows.append([node.name, addresses or "no address", fate])
             lines += ["Nodes", *aligned(rows, "  ")]
         return lines
 
@@ -6819,13 +6709,13 @@ class Story(Status):
         """What the host does."""
         lines = ["Rules", f"  {self.title()}"]
         for live in self.lives:
-            count = "not counted"
+            came = "not counted"
             if live.counts:
-                count = f"{live.counts[0]} new {plural(live.counts[0], 'connection')}"
-            lines.append(f"  {live} -> {live.text}, by {enumerated(live.ways)}: {count}")
+                came = f"{live.counts[0]} new {plural(live.counts[0], 'connection')}"
+            lines.append(f"  {live} -> {live.text}, by {enumerated(live.ways)}: {came}")
             lines.append(f"    chain {live.chain}")
-            counts = live.counts[1:] or itertools.repeat("?")
-            for target, number in zip(live.targets, counts, strict=False):
+            counts = live.counts[1:] or "?" * len(live.targets)
+            for target, number in zip(live.targets, counts, strict=True):
                 lines.append(f"    to {target.address} port {target.port}: {number}")
             if live in self.flows:
                 answered, waiting = self.flows[live]
@@ -6837,19 +6727,13 @@ class Story(Status):
         story: dict[str, Any] = {"service": self.key}
         if self.service:
             story |= {"annotations": dict(self.service.annotations), "pods": self.pods()}
-        story["mappings"] = [
-            {"mapping": mapping, "stands": stands, "fate": fate}
-            for mapping, fate, stands in self.mappings()
-        ]
-        story["clusterNodes"] = [
-            {
-                "name": node.name,
-                "addresses": [*map(str, node.addresses)],
-                "used": not why,
-                "why": why,
-            }
-            for node, why in self.nodes()
-        ]
+        words = "mapping", "fate", "stands"
+        story["mappings"] = [dict(zip(words, each, strict=True)) for each in self.mappings()]
+        story["clusterNodes"] = []
+        for node in self.snapshot.nodes:
+            addresses, why = [*map(str, node.addresses)], self.why_left_out(node)
+            made = {"name": node.name, "addresses": addresses, "used": not why, "why": why}
+            story["clusterNodes"].append(made)
         return {**super().document(), **story, "cause": self.cause()}
 
 
@@ -6876,11 +6760,11 @@ class OneLine(logging.Formatter):
         return printable(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
-def start_log(level: str) -> None:
+def start_log() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine())
     log.handlers, log.propagate = [handler], False
-    log.setLevel(level.upper())
+    log.setLevel("INFO")
     logging.captureWarnings(True)
     # or Python prints what libraries log, which comes as an exception too
     if not logging.getLogger().handlers:
@@ -6890,21 +6774,12 @@ def start_log(level: str) -> None:
 def warn(visit: Visit, forwards: Sequence[Forward]) -> None:
     """Warns about what makes forwards fail without a word; not to be able to look is no failure."""
     seconds = min(LOOK_SECONDS, visit.deadline.remaining() / 2)
-    visit.asker.deadline = Deadline(seconds, "the time for looking,")
-    try:
+    visit.patience = Deadline(seconds, "the time for looking,")
+    with as_warning("; so what else may be in the way was not checked"):
         visit.look_around()
         for check in check_host(visit, forwards):
             if check.problem and check.sure:
                 log.warning("%s", check.problem)
-    except Fatal as error:
-        log.warning("%s; so what else may be in the way was not checked", error)
-
-
-def check_taken(visit: Visit, planner: Planner) -> None:
-    """Raises Fatal for a host that is taken for a node and has no route to its pods."""
-    for check in check_pods(visit, planner):
-        if check.problem:
-            raise Fatal(f"{check.problem}; nothing was changed")
 
 
 def publish(
@@ -6914,21 +6789,30 @@ def publish(
 
     That it cannot is a warning, for the host is right. But a pod that cleans has a cluster.
     """
-    publisher, options = planner and planner.publisher, visit.options
+    publisher, clean = planner and planner.publisher, visit.options.clean
     try:
         if cleaning:
             publisher = cleaning.result(visit.deadline, "reading the cluster")
-        if publisher and options.dry_run:
-            with publisher.lock:
-                return publisher.add(visit.facts)
-        if publisher:
-            publisher.publish(visit.facts, visit.deadline)
+        plan = planner.plan(visit.facts) if planner else Plan()
+        return publisher.publish(visit.facts, plan, visit.deadline) if publisher else []
     except Fatal as error:
-        if options.clean and in_pod():
+        if clean and in_pod():
             raise Fatal(f"{error}; the rules are gone, but Services still have addresses") from None
-        left = "; Services may still have addresses" * options.clean
-        log.warning("%s%s", error, left)
-    return []
+        log.warning("%s%s", error, "; Services may still have addresses" * clean)
+        return []
+
+
+def check_node(visit: Visit, planner: Planner) -> None:
+    """Raises Fatal for a host that is taken, or was, for a node that it perhaps is not."""
+    for check in check_pods(visit, planner):
+        if check.problem:
+            raise Fatal(f"{check.problem}; nothing was changed")
+    found = visit.found
+    if not visit.facts.interfaces and any(live.direct for live in all_lives(found, found)):
+        raise Fatal(
+            f"{visit.host.name}: its rules are those of a node, and it does not tell whether it is "
+            "one any more: apt-get install iproute2; nothing was changed"
+        )
 
 
 def serve(visit: Visit, planner: Planner | None, cleaning: Background | None) -> Outcome:
@@ -6941,37 +6825,25 @@ def serve(visit: Visit, planner: Planner | None, cleaning: Background | None) ->
         facts = visit.facts
         if planner:
             wanted, forwards = planner.wanted(facts), planner.plan(facts).forwards
-            check_taken(visit, planner)
+            check_node(visit, planner)
         found = visit.found
-    if planner and not facts.interfaces and any(live.direct for live in all_lives(found, found)):
-        raise Fatal(
-            f"{host.name}: its rules are those of a node, and it does not tell whether it is one "
-            "any more: apt-get install iproute2; nothing was changed"
-        )
     if options.dry_run:
         warn(visit, forwards)
-        news = publish(visit, planner, cleaning)
-        outcome.shown = dry = DryRun(visit, wanted, news)
+        outcome.shown = dry = DryRun(visit, wanted, publish(visit, planner, cleaning))
         outcome.status = 3 if dry.inputs else 0
         return outcome
     with timed(outcome.seconds, "swap"):
         inputs = converge(host, wanted, found, options, deadline)
-    outcome.changes = changes_between(found, wanted) if inputs else []
+    outcome.changes = changes = changes_between(found, wanted) if inputs else []
     prefix = f"{host.name}: " if options.executor == "ssh" else ""
-    taken = planner.taken(facts) if planner else ""
-    report_swap(prefix, found, wanted, inputs, outcome.changes, taken)
+    report_swap(prefix, found, wanted, inputs, changes, planner.taken(facts) if planner else "")
     publish(visit, planner, cleaning)
     warn(visit, forwards)
     flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
-    try:
-        changes = outcome.changes
+    with as_warning("; UDP clients from before may stay where they were until the next run"):
         persist(flows, end_stale_flows, host, forwards, changes, facts, options, flows)
-    except Fatal as error:
-        log.warning(
-            "%s; UDP clients from before may stay where they were until the next run", error
-        )
     if planner:
-        planner.tell(events_of(outcome.changes, host.machine))
+        planner.tell(events_of(changes, host.machine))
     if options.metrics_file:
         outcome.lives = all_lives(wanted, found)
     outcome.status = 0
@@ -6985,47 +6857,39 @@ def as_found(options: Options, found: Found) -> Options:
     if options.interfaces or not ways:
         return options
     rules = [rule for tables in present for rule in tables["nat"].chains.get(ROOT, ())]
-    returns = [
-        match[1] for rule in rules if (match := re.fullmatch(r"-[io] (\S+) -j RETURN", rule))
-    ]
-    names = dict.fromkeys([*(name for _, name, _ in ways), *returns[:1]])
-    addresses = ",".join(address for address, _, _ in ways if address)
+    outer = re.findall(r"(?m)^-[io] (\S+) -j RETURN$", "\n".join(rules))[:1]
     return dataclasses.replace(
         options,
-        interfaces=tuple(names),
-        external_interface="".join(returns[:1]),
-        addresses=to_networks(addresses),
+        interfaces=tuple(dict.fromkeys([*(interface for _, interface, _ in ways), *outer])),
+        external_interface="".join(outer),
+        addresses=to_networks(",".join(address for address, _, _ in ways if address)),
     )
 
 
 def look(visit: Visit, planning: Background) -> Outcome:
     """Says what a host does, or all about one Service. Raises Fatal."""
-    host, deadline, found = visit.host, visit.deadline, visit.found
-    visit.options = options = as_found(visit.options, found)
-    lives, key = all_lives(found, found), options.explain
-    status = Status(host.name, found, lives)
-    if key:
-        its = [live for live in lives if live.service == key]
-        status = Story(host.name, found, its, key, max_nodes=options.max_nodes)
-    failed, planner = bool(key), None
+    visit.options = as_found(visit.options, visit.found)
+    explains = bool(visit.options.explain)
+    status = Story(visit) if explains else Status(visit)
+    failed, planner = False, None
     try:
-        planner = planning.result(deadline, "reading the cluster")
-        status.compare(planner, visit)
-        failed = False
+        planner = planning.result(visit.deadline, "reading the cluster")
+        status.compare(planner, visit.facts)
     except Fatal as error:
+        failed = explains
         status.cluster = f"not compared with the cluster: {error}"
     try:
         visit.look_around()
     except Fatal as error:
-        visit.asker.blind.append(str(error))
+        visit.blind.append(str(error))
     if planner:
         status.checks += check_pods(visit, planner)
     status.checks += check_host(visit, status.forwards)
     status.flows = read_flows(visit, status.lives)
     status.checks += check_sight(visit)
-    if key:
-        status.checks += check_nodes(host, status.forwards, deadline)
-    return Outcome(host.name, int(failed), status)
+    if explains:
+        status.checks += check_nodes(visit, status.forwards)
+    return Outcome(visit.name, int(failed), status)
 
 
 def everywhere(task: Callable[[Visit], Outcome], visits: Sequence[Visit]) -> list[Outcome]:
@@ -7040,10 +6904,10 @@ def everywhere(task: Callable[[Visit], Outcome], visits: Sequence[Visit]) -> lis
     outcomes = []
     for visit, thread in [(visit, Background(work, visit)) for visit in visits]:
         try:
-            outcomes.append(thread.result(visit.deadline, visit.host.name, grace=1))
+            outcomes.append(thread.result(visit.deadline, visit.name, grace=1))
         except Fatal as error:
             log.error("%s", error)
-            outcomes.append(Outcome(visit.host.name, error.status))
+            outcomes.append(Outcome(visit.name, error.status))
     return outcomes
 
 
@@ -7057,30 +6921,27 @@ def print_outcomes(outcomes: Iterable[Outcome], options: Options) -> None:
 
 
 def run(options: Options) -> int:
-    started = time.monotonic()
-    deadline = Deadline(options.timeout)
-    hosts: list[Host] = [LocalHost()]
-    if options.executor == "ssh":
-        hosts = [SshHost(login, options) for login in options.host]
+    started, deadline = time.monotonic(), Deadline(options.timeout)
+    # what a host says must not wait for a cluster that does not answer
+    patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
+    remote = [SshHost(login, options) for login in options.host]
+    hosts: Sequence[Host] = remote or [LocalHost()]
     # the hosts are read while the API answers, and what shall be is computed
     visits = [Visit(host, options, deadline) for host in hosts]
-    planner: Planner | None = None
-    outcomes = [Outcome(host.name) for host in hosts]
+    planner, cleaning = None, None
     try:
         if options.looks:
-            # what a host says must not wait for a cluster that does not answer
-            patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
             planning = Background(Planner, options, patience)
             outcomes = everywhere(lambda visit: look(visit, planning), visits)
         else:
-            cleaning = None
-            if options.clean and at_hand(options):
-                patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
+            if not options.clean:
+                planner = Planner(options, deadline)
+            elif at_hand(options):
                 cleaning = Background(cluster_to_clean, options, patience)
-            planner = None if options.clean else Planner(options, deadline)
             outcomes = everywhere(lambda visit: serve(visit, planner, cleaning), visits)
     except Fatal as error:
         log.error("%s", error)
+        outcomes = [Outcome(host.name) for host in hosts]
     print_outcomes(outcomes, options)
     if options.metrics_file and not (options.looks or options.dry_run):
         took = time.monotonic() - started
@@ -7092,34 +6953,32 @@ def run(options: Options) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Does one run; returns the exit status."""
-    start_log("info")
+    start_log()
     try:
+        strange = list(strange_variables(os.environ))
         try:
             options = parse_options(argv, os.environ)
         except (SystemExit, BrokenPipeError):  # docopt has printed --help or --version
             show("")
             return 0
         except Fatal as error:  # perhaps for the lack of what such a variable was to say
-            told = [str(error), *strange_variables(os.environ)]
-            raise Fatal("; ".join(told), error.status) from None
-        start_log(options.log_level)
-        for text in strange_variables(os.environ):
+            raise Fatal("; ".join([str(error), *strange]), error.status) from None
+        log.setLevel(options.log_level.upper())
+        for text in strange:
             log.warning("%s", text)
         # a thread of its own, so that a signal breaks off nothing but the wait for it
         running = Background(run, options)
         while running.is_alive():
             running.join(0.1)  # by steps: a signal given to another thread ends no wait
-        status: int = running.result(Deadline(0), "epok")
-        return status
+        return int(running.result(Deadline(0), "epok"))
     except Fatal as error:
         log.error("%s", error)
         return error.status
     except ModuleNotFoundError as error:  # kubernetes and paramiko, imported where they are needed
         log.error("the Python package %s is missing: %s", error.name, HOW_TO_INSTALL)
-        return 1
     except KeyboardInterrupt:
         log.error("interrupted; run epok again to be sure that the host is right")
-        return 1
+    return 1
 
 
 def share_heap() -> None:
@@ -7142,9 +7001,10 @@ if __name__ == "__main__":
     for number in ends:
         if signal.getsignal(number) == signal.SIG_DFL:  # not if it is to be ignored, as of nohup
             signal.signal(number, signal.default_int_handler)
+    status = 1
+    # registered first, this comes last, behind what ends a login plugin that still runs: without
+    # it Python may crash while it takes down what a waiting thread still uses
+    atexit.register(lambda: os._exit(status))
     status = main(sys.argv[1:])
     for number in ends:
         signal.signal(number, signal.SIG_IGN)  # all is done, and the exit status says how
-    atexit._run_exitfuncs()  # ends a login plugin that still runs
-    # not SystemExit: Python may crash while it takes down what a waiting thread still uses
-    os._exit(status)

@@ -534,7 +534,7 @@ def test_no_text_of_ip_ss_or_iptables_breaks_a_check(text: str) -> None:
 def test_nothing_that_nft_prints_breaks_a_check(text: str, status: int) -> None:
     visit = Visited(text, status)
     for packet in PACKETS:
-        rules = epok.nft_rules(visit.asker, epok.BaseChain(0, "inet", "wall", "f", "drop", "forward", "filter"))
+        rules = epok.nft_rules(visit, epok.BaseChain(0, "inet", "wall", "f", "drop", "forward", "filter"))
         _, sure = epok.Walk(rules, packet).decision("f")
         assert not (status and sure), "a chain that was not read may do anything"
     visit.look_around()

@@ -17,7 +17,7 @@ import pytest
 import epok
 from bench.measure import cluster
 from lab.gateway import OLDER_RULE, Done, Gateway, check, gate, secret_data
-from lab.machine import BACKENDS, need, until
+from lab.machine import BACKENDS, need, stretched, until
 from lab.manifests import CRON
 from lab.network import EPOK, HOST, HOST6, PROGRAM, Lab
 from lab.objects import endpoint, endpoint_slice, port, service, slice_port
@@ -730,7 +730,7 @@ def test_a_swap_that_must_wait_is_tried_again_and_given_up_in_time(lab: Lab, cli
     with swapping(lab):
         answer = client.ssh(SWAP, data=GOOD.encode())
         assert answer.status == 75 and "another swap is under way: Resource temporarily" in answer.err, answer
-        done = client.epok("--timeout", "12")
+        done = client.epok("--timeout", str(stretched(12)))
     assert done.status == 1 and "another swap is under way" in done.err and "setup-host" not in done.err, done.err
     assert everything(lab) == before
     assert client.epok().status == 0
