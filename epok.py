@@ -190,7 +190,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 HOW_TO_INSTALL = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, "
@@ -260,18 +260,13 @@ class Fatal(Exception):
 
 
 class Transient(Exception):
-    """What may be gone when tried again; `after` is the least number of seconds to wait first.
-
-    `advice` is for when it stays.
-    """
+    """What may be gone when tried again `after` so many seconds; `advice` is for when it stays."""
 
     def __init__(
         self, message: str, after: float = 0, attempts: int = 1000, advice: str = ""
     ) -> None:
         super().__init__(message)
-        self.after = after
-        self.attempts = attempts
-        self.advice = advice
+        self.after, self.attempts, self.advice = after, attempts, advice
 
 
 def quoted(value: object) -> str:
@@ -344,38 +339,29 @@ class Deadline:
 def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
     """Calls `action` again while it raises Transient and time is left; the last one is Fatal."""
 
-    def cause(state: tenacity.RetryCallState) -> Any:
-        return state.outcome.exception() if state.outcome else None
-
-    # two that lost a race must not meet again, so chance may double the pause
-    longer, by_chance = tenacity.wait_exponential, tenacity.wait_random_exponential
-    backoff = longer(multiplier=0.2, max=5) + by_chance(multiplier=0.2, max=5)
-
-    def pause(state: tenacity.RetryCallState) -> float:
-        return float(cause(state).after + backoff(state))
-
-    def enough(state: tenacity.RetryCallState) -> bool:
+    def enough(state: Any) -> bool:
         # a try with less than half a second left would take too long, and hide the cause
         late = state.upcoming_sleep + 0.5 >= deadline.remaining()
-        return late or state.attempt_number >= cause(state).attempts
+        return bool(late or state.attempt_number >= state.outcome.exception().attempts)
 
-    def announce(state: tenacity.RetryCallState) -> None:
-        log.info("%s; trying again in %.1f s", cause(state), state.upcoming_sleep)
+    def announce(state: Any) -> None:
+        log.info("%s; trying again in %.1f s", state.outcome.exception(), state.upcoming_sleep)
 
-    retrying = tenacity.Retrying(
+    def give_up(state: Any) -> NoReturn:
+        error, tries = state.outcome.exception(), state.attempt_number
+        counted = f"gave up after {tries} {plural(tries, 'try', 'tries')}"
+        raise Fatal(f"{error} ({counted}){error.advice}") from error
+
+    # two that lost a race must not meet again, so chance may double the pause
+    by_chance = tenacity.wait_random_exponential(multiplier=0.2, max=5)
+    pause = tenacity.wait_exponential(multiplier=0.2, max=5) + by_chance
+    return tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Transient),
-        wait=pause,
+        wait=tenacity.wait_exception(operator.attrgetter("after")) + pause,
         stop=enough,
         before_sleep=announce,
-        reraise=True,
-    )
-    try:
-        return retrying(action, *args)
-    except Transient as error:
-        tries = retrying.statistics["attempt_number"]
-        raise Fatal(
-            f"{error} (gave up after {tries} {plural(tries, 'try', 'tries')}){error.advice}"
-        ) from error
+        retry_error_callback=give_up,
+    )(action, *args)
 
 
 class Background(threading.Thread):
@@ -397,9 +383,8 @@ class Background(threading.Thread):
     def result(self, deadline: Deadline, doing: str, grace: float = 0.2) -> Any:
         """What `work` returned; raises what it raised, or Fatal if it is not done at the deadline.
 
-        This holds whatever blocks: time limits of sockets count from byte to byte, and look-ups of
-        names have none.
-        `grace` seconds later, for what says by itself and better that it missed the deadline.
+        Limits of sockets do not do that: they count from byte to byte, and look-ups have none.
+        `grace` is for what says by itself and better that it missed the deadline.
         """
         self.join(deadline.remaining() + grace)
         if self.is_alive():
@@ -631,10 +616,10 @@ def one_of(*words: str, **older: str) -> Callable[[str], str]:
 
 def number_of(what: str, most: int = 999_999_999_999) -> Callable[[str], int]:
     """Converts to a whole number above zero, with no more digits than the largest one has."""
+    digits = f"[0-9]{{1,{len(str(most))}}}"
 
     def convert(text: str) -> int:
-        short = len(text) <= len(str(most)) and re.fullmatch("[0-9]+", text)
-        if not short or not 1 <= int(text) <= most:
+        if not (re.fullmatch(digits, text) and 1 <= int(text) <= most):
             raise ValueError(f"accepted is {what}")
         return int(text)
 
@@ -652,9 +637,8 @@ def to_seconds(text: str) -> float:
 
 
 def to_mark(text: str) -> Mark:
-    match = re.fullmatch(r"0[xX]([0-9A-Fa-f]{1,8})|([1-9][0-9]{0,9})", text)
-    value = (int(match[1], 16) if match[1] else int(match[2])) if match else 0
-    bits = [1 << n for n in range(32) if value >> n & 1]
+    value = int(text, 0) if re.fullmatch("0[xX][0-9A-Fa-f]{1,8}|[1-9][0-9]{0,9}", text) else 0
+    bits = [1 << n for n in range(value.bit_length()) if value >> n & 1]
     if len(bits) != 2 or value >> 32:
         raise ValueError("accepted is a number of 32 bits, two of them set, like 0x30000000")
     return Mark(*bits)
@@ -698,8 +682,7 @@ def to_ports(text: str) -> tuple[Allowed, ...]:
         external, slash, protocol = (part.strip(" \t\r\n") for part in item.lower().partition("/"))
         ports = to_range(external)
         if not ports or (slash and protocol not in PROTOCOLS):
-            accepted = "accepted are ones like 25, 8000-8999/tcp, 53/udp"
-            raise ValueError(f"{quoted(item)} is no port; {accepted}")
+            raise ValueError(f"{quoted(item)} is no port like 25, 8000-8999/tcp or 53/udp")
         allowed.append(Allowed(ports, protocol))
     return tuple(dict.fromkeys(allowed))
 
@@ -707,8 +690,7 @@ def to_ports(text: str) -> tuple[Allowed, ...]:
 def to_interfaces(text: str) -> tuple[str, ...]:
     for name in items(text):
         if not re.fullmatch(r"[A-Za-z0-9_.@][A-Za-z0-9_.@-]*\+?", name) or len(name) > 15:
-            accepted = "accepted are names like eth0, and eth+ for all of eth"
-            raise ValueError(f"{quoted(name)} is no interface; {accepted}")
+            raise ValueError(f"{quoted(name)} is no interface like eth0, or eth+ for all of eth")
     return tuple(dict.fromkeys(items(text)))
 
 
@@ -723,8 +705,9 @@ def to_networks(text: str) -> tuple[Network, ...]:
                 raise ValueError  # 0.0.0.255 is 255.255.255.0 to ipaddress, but not to iptables
             networks.append(network)
         except ValueError:
-            accepted = "accepted are ones like 192.0.2.0/24, 2001:db8::/32"
-            raise ValueError(f"{quoted(item)} is no CIDR; {accepted}") from None
+            raise ValueError(
+                f"{quoted(item)} is no CIDR like 192.0.2.0/24, 2001:db8::/32"
+            ) from None
     return tuple(dict.fromkeys(networks))
 
 
@@ -769,8 +752,7 @@ def to_logins(text: str) -> tuple[Login, ...]:
         user, where, port = match.groups() if match else ("", "", "")
         address = where.strip("[]")
         if not (re.fullmatch(name, where) or to_address(address)):
-            accepted = "accepted are user@host, user@host:port and user@[IPv6]:port"
-            raise ValueError(f"{quoted(item)}: {accepted}")
+            raise ValueError(f"{quoted(item)} is no user@host, user@host:port or user@[IPv6]:port")
         logins.append(Login(user, address, to_port(port) if port else 0))
     return tuple(logins)
 
@@ -779,8 +761,7 @@ def to_host_keys(text: str) -> tuple[str, ...]:
     key = r"any|SHA256:[A-Za-z0-9+/]{43}=?|[a-z0-9@.-]+ +[A-Za-z0-9+/]+={0,2}( .*)?"
     for item in items(text) or [text] * bool(text):
         if not re.fullmatch(key, item):
-            accepted = 'accepted are an "ssh-ed25519 AAAA..." line, "SHA256:..." and "any"'
-            raise ValueError(f"{quoted(item)}: {accepted}")
+            raise ValueError(f'{quoted(item)} is no "ssh-ed25519 AAAA...", "SHA256:..." or "any"')
     return tuple(items(text))
 
 
@@ -888,9 +869,8 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     words = read_words(argv)
     if words["-v"] or words["-q"]:
         words["--log-level"] = "debug" if words["-v"] else "warning"
-    values: dict[str, Any] = {"executor": "ssh" if words["ssh"] else "local"}
-    values |= {"dry_run": words["--dry-run"], "clean": words["--clean"]}
-    values["status"] = words["--status"]
+    values = {name: words["--" + name.replace("_", "-")] for name in ("dry_run", "clean", "status")}
+    values["executor"] = "ssh" if words["ssh"] else "local"
     for setting in SETTINGS:
         typed = words.get(setting.option)
         if isinstance(typed, list):
@@ -917,13 +897,9 @@ def read_words(argv: Sequence[str]) -> dict[str, Any]:
     valued = "".join(re.findall(r"-(\w), --[a-z-]+=<", usage))
     for word in argv:
         # docopt takes --cle for --clean, as any unique beginning of an option, and -:V for -V
-        if word.startswith("--"):
-            option = word.split("=")[0]
-            unknown = option not in options
-        else:
-            option = word
-            unknown = bool(re.match(rf"-[^-{valued}]*[^-{valued}\w]", word))
-        if unknown:
+        option = word.split("=")[0] if word.startswith("--") else word
+        odd = re.match(rf"-[^-{valued}]*[^-{valued}\w]", word)
+        if odd or (word.startswith("--") and option not in options):
             raise Fatal(f"unknown option {quoted(option)}; epok.py --help lists them all", 2)
     try:
         return dict(docopt.docopt(usage, list(argv), version=f"epok {VERSION}"))
@@ -943,10 +919,8 @@ def explain_usage(problem: str, argv: Sequence[str]) -> str:
     if not {"local", "ssh"} & set(arguments):
         ways = "epok.py [options] local, or epok.py [options] ssh --host=<user@host>"
         return f"say where the rules go: {ways}"
-    too_many = re.findall(
-        r"Option\((?:'-\w', )?(?:None, )?'?(--?[\w-]+)|Argument\(None, '(.*?)'\)", first
-    )
-    unexpected = ", ".join(quoted(option or word) for option, word in too_many)
+    parts = r"Option\((?:'-\w', )?(?:None, )?'?(--?[\w-]+)|Argument\(None, '(.*?)'\)"
+    unexpected = ", ".join(quoted(option or word) for option, word in re.findall(parts, first))
     return f"unexpected or repeated: {unexpected or quoted(' '.join(argv))}; see epok.py --help"
 
 
@@ -959,18 +933,16 @@ def check_combination(options: Options) -> None:
             ask = "give --interfaces (or EPOK_INTERFACES), like -i eth0; see ip -br addr"
             raise Fatal(f"which interfaces of the host? {ask}", 2)
         if outside and outside not in options.interfaces:
-            listed = ",".join(options.interfaces)
-            raise Fatal(f"--external-interface {quoted(outside)} is not one of -i {listed}", 2)
+            names = ",".join(options.interfaces)
+            raise Fatal(f"--external-interface {quoted(outside)} is not one of -i {names}", 2)
     if ssh and not options.host:
         raise Fatal("which host? give --host (or EPOK_SSH_HOST), like --host epok@192.0.2.1", 2)
     if ssh and len(hosts) < len(options.host):
         raise Fatal("--host names one host twice", 2)
     if bool(options.explain) + options.status + (options.dry_run or options.clean) > 1:
-        ways = "--status, --explain and --dry-run or --clean"
-        raise Fatal(f"{ways} show different things; give one of them", 2)
+        raise Fatal("give one of --status, --explain and --dry-run or --clean, not several", 2)
     if options.output == "json" and not (options.looks or options.dry_run):
-        ways = "--status, --explain and --dry-run"
-        raise Fatal(f"--output json is for {ways}; a run itself prints nothing", 2)
+        raise Fatal("--output json is for --status, --explain and --dry-run, which print", 2)
 
 
 # ------------------------------------------------ access: kubeconfigs, or a pod's account -> Access
