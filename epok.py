@@ -1082,13 +1082,17 @@ def documents(data: bytes) -> Iterator[Any]:
         raise ValueError(re.sub(quotes, r"\1'...'", one_line(error))) from None
 
 
-def without_nulls(value: Any) -> Any:
-    """The value less all fields that are null, which to Kubernetes are absent."""
-    if isinstance(value, dict):
-        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+def without_nulls(value: Any, other: Any = None) -> Any:
+    """Leaves out null fields, but of labels and annotations; another null becomes `other`."""
     if isinstance(value, list):
-        return [without_nulls({} if each is None else each) for each in value]
-    return value
+        return [without_nulls(each, other) for each in value]
+    if not isinstance(value, dict):
+        return other if value is None else value
+    return {
+        name: each if name in ("labels", "annotations") else without_nulls(each, other)
+        for name, each in value.items()
+        if each is not None
+    }
 
 
 def read_kubeconfig(file: str) -> Kubeconfig | None:
@@ -1096,7 +1100,7 @@ def read_kubeconfig(file: str) -> Kubeconfig | None:
     try:
         with open(file, "rb") as opened:
             document = next(documents(opened.read()), None)
-        config = msgspec.convert({} if document is None else without_nulls(document), Kubeconfig)
+        config = msgspec.convert(without_nulls(document, {}), Kubeconfig)
         for entries in (config.clusters, config.users, config.contexts):
             names = sorted(quoted(entry.name) for entry in entries)
             if len(set(names)) < len(names):
@@ -1275,19 +1279,15 @@ def spares(entry: str, host: str, port: int) -> bool:
     """
     if entry == "*":
         return True
-    address = to_address(host)
-    if "/" in entry:
-        try:
-            return bool(address) and address in ipaddress.ip_network(entry, strict=False)
-        except ValueError:
-            return False
-    name, only = entry, ""
-    if match := re.fullmatch(r"(?:\[(.*)\]|([^:]*)):([^:]*)", entry):
-        name, only = match[1] or match[2], match[3]
+    match = re.fullmatch(r"(?:\[([^/]*)\]|([^:/]*)):([^:]*)", entry)
+    name, only = (match[1] or match[2], match[3]) if match else (entry, "")
     if not name or only not in ("", str(port)):
         return False
-    if address or to_address(name):
-        return address == to_address(name)
+    if address := to_address(host):
+        try:
+            return address in ipaddress.ip_network(name, strict=False)
+        except ValueError:
+            return False
     name = name.removeprefix("*")
     below = name if name.startswith(".") else f".{name}"
     return host == name or host.endswith(below)
@@ -1795,12 +1795,9 @@ class Kind(NamedTuple):
 
 SERVICES = Kind("Service", "/api/v1/services", "", ServiceObject, to_service)
 NODES = Kind("Node", "/api/v1/nodes", "", NodeObject, to_node)
+DISCOVERY = "discovery.k8s.io"
 ENDPOINT_SLICES = Kind(
-    "EndpointSlice",
-    "/apis/discovery.k8s.io/v1/endpointslices",
-    "discovery.k8s.io",
-    EndpointSlice,
-    to_endpoints,
+    "EndpointSlice", f"/apis/{DISCOVERY}/v1/endpointslices", DISCOVERY, EndpointSlice, to_endpoints
 )
 
 
@@ -1818,25 +1815,12 @@ def typed(item: Any, form: type[T], what: str) -> T:
     except (msgspec.DecodeError, RecursionError):
         pass  # by a null, perhaps
     try:
-        item = without_null_fields(json.loads(bytes(item)) if raw else item)
+        item = without_nulls(json.loads(bytes(item)) if raw else item)
         return msgspec.convert(item, form)
     except msgspec.ValidationError as error:
         raise wrong_field(item, str(error), what) from None
     except (ValueError, RecursionError) as error:
         raise Fatal(f"{what} in JSON or YAML: {one_line(error)}; nothing was changed") from None
-
-
-def without_null_fields(value: Any) -> Any:
-    """Leaves out fields that are null; no items of lists, and no labels and annotations."""
-    if isinstance(value, list):
-        return [without_null_fields(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        name: each if name in ("labels", "annotations") else without_null_fields(each)
-        for name, each in value.items()
-        if each is not None
-    }
 
 
 def wrong_field(item: Any, error: str, what: str) -> Fatal:
@@ -1876,11 +1860,11 @@ class SnapshotFile:
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
         """All that the file has of a kind; a selector only saves the API work."""
-        chosen = [item for name, item in self.objects if name == kind.name]
-        if kind is ENDPOINT_SLICES and not chosen:
+        wanted = [item for name, item in self.objects if name == kind.name]
+        if kind is ENDPOINT_SLICES and not wanted:
             why = "which externalTrafficPolicy Local, and a host that is itself a node, need"
             raise Fatal(f"{self.name} has no EndpointSlices, {why}; {HOW_TO_WRITE}")
-        return needed(kind, chosen)
+        return needed(kind, wanted)
 
 
 class Document(msgspec.Struct):
@@ -2045,11 +2029,6 @@ class Cluster:
         try:
             answer = self.pool.request(method, url, headers=headers, json=body, **how)
             content = self.body_of(answer, most)
-        except urllib3.exceptions.SSLError as error:
-            what = f"{self.name}: {one_line(error)}"
-            if "EOF" in str(error):  # a load balancer, say, whose API server is about to come back
-                raise Transient(what) from None
-            raise Fatal(f"{what}: {tls_trouble(error)}{self.how_to_reach()}") from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise self.unreachable(error) from None
         except ValueError:  # its text would show the token
@@ -2061,8 +2040,14 @@ class Cluster:
 
     def unreachable(self, error: Exception) -> Exception:
         """What a connection that was not made, or that broke, means."""
-        proxy = r"Tunnel connection failed: (4[0-9][0-9])|SOCKS5 authentication"
-        refused = re.search(proxy, str(error))
+        import urllib3
+
+        said = str(error)
+        # EOF: by a load balancer, say, whose API server is about to come back
+        if isinstance(error, urllib3.exceptions.SSLError) and "EOF" not in said:
+            why = next(why for pattern, why in TLS_TROUBLES.items() if re.search(pattern, said))
+            return Fatal(f"{self.name}: {one_line(error)}: {why}{self.how_to_reach()}")
+        refused = re.search("Tunnel connection failed: (4[0-9][0-9])|SOCKS5 authentication", said)
         if not refused:
             return Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach())
         what = f"answers {refused[1]}" if refused[1] else "lets nobody in like that"
@@ -2088,20 +2073,11 @@ class Cluster:
         told = f"{self.name} answers {answer.status} to {verb} {resource} ({said})"
         if answer.status == 429 or answer.status >= 500:
             return Transient(told, retry_after(answer.headers.get("Retry-After", "")))
-        advice = "; is this a Kubernetes API server (1.21 or newer)?"
-        if answer.status == 401 and not self.access.shows:
-            advice = f": no credentials were sent, since {self.access.origin} has none"
-        elif answer.status == 401:
-            advice = f": the {self.access.shows} is not accepted; renew it"
-            if self.access.kubectl:
-                advice += "; cron/kubeconfig makes one for epok alone; k3s: copy "
-                advice += "/etc/rancher/k3s/k3s.yaml anew; kubeadm: kubeadm certs renew admin.conf"
-        elif answer.status == 403:
-            allow = (
-                f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
-            )
-            advice = f": {mistaken(said, self.access) or allow + how_to_allow(resource, said)}"
-        return Fatal(told + advice)
+        if answer.status not in (401, 403):
+            return Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
+        allow = f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
+        allow += how_to_allow(resource, said)
+        return Fatal(f"{told}: {mistaken(answer.status, said, self.access) or allow}")
 
     def how_to_reach(self) -> str:
         """What to do about an API server that does not answer."""
@@ -2208,15 +2184,19 @@ class Cluster:
         return self.decode(answer.data, KnownEvent, "Event")
 
 
-def mistaken(message: str, access: Access) -> str:
-    """Why the server takes epok for somebody else, or nobody, if an answer with 403 says so."""
-    if re.search('User "system:(anonymous|unauthenticated)"', message):
-        # these are everybody: never grant them anything
-        if not access.shows:
-            return f"no credentials were sent, since {access.origin} has none"
-        if access.shows == "password":
-            why = "API servers take no username and password any more"
-            return f"{why}; give {access.origin} a token"
+def mistaken(status: int, message: str, access: Access) -> str:
+    """Why the server takes epok for somebody else, or nobody; empty when it does not."""
+    # these are everybody: never grant them anything
+    nobody = re.search('User "system:(anonymous|unauthenticated)"', message)
+    if (status == 401 or nobody) and not access.shows:
+        return f"no credentials were sent, since {access.origin} has none"
+    if status == 401:
+        renew = "; cron/kubeconfig makes one for epok alone; k3s: copy /etc/rancher/k3s/k3s.yaml "
+        renew += "anew; kubeadm: kubeadm certs renew admin.conf"
+        return f"the {access.shows} is not accepted; renew it{renew if access.kubectl else ''}"
+    if nobody and access.shows == "password":
+        return f"API servers take no username and password any more; give {access.origin} a token"
+    if nobody:
         why = "is there something in between that ends TLS?"
         return f"the {access.shows} of {access.origin} did not arrive; {why}"
     if "cannot impersonate" in message:
@@ -2253,14 +2233,8 @@ TLS_TROUBLES = {
     "verify failed": "its certificate is not by the certificate-authority (or this machine's)",
     "WRONG_VERSION_NUMBER|record layer|HTTP_REQUEST": "what answers there speaks no TLS",
     "alert": "it, or what is before it, refuses clients with this certificate, or with none",
+    "": "TLS failed",
 }
-
-
-def tls_trouble(error: Exception) -> str:
-    for pattern, why in TLS_TROUBLES.items():
-        if re.search(pattern, str(error)):
-            return why
-    return "TLS failed"
 
 
 def status_message(body: bytes) -> str:
@@ -2282,16 +2256,13 @@ def retry_after(text: str) -> float:
         return 0
 
 
-def open_source(options: Options, deadline: Deadline) -> SnapshotFile | Cluster:
-    return SnapshotFile(options.snapshot) if options.snapshot else Cluster(options, deadline)
-
-
 class Reader:
     """Reads a cluster, from the API or from a file, within the deadline."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
         self.deadline = deadline
-        login = Background(open_source, options, deadline)
+        file = options.snapshot
+        login = Background(SnapshotFile, file) if file else Background(Cluster, options, deadline)
         doing = "logging in to the cluster, or reading the snapshot"
         self.source: SnapshotFile | Cluster = login.result(deadline, doing, 1)
 
