@@ -449,10 +449,9 @@ def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
 
 
 def collect(read: Callable[[int], bytes], doing: str, take: Take | None = None) -> Background:
-    """Takes what a command prints, while it comes; without `take` all of it, as text.
+    """Takes what a command prints, read a little ahead by another thread; else keeps it, as text.
 
-    Raises Fatal in result() when it has no end. It is read by a thread of its own, a little ahead
-    of who takes it.
+    Raises Fatal in result() when it has no end.
     """
     ready: queue.Queue[bytes] = queue.Queue(PIECES)
 
@@ -472,12 +471,10 @@ def collect(read: Callable[[int], bytes], doing: str, take: Take | None = None) 
         if reading.error:
             raise reading.error
 
-    def text() -> str:
-        if take:
-            return take(pieces())
-        return b"".join(Meter(doing, TEXT_LIMIT, TEXT_LIMIT).passing(pieces())).decode(*CODING)
+    def whole(pieces: Iterable[bytes]) -> str:
+        return b"".join(Meter(doing, TEXT_LIMIT, TEXT_LIMIT).passing(pieces)).decode(*CODING)
 
-    return Background(text)
+    return Background(take or whole, pieces())
 
 
 def feed(write: Callable[[bytes], object], close: Callable[[], object], text: str) -> Background:
@@ -1059,10 +1056,7 @@ class Access:
 
 
 def documents(data: bytes) -> Iterator[Any]:
-    """What is in JSON, or in each document of YAML; times as texts.
-
-    Raises ValueError, which tells no secret of it.
-    """
+    """What is in JSON, or in each document of YAML. Raises ValueError, which tells no secret."""
     try:
         yield json.loads(data)  # first, since PyYAML takes no tabs
         return
@@ -1073,6 +1067,7 @@ def documents(data: bytes) -> Iterator[Any]:
     class Loader(yaml.SafeLoader):
         pass
 
+    # times stay texts
     Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
     try:
         # from a file, since PyYAML's errors show the line of a text
@@ -1192,10 +1187,7 @@ def chosen(entries: Mapping[str, T], name: str, what: str, hint: str) -> T:
 
 
 def data_or_file(entry: msgspec.Struct, name: str) -> str:
-    """What stands in a field itself, in base64, or in the file that it names, as latin-1.
-
-    Raises ValueError, OSError.
-    """
+    """What a field has in base64, or the file that it names, as latin-1. Raises as open()."""
     data, file, word = getattr(entry, f"{name}_data"), getattr(entry, name), name.replace("_", "-")
     if data and file:
         raise ValueError(f"there are both {word} and {word}-data; take one of them out")
@@ -1255,17 +1247,14 @@ def cluster_access(cluster: ClusterEntry, access: Access) -> Access:
 
 
 def proxy_for(server: str, environ: Mapping[str, str]) -> str:
-    """The proxy that the environment has for a server: never one for the machine's own addresses.
-
-    As Go does it: golang.org/x/net/http/httpproxy.
-    """
+    """The environment's proxy for a server, as Go has it: golang.org/x/net/http/httpproxy."""
     url = urllib.parse.urlsplit(server)
     names = [f"{url.scheme}_proxy".upper(), f"{url.scheme}_proxy"]
     proxy = next((environ[name] for name in names if environ.get(name)), "")
     host, port = (url.hostname or "").lower(), url.port or {"http": 80, "https": 443}[url.scheme]
     address = to_address(host)
     if not proxy or host == "localhost" or (address and address.is_loopback):
-        return ""
+        return ""  # never for the machine's own addresses
     without = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
     if any(spares(entry.strip().lower(), host, port) for entry in without.split(",")):
         return ""
@@ -1273,10 +1262,7 @@ def proxy_for(server: str, environ: Mapping[str, str]) -> str:
 
 
 def spares(entry: str, host: str, port: int) -> bool:
-    """Whether an entry of NO_PROXY means a host.
-
-    It is *, a CIDR, or an address or a domain with all below it, these two maybe with a port.
-    """
+    """Whether an entry of NO_PROXY means a host: *, CIDR, or address or domain, maybe with port."""
     if entry == "*":
         return True
     match = re.fullmatch(r"(?:\[([^/]*)\]|([^:/]*)):([^:]*)", entry)
@@ -1424,13 +1410,13 @@ def credentials_in(out: str, version: str) -> tuple[str, tuple[str, str] | None]
     answer = msgspec.convert(without_nulls(next(documents(out.encode(*CODING)), {})), PluginAnswer)
     if answer.api_version != version:
         raise ValueError(f"apiVersion {quoted(answer.api_version)}")
-    token = answer.status.token
-    pair = answer.status.client_certificate_data, answer.status.client_key_data
+    made = answer.status
+    pair = made.client_certificate_data, made.client_key_data
     if any(pair) and not all(pair):
         raise ValueError("half of a pair of certificate and key")
-    if not (token or any(pair)):
+    if not (made.token or any(pair)):
         raise ValueError("neither a token nor a certificate")
-    return token, pair if any(pair) else None
+    return made.token, pair if any(pair) else None
 
 
 def pod_access() -> Access:
@@ -1485,11 +1471,8 @@ def tls_context(access: Access) -> ssl.SSLContext:
 
 @contextlib.contextmanager
 def private_file(text: str) -> Iterator[str]:
-    """The path of a file without a name, which nothing can leave behind.
-
-    In memory, where the system can (Linux), since a pod may have no /tmp.
-    """
-    memory = getattr(os, "memfd_create", None)
+    """The path of a file without a name, which nothing can leave behind."""
+    memory = getattr(os, "memfd_create", None)  # of Linux; a pod may have no /tmp
     with open(memory("epok"), "wb") if memory else tempfile.TemporaryFile() as file:
         file.write(text.encode("latin-1"))
         file.flush()
@@ -1682,16 +1665,13 @@ class Service:
 
 @dataclass(frozen=True)
 class Node:
-    """What matters of a Node; at most one address of each IP version.
-
-    `excluded` says what keeps traffic away.
-    """
+    """What matters of a Node."""
 
     name: str
-    addresses: tuple[Address, ...]
+    addresses: tuple[Address, ...]  # at most one of each IP version
     ready: bool
-    excluded: str
-    labelled: bool
+    excluded: str  # by what
+    labelled: bool  # to be left out, if there are others
 
 
 class Endpoint(NamedTuple):
@@ -1850,10 +1830,8 @@ class SnapshotFile:
             with open(0 if name == "-" else name, "rb", buffering=0, closefd=name != "-") as file:
                 there = [each for each in documents(file.read()) if each is not None]
                 self.objects = list(flatten(there))
-        except OSError as error:
-            raise Fatal(f"{self.name}: {one_line(error)}; {HOW_TO_WRITE}") from None
-        except ValueError as error:
-            what = f"{self.name} is neither JSON nor YAML: {one_line(error)}"
+        except (OSError, ValueError) as error:
+            what = f"{self.name} cannot be read as JSON or YAML: {one_line(error)}"
             raise Fatal(f"{what}; {HOW_TO_WRITE}") from None
         except RecursionError:
             raise Fatal(f"{self.name}: nested too deeply; {HOW_TO_WRITE}") from None
@@ -2010,18 +1988,15 @@ class Cluster:
         body: Any = None,
         most: int = PAGE_LIMIT,
     ) -> Answer:
-        """The answer, whatever its status, cut off where it has more than `most` bytes.
-
-        PATCH merges the body in. Raises Transient or Fatal.
-        """
+        """The answer, of any status, cut off behind `most` bytes. Raises Transient or Fatal."""
         import urllib3
 
         # as UTF-8, which Go sends; http.client makes latin-1 of it
         sent = [(name, value.encode().decode("latin-1")) for name, value in self.access.headers]
         headers = urllib3.HTTPHeaderDict(sent)  # a name may stand there twice
         headers.update({"Accept": "application/json", "User-Agent": f"epok/{VERSION}"})
-        merge = "merge-patch+" if method == "PATCH" else ""
-        headers["Content-Type"] = f"application/{merge}json"
+        merging = "merge-patch+" if method == "PATCH" else ""
+        headers["Content-Type"] = f"application/{merging}json"
         left = deadline.remaining()
         timeout = urllib3.Timeout(connect=min(CONNECT_SECONDS, left), read=left)
         how = {"redirect": False, "preload_content": False, "timeout": timeout}
@@ -2102,9 +2077,9 @@ class Cluster:
     def publish(
         self, service: Service, ingress: list[Ingress], deadline: Deadline
     ) -> Service | None:
-        """Writes the status of a Service of epok's class; returns what it is then.
+        """Writes a Service's status; returns it then, None where it is not epok's, or gone.
 
-        None when it is gone, or of another class. Raises Transient or Fatal.
+        Raises Transient or Fatal.
         """
         namespace, _, name = service.key.partition("/")
         path = f"/api/v1/namespaces/{namespace}/services/{name}/status"
@@ -2171,10 +2146,7 @@ class Cluster:
             raise Fatal(f"{first}; no {what} in namespace {enumerated(failed)}")
 
     def send(self, method: str, path: str, body: Any, deadline: Deadline) -> KnownEvent | None:
-        """Creates or patches an Event.
-
-        None where it, or its namespace, is not there, or where it is there already.
-        """
+        """Creates or patches an Event; None where there is none to patch, or no place for it."""
         answer = self.request(method, path, deadline, body=body)
         ending = answer.status == 403 and b"is being terminated" in answer.data
         if answer.status in (404, 409) or ending:
@@ -2295,13 +2267,10 @@ class Reader:
         return tuple(unique.values())
 
     def with_endpoints(self, snapshot: Snapshot, on_node: bool, explained: str = "") -> Snapshot:
-        """Adds endpoints: on a host that is a node all Services', else those of policy Local.
-
-        Those of the Service that is explained come too, if they can be had.
-        """
+        """Adds endpoints: on a host that is a node all Services', else those of policy Local."""
         keys = {service.key for service in snapshot.services if on_node or service.local}
         if explained and explained not in keys:
-            with contextlib.suppress(Fatal):
+            with contextlib.suppress(Fatal):  # they may not be had
                 return self.having_endpoints(snapshot, {explained, *keys})
         return self.having_endpoints(snapshot, keys) if keys else snapshot
 
