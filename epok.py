@@ -550,8 +550,8 @@ def connect(host: str, port: int, deadline: Deadline) -> socket.socket:
     import aiohappyeyeballs  # RFC 8305
 
     look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    found = Background(look_up).result(deadline, f"looking up {host}")
-    race = aiohappyeyeballs.start_connection(found, happy_eyeballs_delay=0.25)
+    addresses = Background(look_up).result(deadline, f"looking up {host}")
+    race = aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=0.25)
     left = deadline.remaining()
     patience = max(left - 0.5, left / 2)  # or who waits for it all knows no cause
     try:
@@ -561,10 +561,10 @@ def connect(host: str, port: int, deadline: Deadline) -> socket.socket:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
     except OSError as error:
-        addresses = " and ".join(dict.fromkeys(address[0] for *_, address in found))
+        tried = " and ".join(dict.fromkeys(address[0] for *_, address in addresses))
         numbers = dict.fromkeys(re.findall(r"\[Errno (\d+)\]", str(error)))
         why = ", ".join(os.strerror(int(number)) for number in numbers) or "no answer"
-        raise OSError(f"{addresses} port {port}: {why}") from None
+        raise OSError(f"{tried} port {port}: {why}") from None
 
 
 # ------------------------------------------------ options: argv, environment -> Options
@@ -617,14 +617,14 @@ def number_of(what: str, most: int = 999_999_999_999) -> Callable[[str], int]:
 
     def convert(text: str) -> int:
         if not (re.fullmatch(digits, text) and 1 <= int(text) <= most):
-            raise ValueError(f"accepted is {what}")
+            raise ValueError(f"accepted is {what} from 1 to {most}")
         return int(text)
 
     return convert
 
 
 to_level = one_of("debug", "info", "warning", "error", warn="warning", trace="debug")
-to_port = number_of("a port, 1 to 65535", 65535)
+to_port = number_of("a port", 65535)
 
 
 def to_seconds(text: str) -> float:
@@ -788,10 +788,8 @@ class Options:
     external_interface: str = setting("EPOK_EXTERNAL_INTERFACE", "", str)
     addresses: tuple[Network, ...] = setting("EPOK_ADDRESSES", "", to_networks)
     batch_commands: str = setting("EPOK_BATCH_COMMANDS", "true", one_of("true", "false"))
-    batch_size: int = setting(
-        "EPOK_BATCH_SIZE", "1677722", number_of("a number of bytes above zero")
-    )
-    max_nodes: int = setting("EPOK_MAX_NODES", "16", number_of("a number of nodes above zero"))
+    batch_size: int = setting("EPOK_BATCH_SIZE", "1677722", number_of("a number of bytes"))
+    max_nodes: int = setting("EPOK_MAX_NODES", "16", number_of("a number of nodes"))
     masquerade: str = setting("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
     ports: tuple[Allowed, ...] = setting("EPOK_PORTS", ALL_BUT_SSH, to_ports)
     publish: tuple[str, ...] = setting("EPOK_PUBLISH", "none", to_published)
@@ -990,7 +988,7 @@ class UserEntry(msgspec.Struct, rename="kebab"):
     exec: Plugin | None = None
 
 
-class ContextEntry(msgspec.Struct):
+class ContextEntry(msgspec.Struct, frozen=True):
     cluster: str = ""
     user: str = ""
 
@@ -1001,7 +999,7 @@ class Entry(msgspec.Struct):
     name: str = ""
     cluster: ClusterEntry = msgspec.field(default_factory=ClusterEntry)
     user: UserEntry = msgspec.field(default_factory=UserEntry)
-    context: ContextEntry = msgspec.field(default_factory=ContextEntry)
+    context: ContextEntry = ContextEntry()
 
 
 class Kubeconfig(msgspec.Struct, rename="kebab"):
@@ -1141,9 +1139,9 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
     origin = f"kubeconfig {file or names}"
     configs = [config for each in files if (config := read_kubeconfig(each))]
     if not configs:
-        places = "k3s has --kubeconfig /etc/rancher/k3s/k3s.yaml, "
-        places += "kubeadm --kubeconfig /etc/kubernetes/admin.conf"
-        raise Fatal(f"{origin}: there is no such file; {places}; or give --snapshot to do without")
+        places = "k3s: /etc/rancher/k3s/k3s.yaml, kubeadm: /etc/kubernetes/admin.conf"
+        give = f"give --kubeconfig ({places}), or --snapshot to do without"
+        raise Fatal(f"{origin}: there is no such file; {give}")
     kubectl = ["kubectl", *(["--kubeconfig", file] if file else [])]
     kubectl += ["--context", options.context] * bool(options.context)
     access = Access(origin, "", shlex.join(kubectl), file)
@@ -1151,8 +1149,7 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
         return chosen_access(configs, options.context, access, deadline)
     except OSError as error:  # as under systemd, which copies the kubeconfig alone
         flat = f"{access.kubectl} config view --raw --flatten"
-        instead = f"what {flat} prints needs no such files"
-        raise Fatal(f"{origin}: {one_line(error)}; {instead}") from None
+        raise Fatal(f"{origin}: {one_line(error)}; what {flat} prints needs no files") from None
     except ValueError as error:
         raise Fatal(f"{origin}: {one_line(error)}") from None
 
@@ -1212,8 +1209,7 @@ def to_url(text: str, what: str, *schemes: str) -> urllib.parse.SplitResult:
         if url.scheme in schemes and url.hostname and url.port != 0:
             return url
     ways = " or ".join(f"{scheme}://" for scheme in schemes)
-    accepted = f"accepted is {ways} with a host and maybe a port"
-    raise ValueError(f"{what} {quoted(hidden(text))}: {accepted}")
+    raise ValueError(f"{what} {quoted(hidden(text))}: accepted is {ways} and a host, maybe a port")
 
 
 def server_url(server: str) -> str:
@@ -1222,8 +1218,7 @@ def server_url(server: str) -> str:
         raise ValueError("the cluster has no server")
     url = to_url(server if "://" in server else f"http://{server}", "server", "https", "http")
     if "@" in url.netloc:
-        no = "user and password are not for its address"
-        raise ValueError(f"server {quoted(hidden(server))}: {no}")
+        raise ValueError(f"server {quoted(hidden(server))}: user and password do not belong there")
     return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}"
 
 
@@ -1232,8 +1227,7 @@ def cluster_access(cluster: ClusterEntry, access: Access) -> Access:
     server, proxy = server_url(cluster.server), cluster.proxy_url
     ca = data_or_file(cluster, "certificate_authority")
     if ca and cluster.insecure_skip_tls_verify:
-        both = "a certificate-authority and insecure-skip-tls-verify"
-        raise ValueError(f"there are both {both}; take one of them out")
+        raise ValueError("certificate-authority and insecure-skip-tls-verify: take one of them out")
     if proxy:
         to_url(proxy, "proxy-url", "http", "https", "socks5")
     return dataclasses.replace(
@@ -1285,8 +1279,7 @@ def user_access(
     """Adds who epok is. Raises Fatal, ValueError, OSError."""
     if user.auth_provider:
         name = quoted(user.auth_provider.get("name", ""))
-        give = "give the user a token, or a login plugin (exec)"
-        raise ValueError(f"auth-provider {name} is not one of epok's; {give}")
+        raise ValueError(f"auth-provider {name}: give a token, or a login plugin (exec), instead")
     token, basic = bearer_token(user), bool(user.username or user.password)
     if token and basic:
         raise ValueError("there are both a token and a username; take one of them out")
@@ -1456,8 +1449,7 @@ def tls_context(access: Access) -> ssl.SSLContext:
         else:
             context.load_default_certs()
     except (ssl.SSLError, ValueError):
-        why = "its certificate-authority has no certificate, or a broken one"
-        raise Fatal(f"{access.origin}: {why}") from None
+        raise Fatal(f"{access.origin}: its certificate-authority is no PEM certificate") from None
     if access.certificate:
         certificate, secret = map(private_file, access.certificate)
         try:
@@ -1542,7 +1534,7 @@ class Port(msgspec.Struct, rename="camel", gc=False):
         self.protocol = self.protocol.lower()
 
 
-class ServiceSpec(msgspec.Struct, rename="camel"):
+class ServiceSpec(msgspec.Struct, frozen=True, rename="camel"):
     type: str = "ClusterIP"
     ports: list[Port] = []
     external_traffic_policy: str = ""
@@ -1580,18 +1572,18 @@ class Ingress(msgspec.Struct, omit_defaults=True, rename="camel"):
         return f"{self.name} ({enumerated(ports)})"
 
 
-class BalancerStatus(msgspec.Struct):
+class BalancerStatus(msgspec.Struct, frozen=True):
     ingress: list[Ingress] = []
 
 
-class ServiceStatus(msgspec.Struct, rename="camel"):
-    load_balancer: BalancerStatus = msgspec.field(default_factory=BalancerStatus)
+class ServiceStatus(msgspec.Struct, frozen=True, rename="camel"):
+    load_balancer: BalancerStatus = BalancerStatus()
 
 
 class ServiceObject(msgspec.Struct):
     metadata: NamespacedMetadata
-    spec: ServiceSpec = msgspec.field(default_factory=ServiceSpec)
-    status: ServiceStatus = msgspec.field(default_factory=ServiceStatus)
+    spec: ServiceSpec = ServiceSpec()
+    status: ServiceStatus = ServiceStatus()
 
 
 class NodeEntry(msgspec.Struct):
@@ -1603,22 +1595,22 @@ class NodeEntry(msgspec.Struct):
     status: str = ""
 
 
-class NodeSpec(msgspec.Struct):
+class NodeSpec(msgspec.Struct, frozen=True):
     taints: list[NodeEntry] = []
 
 
-class NodeStatus(msgspec.Struct):
+class NodeStatus(msgspec.Struct, frozen=True):
     addresses: list[NodeEntry] = []
     conditions: list[NodeEntry] = []
 
 
 class NodeObject(msgspec.Struct):
     metadata: Metadata
-    spec: NodeSpec = msgspec.field(default_factory=NodeSpec)
-    status: NodeStatus = msgspec.field(default_factory=NodeStatus)
+    spec: NodeSpec = NodeSpec()
+    status: NodeStatus = NodeStatus()
 
 
-class EndpointConditions(msgspec.Struct):
+class EndpointConditions(msgspec.Struct, frozen=True):
     ready: bool = True  # "a nil value should be interpreted as true": its API reference
     serving: bool | None = None
 
@@ -1626,7 +1618,7 @@ class EndpointConditions(msgspec.Struct):
 class SliceEndpoint(msgspec.Struct, rename="camel"):
     addresses: list[str] = []
     node_name: str = ""
-    conditions: EndpointConditions = msgspec.field(default_factory=EndpointConditions)
+    conditions: EndpointConditions = EndpointConditions()
 
 
 class EndpointSlice(msgspec.Struct):
@@ -1948,12 +1940,11 @@ class Cluster:
         words = urllib.parse.urlencode(query, quote_via=urllib.parse.quote, safe="/")
         limit = query.get("limit", 1)
         most = ANSWER_LIMIT if limit == 1 else PAGE_LIMIT
-        answer = self.request("GET", kind.path, deadline, f"?{words}", most=most)
+        answer = self.request("GET", f"{kind.path}?{words}", deadline, most=most)
         if len(answer.data) > most:
             if limit > 1:
                 return self.page(kind, {**query, "limit": -(-limit // 8)}, deadline)
-            what = f"more than {ANSWER_LIMIT >> 20} MiB in one answer"
-            raise Fatal(f"{self.name}: {what}; nothing was changed")
+            raise Fatal(f"{self.name}: more than {most >> 20} MiB in one answer; nothing changed")
         if answer.status == 410:
             return None
         if answer.status != 200:
@@ -1980,13 +1971,7 @@ class Cluster:
             ) from None
 
     def request(
-        self,
-        method: str,
-        path: str,
-        deadline: Deadline,
-        query: str = "",
-        body: Any = None,
-        most: int = PAGE_LIMIT,
+        self, method: str, path: str, deadline: Deadline, body: Any = None, most: int = PAGE_LIMIT
     ) -> Answer:
         """The answer, of any status, cut off behind `most` bytes. Raises Transient or Fatal."""
         import urllib3
@@ -2000,7 +1985,7 @@ class Cluster:
         left = deadline.remaining()
         timeout = urllib3.Timeout(connect=min(CONNECT_SECONDS, left), read=left)
         how = {"redirect": False, "preload_content": False, "timeout": timeout}
-        url = f"{self.access.server}{path}{query}"
+        url = f"{self.access.server}{path}"
         try:
             answer = self.pool.request(method, url, headers=headers, json=body, **how)
             content = self.body_of(answer, most)
@@ -2009,8 +1994,8 @@ class Cluster:
         except ValueError:  # its text would show the token
             what = "the address, the token or an as has characters that no request can have"
             raise Fatal(f"{self.name}: {what}") from None
-        size = len(content)
-        log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, size)
+        asked = f"{self.name}: {method} {path.partition('?')[0]}"
+        log.debug("%s: status %d, %d bytes", asked, answer.status, len(content))
         return Answer(answer.status, answer.headers, content)
 
     def unreachable(self, error: Exception) -> Exception:
@@ -2104,10 +2089,9 @@ class Cluster:
         """Writes an Event, or counts up the one that says the same. Raises Transient or Fatal."""
         namespace, _, service = event.service.partition("/")
         if not (uid := uids.get(event.service)):
-            found = self.service(event.service, deadline)
-            if not found:
+            if not (its := self.service(event.service, deadline)):
                 return  # nobody would look for it
-            uid = found.uid
+            uid = its.uid
         name = f"{service}.{hashlib.sha256(repr((uid, event)).encode()).hexdigest()[:16]}"
         path = f"/api/v1/namespaces/{namespace}/events"
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -2169,8 +2153,7 @@ def mistaken(status: int, message: str, access: Access) -> str:
     if nobody and access.shows == "password":
         return f"API servers take no username and password any more; give {access.origin} a token"
     if nobody:
-        why = "is there something in between that ends TLS?"
-        return f"the {access.shows} of {access.origin} did not arrive; {why}"
+        return f"the {access.shows} of {access.origin} did not arrive; is TLS ended in between?"
     if "cannot impersonate" in message:
         return f"take as, as-uid, as-groups and as-user-extra out of {access.origin}"
     return ""
