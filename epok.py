@@ -482,8 +482,8 @@ def feed(write: Callable[[bytes], object], close: Callable[[], object], text: st
 
     def work() -> None:
         with contextlib.suppress(OSError):
-            for start in range(0, len(text), PIECE):
-                write(text[start : start + PIECE].encode(*CODING))
+            for begin in range(0, len(text), PIECE):
+                write(text[begin : begin + PIECE].encode(*CODING))
             close()  # only then: what is cut off must not look whole
 
     return Background(work)
@@ -553,7 +553,7 @@ def connect(host: str, port: int, deadline: Deadline) -> socket.socket:
     addresses = Background(look_up).result(deadline, f"looking up {host}")
     race = aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=0.25)
     left = deadline.remaining()
-    patience = max(left - 0.5, left / 2)  # or who waits for it all knows no cause
+    patience = max(left - 0.5, left / 2)  # to end before the deadline, with the cause
     try:
         connection = asyncio.run(asyncio.wait_for(race, patience))
         connection.settimeout(deadline.remaining())
@@ -768,7 +768,7 @@ def to_service_name(text: str) -> str:
     return text
 
 
-def setting(variable: str, default: str, convert: Callable[[str], Any]) -> Any:
+def given_by(variable: str, default: str, convert: Callable[[str], Any]) -> Any:
     """A field of Options that is an option with a value: its variable, default and converter."""
     return field(metadata={"variable": variable, "default": default, "convert": convert})
 
@@ -781,29 +781,29 @@ class Options:
     dry_run: bool
     clean: bool
     status: bool
-    explain: str = setting("", "", to_service_name)
-    output: str = setting("", "text", one_of("text", "json"))
-    log_level: str = setting("EPOK_LOG_LEVEL", "info", to_level)
-    interfaces: tuple[str, ...] = setting("EPOK_INTERFACES", "", to_interfaces)
-    external_interface: str = setting("EPOK_EXTERNAL_INTERFACE", "", str)
-    addresses: tuple[Network, ...] = setting("EPOK_ADDRESSES", "", to_networks)
-    batch_commands: str = setting("EPOK_BATCH_COMMANDS", "true", one_of("true", "false"))
-    batch_size: int = setting("EPOK_BATCH_SIZE", "1677722", number_of("a number of bytes"))
-    max_nodes: int = setting("EPOK_MAX_NODES", "16", number_of("a number of nodes"))
-    masquerade: str = setting("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
-    ports: tuple[Allowed, ...] = setting("EPOK_PORTS", ALL_BUT_SSH, to_ports)
-    publish: tuple[str, ...] = setting("EPOK_PUBLISH", "none", to_published)
-    mark: Mark = setting("EPOK_MARK", "0x30000000", to_mark)
-    kubeconfig: str = setting("KUBECONFIG", "", str)
-    context: str = setting("EPOK_CONTEXT", "", str)
-    snapshot: str = setting("EPOK_SNAPSHOT", "", str)
-    timeout: float = setting("EPOK_TIMEOUT", "50", to_seconds)
-    metrics_file: str = setting("EPOK_METRICS_FILE", "", os.path.expanduser)
-    host: tuple[Login, ...] = setting("EPOK_SSH_HOST", "", to_logins)
-    port: int = setting("EPOK_SSH_PORT", "22", to_port)
-    key: str = setting("EPOK_SSH_KEY", "", os.path.expanduser)
-    known_hosts: str = setting("EPOK_SSH_KNOWN_HOSTS", "", os.path.expanduser)
-    host_key: tuple[str, ...] = setting("EPOK_SSH_HOST_KEY", "", to_host_keys)
+    explain: str = given_by("", "", to_service_name)
+    output: str = given_by("", "text", one_of("text", "json"))
+    log_level: str = given_by("EPOK_LOG_LEVEL", "info", to_level)
+    interfaces: tuple[str, ...] = given_by("EPOK_INTERFACES", "", to_interfaces)
+    external_interface: str = given_by("EPOK_EXTERNAL_INTERFACE", "", str)
+    addresses: tuple[Network, ...] = given_by("EPOK_ADDRESSES", "", to_networks)
+    batch_commands: str = given_by("EPOK_BATCH_COMMANDS", "true", one_of("true", "false"))
+    batch_size: int = given_by("EPOK_BATCH_SIZE", "1677722", number_of("a number of bytes"))
+    max_nodes: int = given_by("EPOK_MAX_NODES", "16", number_of("a number of nodes"))
+    masquerade: str = given_by("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
+    ports: tuple[Allowed, ...] = given_by("EPOK_PORTS", ALL_BUT_SSH, to_ports)
+    publish: tuple[str, ...] = given_by("EPOK_PUBLISH", "none", to_published)
+    mark: Mark = given_by("EPOK_MARK", "0x30000000", to_mark)
+    kubeconfig: str = given_by("KUBECONFIG", "", str)
+    context: str = given_by("EPOK_CONTEXT", "", str)
+    snapshot: str = given_by("EPOK_SNAPSHOT", "", str)
+    timeout: float = given_by("EPOK_TIMEOUT", "50", to_seconds)
+    metrics_file: str = given_by("EPOK_METRICS_FILE", "", os.path.expanduser)
+    host: tuple[Login, ...] = given_by("EPOK_SSH_HOST", "", to_logins)
+    port: int = given_by("EPOK_SSH_PORT", "22", to_port)
+    key: str = given_by("EPOK_SSH_KEY", "", os.path.expanduser)
+    known_hosts: str = given_by("EPOK_SSH_KNOWN_HOSTS", "", os.path.expanduser)
+    host_key: tuple[str, ...] = given_by("EPOK_SSH_HOST_KEY", "", to_host_keys)
 
     @property
     def looks(self) -> bool:
@@ -867,14 +867,15 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     values = {name: words["--" + name.replace("_", "-")] for name in ("dry_run", "clean", "status")}
     values["executor"] = "ssh" if words["ssh"] else "local"
     for setting in SETTINGS:
-        typed = words.get(setting.option)
-        if isinstance(typed, list):
-            typed = ",".join(typed) if typed else None
-        source = setting.option if typed is not None else f"{setting.variable} in the environment"
-        text = environ.get(setting.variable) or setting.default if typed is None else typed
+        source, text = setting.option, words.get(setting.option)
+        if isinstance(text, list):
+            text = ",".join(text) if text else None
+        if text is None:
+            source = f"{setting.variable} in the environment"
+            text = environ.get(setting.variable) or setting.default
+        elif not text:  # from an unset variable of a shell script, perhaps
+            raise Fatal(f"{source} needs a value", 2)
         try:
-            if typed == "":  # from an unset variable of a shell script, perhaps
-                raise ValueError("a value is needed")
             values[setting.name] = setting.convert(text)
         except ValueError as error:
             raise Fatal(f"{source}: {quoted(text)}: {error}", 2) from None
@@ -1133,8 +1134,8 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
     """What the kubeconfigs say, read as kubectl reads them. Raises Fatal."""
     names = options.kubeconfig or "~/.kube/config"
     # the variable is a list; the option names one file, whatever is in its name
-    listed = names.split(os.pathsep) if names == os.environ.get("KUBECONFIG") else [names]
-    files = [os.path.expanduser(file) for file in listed if file]
+    several = names.split(os.pathsep) if names == os.environ.get("KUBECONFIG") else [names]
+    files = [os.path.expanduser(name) for name in several if name]
     file = files[0] if len(files) == 1 else ""
     origin = f"kubeconfig {file or names}"
     configs = [config for each in files if (config := read_kubeconfig(each))]
@@ -1722,10 +1723,10 @@ def to_service(item: ServiceObject, always: str = "") -> Service | None:
 
 def to_node(item: NodeObject) -> Node:
     meta, kinds = item.metadata, ("InternalIP", "ExternalIP")  # the first that can be used counts
-    listed = [each for kind in kinds for each in item.status.addresses if each.type == kind]
+    texts = [each.address for kind in kinds for each in item.status.addresses if each.type == kind]
     addresses: dict[int, Address] = {}
-    for address in (usable(each.address) for each in listed):
-        if address:
+    for text in texts:
+        if address := usable(text):
             addresses.setdefault(address.version, address)
     marks = [f"annotation {name}" for name in EXCLUDE_ANNOTATIONS if name in meta.annotations]
     if EXCLUDE_LABEL in meta.labels:
@@ -1773,9 +1774,9 @@ ENDPOINT_SLICES = Kind(
 )
 
 
-def needed(kind: Kind, items: Iterable[Any]) -> list[Any]:
+def needed(kind: Kind, objects: Iterable[Any]) -> list[Any]:
     """What matters of objects of a kind, which are JSON (Raw), or were read from JSON or YAML."""
-    made = (kind.convert(typed(item, kind.type, kind.name)) for item in items)
+    made = (kind.convert(typed(each, kind.type, kind.name)) for each in objects)
     return [each for each in made if each]
 
 
@@ -1952,8 +1953,8 @@ class Cluster:
         version, name = f"{kind.group}/v1".lstrip("/"), f"{kind.name}List"
         page = self.decode(answer.data, Page, name)
         if (page.api_version, page.kind) != (version, name) or page.items is None:
-            told = quoted(status_message(answer.data))
-            raise Fatal(f"{self.name} answers no {name} of {version} in JSON, but {told}")
+            got = quoted(status_message(answer.data))
+            raise Fatal(f"{self.name} answers no {name} of {version} in JSON, but {got}")
         fitting = len(page.items) * PAGE_LIMIT // (2 * len(answer.data))
         following = max(1, min(fitting, PAGE_OBJECTS))
         return needed(kind, page.items), page.metadata or ListMetadata(), following
@@ -1963,11 +1964,11 @@ class Cluster:
         try:
             return msgspec.json.decode(body, type=form)
         except (msgspec.DecodeError, RecursionError) as error:
-            at = re.search(r"\(byte (\d+)\)", str(error))
-            told = status_message(body[max(0, int(at[1]) - 30) if at else 0 :])
+            place = re.search(r"\(byte (\d+)\)", str(error))
+            got = status_message(body[max(0, int(place[1]) - 30) if place else 0 :])
             why = one_line(error).replace("$", what)
             raise Fatal(
-                f"{self.name} answers no {what} in JSON, but {quoted(told)}: {why}"
+                f"{self.name} answers no {what} in JSON, but {quoted(got)}: {why}"
             ) from None
 
     def request(
