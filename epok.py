@@ -1237,21 +1237,21 @@ def cluster_access(cluster: ClusterEntry, access: Access) -> Access:
         ca=ca,
         verify=not cluster.insecure_skip_tls_verify,
         server_name=cluster.tls_server_name,
-        proxy=proxy or proxy_for(server, os.environ),
+        proxy=proxy or proxy_for(server),
     )
 
 
-def proxy_for(server: str, environ: Mapping[str, str]) -> str:
+def proxy_for(server: str) -> str:
     """The environment's proxy for a server, as Go has it: golang.org/x/net/http/httpproxy."""
     url = urllib.parse.urlsplit(server)
-    names = [f"{url.scheme}_proxy".upper(), f"{url.scheme}_proxy"]
-    proxy = next((environ[name] for name in names if environ.get(name)), "")
-    host, port = (url.hostname or "").lower(), url.port or {"http": 80, "https": 443}[url.scheme]
+    name = f"{url.scheme}_proxy"
+    proxy = os.environ.get(name.upper()) or os.environ.get(name)
+    host, port = url.hostname or "", url.port or {"http": 80, "https": 443}[url.scheme]
     address = to_address(host)
     if not proxy or host == "localhost" or (address and address.is_loopback):
         return ""  # never for the machine's own addresses
-    without = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
-    if any(spares(entry.strip().lower(), host, port) for entry in without.split(",")):
+    spared = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+    if any(spares(entry.strip().lower(), host, port) for entry in spared.split(",")):
         return ""
     return proxy if "://" in proxy else f"http://{proxy}"
 
@@ -1426,8 +1426,7 @@ def pod_access() -> Access:
         instead = "give --kubeconfig, or --snapshot to do without"
         raise Fatal(f"the pod's account: {one_line(error).rstrip('.')}; {instead}") from None
     headers = [("Authorization", each["value"].strip()) for each in pod.auth_settings().values()]
-    proxy = proxy_for(pod.host, os.environ)
-    return Access("the pod's account", pod.host, ca=ca, proxy=proxy, headers=headers)
+    return Access("the pod's account", pod.host, ca=ca, proxy=proxy_for(pod.host), headers=headers)
 
 
 def tls_context(access: Access) -> ssl.SSLContext:
@@ -1569,7 +1568,7 @@ class Ingress(msgspec.Struct, omit_defaults=True, rename="camel"):
         return self.ip or self.hostname
 
     def __str__(self) -> str:
-        ports = (f"{p.protocol.lower()}/{p.port}{' ' * bool(p.error)}{p.error}" for p in self.ports)
+        ports = (f"{p.protocol.lower()}/{p.port} {p.error}".rstrip() for p in self.ports)
         return f"{self.name} ({enumerated(ports)})"
 
 
