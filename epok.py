@@ -1185,7 +1185,7 @@ def chosen(entries: Mapping[str, T], name: str, what: str, hint: str) -> T:
 
 
 def data_or_file(entry: msgspec.Struct, name: str) -> str:
-    """What a field has in base64, or the file that it names, as latin-1. Raises as open()."""
+    """What a field has in base64, or its file, as latin-1. Raises ValueError, OSError."""
     data, file, word = getattr(entry, f"{name}_data"), getattr(entry, name), name.replace("_", "-")
     if data and file:
         raise ValueError(f"there are both {word} and {word}-data; take one of them out")
