@@ -1140,9 +1140,9 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
     origin = f"kubeconfig {file or names}"
     configs = [config for each in files if (config := read_kubeconfig(each))]
     if not configs:
-        places = "k3s: /etc/rancher/k3s/k3s.yaml, kubeadm: /etc/kubernetes/admin.conf"
-        give = f"give --kubeconfig ({places}), or --snapshot to do without"
-        raise Fatal(f"{origin}: there is no such file; {give}")
+        places = "k3s has --kubeconfig /etc/rancher/k3s/k3s.yaml, "
+        places += "kubeadm --kubeconfig /etc/kubernetes/admin.conf"
+        raise Fatal(f"{origin}: there is no such file; {places}; or give --snapshot to do without")
     kubectl = ["kubectl", *(["--kubeconfig", file] if file else [])]
     kubectl += ["--context", options.context] * bool(options.context)
     access = Access(origin, "", shlex.join(kubectl), file)
