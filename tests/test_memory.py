@@ -9,22 +9,11 @@ import pytest
 
 from lab.apiserver import ApiServer
 from lab.machine import need_lab, stretched
+from lab.meter import metered
 from lab.network import EPOK, Lab, bare_environment
 from lab.objects import Object, node, port, service
 
 MOST = 128  # MB, of the 192 MiB that the CronJob's pod has
-# As the kernel ends what takes more than its pod may, but for epok alone, without what it starts.
-LIMITED = f"""import re, subprocess, sys, time
-child = subprocess.Popen(sys.argv[1:])
-peak = 0
-while child.poll() is None:
-    with open(f"/proc/{{child.pid}}/status") as file:
-        peak = max([peak, *map(int, re.findall(r"VmHWM:\\s+(\\d+)", file.read()))])
-    if peak > {MOST} * 1024:
-        child.kill()
-    time.sleep(0.005)
-print(f"peak: {{peak // 1024}} MB", file=sys.stderr)
-sys.exit(child.returncode)"""
 NODES = [node(f"node{n}", f"10.0.0.{10 + n}", f"2001:db8:2::{10 + n}") for n in range(1, 17)]
 WEB = service("web", "80:30080", [port(80, 30080)])
 
@@ -85,14 +74,14 @@ def server(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> ApiServer:
     return made
 
 
-def run(lab: Lab, server: ApiServer, path: str = "") -> tuple[int, str]:
-    """Exit status and log of a run that is ended when it takes too much."""
+def run(lab: Lab, server: ApiServer, path: str = "") -> tuple[int, str, str]:
+    """Exit status, log and peak of a run that is ended when it takes too much, for epok alone: not what it starts."""
     options = ["-i", "eth0", "--timeout", str(stretched(58)), "-q"]
     options += ["--kubeconfig", server.kubeconfig("epok", token=server.token()), "local"]
-    argv = [sys.executable, "-ISc", LIMITED, sys.executable, str(EPOK), *options]
     env = bare_environment()
-    done = lab.host.run(argv, check=False, env=env | {"PATH": f"{path}:{env['PATH']}"}, timeout=600)
-    return done.returncode, done.stderr
+    env["PATH"] = f"{path}:{env['PATH']}"
+    done, used = metered(lab.host, [sys.executable, str(EPOK), *options], most=MOST, check=False, env=env)
+    return done.returncode, done.stderr, f"peak: {used.megabytes:.0f} MB"
 
 
 @pytest.mark.parametrize("make", TENANTS.values(), ids=TENANTS)
@@ -103,9 +92,9 @@ def test_tenants_do_not_fill_the_memory_nor_keep_others_out(
     server.request("DELETE", "/api/v1/namespaces/default/services?fieldSelector=metadata.name!=kubernetes")
     server.create(WEB, *(made := make()))
     for kind in ("all new", "in sync"):
-        status, log = run(lab, server)
+        status, log, peak = run(lab, server)
         assert status == 0, log[-2000:]
-        figure(f"{len(made)} Services, {kind}: {log.splitlines()[-1]}")
+        figure(f"{len(made)} Services, {kind}: {peak}")
     saved = lab.saved()
     assert all(f'--comment "default/{each["metadata"]["name"]} ' in saved for each in (WEB, *made))
 
@@ -117,7 +106,7 @@ def test_a_host_that_prints_250_mb_does_not_fill_the_memory(
     tool = tmp_path / "iptables-save"
     tool.write_text(f"#!/bin/sh\necho \"*$2\"; seq 1 99999999 | sed 's/.*/{line}/' | head -c 250000000\n")
     tool.chmod(0o755)
-    status, log = run(lab, server, str(tmp_path))
+    status, log, peak = run(lab, server, str(tmp_path))
     assert status == 1, log[-2000:]
     assert re.match("error: this host: iptables-save: more than 64 MiB, or 700,000 lines", log)
-    figure(f"250 MB printed: {log.splitlines()[-1]}")
+    figure(f"250 MB printed: {peak}")

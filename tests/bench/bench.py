@@ -2,6 +2,7 @@
 
     path     connecting, UDP and a stream through 1 to 10,000 forwards, beside rules in a row; draws bench.svg
     runs     a run of epok by forwards and nodes and by step, beside kubectl and jq, a script, an iptables a rule
+    memory   the peak of epok's own process, here and over SSH
     nodes    what --max-nodes saves
     stages   a swap at once and in stages
     swaps    whether connections fail while epok swaps again and again
@@ -18,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the packages `bench` and `lab`
 
 from bench.measure import Figure
+from bench.memory import measure_memory
 from bench.nodes import measure_nodes
 from bench.path import measure_path
 from bench.runs import measure_runs
@@ -26,6 +28,7 @@ from bench.swaps import measure_stages, measure_swaps
 PARTS: dict[str, Callable[[Path], list[Figure]]] = {
     "path": measure_path,
     "runs": measure_runs,
+    "memory": measure_memory,
     "nodes": measure_nodes,
     "stages": measure_stages,
     "swaps": measure_swaps,

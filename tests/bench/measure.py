@@ -2,25 +2,17 @@
 
 import os
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from lab.meter import Used, metered
 from lab.network import Lab
 from lab.objects import node, port, service, snapshot
 
 SIZES = [int(size) for size in os.environ.get("EPOK_BENCH", "10,2700,10000").split(",")]  # forwards
 SMALL = "EPOK_BENCH" in os.environ  # as the README's test has it: whether it runs, not what it shows
 RUNS, FEW = (1, 1) if SMALL else (7, 3)  # of what is measured; of what takes long
-
-# A process of its own: the peak memory of a child is never less than its parent's when it was forked.
-METER = """import resource, subprocess, sys, time
-start = time.perf_counter()
-status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(time.perf_counter() - start, used.ru_maxrss / 1024, used.ru_utime + used.ru_stime)
-sys.exit(status)"""
 
 
 class Figure(NamedTuple):
@@ -31,14 +23,6 @@ class Figure(NamedTuple):
     value: float
     unit: str
     goal: float | None = None
-
-
-class Used(NamedTuple):
-    """What a command took; CPU is user and system time of all its processes."""
-
-    seconds: float
-    megabytes: float
-    cpu: float
 
 
 def nodes_of(count: int) -> list[dict[str, Any]]:
@@ -57,7 +41,7 @@ def cluster(forwards: int, changed: int = -1, nodes: int = 10) -> dict[str, Any]
 
 def meter(lab: Lab, argv: Sequence[str]) -> Used:
     """What a command takes in the host's namespaces."""
-    return Used(*map(float, lab.host.run([sys.executable, "-ISc", METER, *argv], timeout=600).stdout.split()))
+    return metered(lab.host, argv)[1]
 
 
 def restore(lab: Lab, text: str) -> float:
