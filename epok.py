@@ -880,7 +880,8 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         except ValueError as error:
             raise Fatal(f"{source}: {quoted(text)}: {error}", 2) from None
     port = values["port"]
-    values["host"] = tuple(login._replace(port=login.port or port) for login in values["host"])
+    logins = values["host"] if words["ssh"] else ()
+    values["host"] = tuple(login._replace(port=login.port or port) for login in logins)
     options = Options(**values)
     check_combination(options)
     return options
@@ -3791,66 +3792,58 @@ def older_rules(found: Found) -> int:
 
 
 class Command(enum.Enum):
-    """Every command that epok can run on a host: its words, whether it takes root, and what for.
+    """Every command that epok can run on a host; there is no other.
 
-    There is no other. Each word goes as it is; over SSH, where a shell reads them, quoted. What
-    takes root is run by sudo -n, unless epok is root there. In capitals is what differs: TOOL is
-    iptables or ip6tables, BACKEND legacy or nft, TABLE nat or filter; of nft TABLE, as FAMILY and
-    CHAIN, is what "list chains" has shown.
+    Each word goes as it is; over SSH, where a shell reads them, quoted. What takes root is run by
+    sudo -n, unless epok is root there. In capitals is what differs: TOOL is iptables or ip6tables,
+    BACKEND legacy or nft, TABLE nat or filter; of nft TABLE, as FAMILY and CHAIN, is what
+    "list chains" has shown.
     """
 
     # what a run does
-    SAVE = "TOOL-save -t TABLE", True, "what is there"
-    RESTORE = "TOOL-restore --noflush --wait 5", True, "the swap, with the changes as its input"
-    FLOWS = "conntrack -L -p udp", True, "UDP flows, which may go on to what is no target now"
-    FLOWS_6 = f"{FLOWS[0]} -f ipv6", True, "the same of IPv6"
-    END_FLOWS = (
-        "conntrack -D -p udp --orig-dst ADDRESS --orig-port-dst PORT --reply-src ADDRESS",
-        True,
-        "each of these, so that its client goes the new way",
-    )
-    END_FLOWS_6 = f"{END_FLOWS[0]} -f ipv6", True, "the same of IPv6"
-    FORWARDING = (
-        "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding",
-        False,
-        "whether the host forwards packets",
-    )
-    ADDRESSES = "ip -br addr", False, "the interfaces, and whether the host is itself a node"
-    CONNECTION = "printenv SSH_CONNECTION", False, "the port that epok logs in by, seen from there"
+    SAVE = "TOOL-save -t TABLE"  # what is there
+    RESTORE = "TOOL-restore --noflush --wait 5"  # the swap, with the changes as its input
+    FLOWS = "conntrack -L -p udp"  # UDP flows, which may go on to what is no target now
+    FLOWS_6 = f"{FLOWS} -f ipv6"
+    # ends one of them, so that its client goes the new way
+    END_FLOWS = "conntrack -D -p udp --orig-dst ADDRESS --orig-port-dst PORT --reply-src ADDRESS"
+    END_FLOWS_6 = f"{END_FLOWS} -f ipv6"
+    # whether the host forwards packets
+    FORWARDING = "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding"
+    ADDRESSES = "ip -br addr"  # the interfaces, and whether the host is itself a node
+    CONNECTION = "printenv SSH_CONNECTION"  # the port that epok logs in by, seen from there
     # what only looks
-    COUNTS = "TOOL-save -c -t nat", True, "how many connections came: to show, and as metrics"
-    NETCONF = "ip netconf", False, "whether an interface forwards, and what rp_filter drops"
-    LISTENERS = "ss -Hltun", False, "whether a forward hides a program of the host"
-    NFT_CHAINS = "nft -j list chains", True, "whether nft's own rules are in the way"
-    NFT_CHAIN = "nft -j list chain FAMILY TABLE CHAIN", True, "the same: the rules of one that is"
-    OTHER_SAVE = "TOOL-BACKEND-save", True, "whether rules of the other iptables are in the way"
-    REACH = "nc -nvz -w 2 ADDRESS PORT", False, "whether a node answers: --explain over SSH"
+    COUNTS = "TOOL-save -c -t nat"  # how many connections came: to show, and as metrics
+    NETCONF = "ip netconf"  # whether an interface forwards, and what rp_filter drops
+    LISTENERS = "ss -Hltun"  # whether a forward hides a program of the host
+    NFT_CHAINS = "nft -j list chains"  # whether nft's own rules are in the way
+    NFT_CHAIN = "nft -j list chain FAMILY TABLE CHAIN"  # the rules of one that may be
+    OTHER_SAVE = "TOOL-BACKEND-save"  # whether rules of the other iptables are in the way
+    REACH = "nc -nvz -w 2 ADDRESS PORT"  # whether a node answers: --explain over SSH
     # what gates learnt later
-    LOCAL = "ip route show table local", False, "the addresses, where ip knows no -br"
-    SAVE_ALL = "TOOL-save", True, "whether rules of the tables raw and mangle are in the way"
-    WAY = "ip route get ADDRESS", False, "the same: by which interface packets leave"
-    WAY_6 = "ip -6 route get ADDRESS", False, "the same of IPv6"
-    WAY_FROM = "ip route get ADDRESS from ADDRESS iif IF", False, "the same: those of others"
-    RULES = "ip rule", False, "the same: where packets' marks, or their sources, decide"
-    PORT_FLOWS = (
-        "conntrack -L -p tcp --orig-port-dst PORT",
-        True,
-        "how many connections are answered, and how many wait, without their clients",
-    )
-    PORT_FLOWS_6 = f"{PORT_FLOWS[0]} -f ipv6", True, "the same of IPv6"
+    LOCAL = "ip route show table local"  # the addresses, where ip knows no -br
+    SAVE_ALL = "TOOL-save"  # whether rules of the tables raw and mangle are in the way
+    WAY = "ip route get ADDRESS"  # by which interface packets leave
+    WAY_6 = "ip -6 route get ADDRESS"
+    WAY_FROM = "ip route get ADDRESS from ADDRESS iif IF"  # by which those of others do
+    RULES = "ip rule"  # whether packets' marks, or their sources, decide that
+    # how many connections are answered, and how many wait, without their clients
+    PORT_FLOWS = "conntrack -L -p tcp --orig-port-dst PORT"
+    PORT_FLOWS_6 = f"{PORT_FLOWS} -f ipv6"
 
-    def __init__(self, text: str, as_root: bool, purpose: str) -> None:
-        self.text, self.as_root, self.purpose = text, as_root, purpose
+    @property
+    def as_root(self) -> bool:
+        return str(self.value).startswith(("TOOL", "conntrack", "nft"))
 
     def argv(self, sudo: Sequence[str], *values: object) -> tuple[str, ...]:
         """The command, behind `sudo` where it takes root, with values in place of the capitals."""
         left = map(str, values)
-        words = (re.sub(r"\b[A-Z]{2,}\b", lambda _: next(left), word) for word in self.text.split())
+        words = (re.sub(r"\b[A-Z]{2,}\b", lambda _: next(left), w) for w in self.value.split())
         return (*(sudo if self.as_root else ()), *words)
 
 
 REACH_SECONDS = 2  # as Command.REACH has it
-SYSCTLS = Command.FORWARDING.text.split()[1:]
+SYSCTLS = Command.FORWARDING.value.split()[1:]
 
 
 class LocalHost:
@@ -3870,19 +3863,15 @@ class LocalHost:
     @staticmethod
     def may_pass_on_net_admin() -> bool:
         """Whether commands will have CAP_NET_ADMIN (bit 12): only what is ambient is passed on."""
-        try:
-            with open("/proc/self/status", encoding="ascii") as file:
-                ambient = re.search(r"^CapAmb:\s*([0-9a-f]+)", file.read(), re.MULTILINE)
-        except OSError:
-            return False
-        return bool(ambient and int(ambient[1], 16) >> 12 & 1)
+        with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
+            ambient = re.search(r"(?m)^CapAmb:\s*([0-9a-f]+)", file.read())
+            return bool(ambient and int(ambient[1], 16) >> 12 & 1)
+        return False
 
     def run(
         self, argv: Sequence[str], text: str, deadline: Deadline, take: Take | None = None
     ) -> Result:
-        path = os.pathsep.join(
-            filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin", "/usr/bin", "/bin"))
-        )
+        path = f"{os.environ.get('PATH') or os.defpath}:/usr/sbin:/sbin:/usr/bin:/bin"
         doing = f"{self.name}: {shlex.join(argv)}"
         env = {**os.environ, "LC_ALL": "C", "PATH": path}
         done = execute(argv, text, env, deadline, doing, take=take)
@@ -3891,10 +3880,9 @@ class LocalHost:
 
     def reach(self, address: str, port: int, deadline: Deadline) -> str | None:
         """Why a TCP port does not answer, "" when it does; None when that cannot be tried."""
+        seconds = min(REACH_SECONDS, deadline.remaining())
         try:
-            socket.create_connection(
-                (address, port), timeout=min(REACH_SECONDS, deadline.remaining())
-            ).close()
+            socket.create_connection((address, port), seconds).close()
         except OSError as error:
             return one_line(error.strerror or error)
         return ""
@@ -3990,8 +3978,8 @@ class SshHost:
         if name and seconds > 2 and not self.slow:
             slow = f"sudo takes {seconds:.0f} s there, since {name[1]} does not know its own name"
             slow += f": as root on the host run: echo 127.0.1.1 {name[1]} >>/etc/hosts"
-            self.slow = f"; {slow}"
             log.warning("%s: %s", self.name, slow)
+            self.slow = f"; {slow}"
 
     def connect(self, deadline: Deadline) -> Any:
         """Logs in. Raises Fatal for what will not change, Transient for the rest."""
@@ -4022,11 +4010,10 @@ class SshHost:
                 login = isinstance(error, paramiko.SSHException) and alive and not late
                 if login and deadline.remaining() > 0.01:  # not the connection's fault
                     raise Fatal(f"{self.name}: {self.how_to_let_in(key, error)}") from None
-                if self.closed:
-                    raise Fatal(f"{self.name}: {one_line(error)}") from None
-                where = "" if transport is None else f"{self.login.host} port {self.login.port}: "
+                where = f"{self.login.host} port {self.login.port}: " if transport else ""
                 what = f"{self.name}: {where}{one_line(error)}"
-                raise Transient(what, advice=HOW_TO_REACH) from None
+                advice = "; is the address right, sshd running there, and no firewall between?"
+                raise Fatal(what) if self.closed else Transient(what, advice=advice) from None
             except ValueError as error:  # a host name that is none, a key in ~/.ssh that is no text
                 what = f"{self.name}: {one_line(error)}"
                 raise Fatal(f"{what}; check --host, and give a key with --key") from None
@@ -4035,9 +4022,7 @@ class SshHost:
     def unresolved(self, error: socket.gaierror) -> Exception:
         """What a name without an address means: Transient where no name server answers."""
         what = f"{self.name}: {quoted(self.login.host)} does not resolve ({error.strerror})"
-        advice = (
-            "; give an address, or a name that has one where epok runs; ~/.ssh/config is not read"
-        )
+        advice = "; give an address, or a name that epok can look up; ~/.ssh/config is not read"
         if error.errno == socket.EAI_AGAIN and not self.closed:
             return Transient(what, attempts=3, advice=advice)
         return Fatal(what + advice)
@@ -4046,18 +4031,17 @@ class SshHost:
         import paramiko
 
         class Transport(paramiko.Transport):
+            def __init__(transport, *args: Any, **how: Any) -> None:  # noqa: N805
+                super().__init__(*args, **how)
+                offered = transport.get_security_options()
+                offered.key_types = [name for name in algorithms if name in offered.key_types]
+
             def auth_publickey(transport, *args: Any) -> list[str]:  # noqa: N805
                 if wanted := super().auth_publickey(*args):  # paramiko would ask at the terminal
                     more = " or ".join(wanted)
-                    told = f"{self.name}: sshd accepts the key, but wants {more} as well"
-                    raise Fatal(f"{told}; {how_to_ask_for_keys(self.user)}")
+                    what = f"{self.name}: sshd accepts the key, but wants {more} as well"
+                    raise Fatal(f"{what}; {how_to_ask_for_keys(self.user)}")
                 return []
-
-        def open_transport(connection: socket.socket, **kw: Any) -> Transport:
-            transport = Transport(connection, **kw)
-            offered = transport.get_security_options()
-            offered.key_types = [name for name in algorithms if name in offered.key_types]
-            return transport
 
         limits = ("timeout", "banner_timeout", "auth_timeout", "channel_timeout")
         client.connect(
@@ -4066,26 +4050,26 @@ class SshHost:
             pkey=key,
             allow_agent=key is None,
             look_for_keys=key is None,
-            transport_factory=open_transport,
+            transport_factory=Transport,
             **dict.fromkeys(limits, deadline.remaining()),
         )
 
     def how_to_let_in(self, key: Any, error: Exception) -> str:
         allowed = getattr(error, "allowed_types", ["publickey"])
         if "publickey" not in allowed:
-            told = f"sshd lets {self.user} in by {', '.join(allowed)} alone"
-            return f"{told}; {how_to_ask_for_keys(self.user)}"
+            what = f"sshd lets {self.user} in by {', '.join(allowed)} alone"
+            return f"{what}; {how_to_ask_for_keys(self.user)}"
         if key is None:
             made = how_to_make_key(os.path.expanduser("~/.ssh/epok"))
             return f"no key was accepted ({one_line(error)}); give one with --key; {made}"
         refused = f"the key {self.options.key} is refused"
         if in_pod():
             return f"{refused}; {RENEW}"
-        run = f"echo '{key.get_name()} {key.get_base64()}' >epok.pub"
-        run += " && cron/setup-host --public-key epok.pub"
+        steps = f"echo '{key.get_name()} {key.get_base64()}' >epok.pub"
+        steps += " && cron/setup-host --public-key epok.pub"
         then = f"--host {self.login._replace(user='epok')}, where this key alone works then"
         where = "as root on the host, in a clone of epok's repository"
-        return f"{refused}; {where}, run: {run}; then give {then}, behind a gate"
+        return f"{refused}; {where}, run: {steps}; then give {then}, behind a gate"
 
     def drop(self) -> None:
         if self.client is not None:
@@ -4099,16 +4083,18 @@ class SshHost:
 
 
 def end_input(channel: Any) -> None:
-    """Like shutdown_write(), but never behind the end of the channel, where sshd hangs up."""
+    """Like shutdown_write(), but never behind the end of the channel, where sshd hangs up.
+
+    paramiko has no public way to send it before it lets go of the lock.
+    """
     with channel.lock:
         if message := channel._send_eof():
             channel.get_transport()._send_user_message(message)
 
 
 AGAIN = "run cron/setup-host on the host, with the options that it had before"
+GATE = "run cron/setup-host on the host, which makes a user epok with a gate, and log in as that"
 RENEW = AGAIN + ", and replace the Secret by what it prints"
-HOW_TO_REACH = "; is the address right, sshd running there, and no firewall between?"
-KNOWN_HOSTS = ["~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts"]
 HOST_KEY_TYPES: tuple[Sequence[str], ...] = (  # in the order that ssh prefers
     ("ssh-ed25519",),
     ("ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521"),
@@ -4125,19 +4111,19 @@ NEGOTIATED = {
 
 def how_to_agree(error: Exception) -> str:
     """What a server lacks with which nothing can be negotiated."""
-    for word, (what, setting, example) in NEGOTIATED.items():
+    for word, (what, keyword, example) in NEGOTIATED.items():
         if f"acceptable {word}" in str(error):
-            told = f"sshd has no {what} that epok has: on the host"
-            return f"{told} add {example} to {setting} in /etc/ssh/sshd_config"
+            add = f"add {example} to {keyword} in /etc/ssh/sshd_config"
+            return f"sshd has no {what} that epok has: on the host {add}"
     return one_line(error)
 
 
 def how_to_ask_for_keys(user: str) -> str:
     """The setting of sshd with which a key is enough, for a user that has a gate."""
     if user != "epok":
-        return "run cron/setup-host on the host, which makes a user epok, and log in as that"
-    setting = "Match User epok\\nPubkeyAuthentication yes\\nAuthenticationMethods publickey\\n"
-    return f"as root on the host run: printf '{setting}' >>/etc/ssh/sshd_config, and reload sshd"
+        return GATE
+    lines = "Match User epok\\nPubkeyAuthentication yes\\nAuthenticationMethods publickey\\n"
+    return f"as root on the host run: printf '{lines}' >>/etc/ssh/sshd_config, and reload sshd"
 
 
 def how_to_make_key(name: str) -> str:
@@ -4170,21 +4156,19 @@ def load_key(name: str) -> Any:
     except (paramiko.PasswordRequiredException, TypeError):  # TypeError is of cryptography
         away = f"take it away: ssh-keygen -p -N '' -f {shlex.quote(name)}"
         away += ", or use ssh-agent and no --key"
-        raise Fatal(f"--key {name} has a passphrase; {RENEW if in_pod() else away}") from None
+        why = f"it has a passphrase; {RENEW if in_pod() else away}"
     except FileNotFoundError:
-        raise Fatal(f"--key {name}: there is no such file; {how_to_make_key(name)}") from None
+        why = f"there is no such file; {how_to_make_key(name)}"
     except OSError as error:
-        may = f"a file that user {os.geteuid()}, who runs epok, may read"
-        cure = "take fsGroup from cron/cronjob.yaml" if in_pod() else f"give {may}"
-        raise Fatal(f"--key {name}: {error.strerror}; {cure}") from None
+        give = f"give a file that user {os.geteuid()}, who runs epok, may read"
+        why = f"{error.strerror}; {'take fsGroup from cron/cronjob.yaml' if in_pod() else give}"
     except Exception as error:  # what its parsers raise is not documented
-        raise Fatal(f"--key {name}: {how_to_convert(name, error)}") from None
+        why = how_to_convert(name, error)
+    raise Fatal(f"--key {name}: {why}")
 
 
 def convert_key(name: str) -> Any:
     """A private key that paramiko cannot read: in PKCS#8, or OpenSSH's without a comment."""
-    import io
-
     import paramiko
     from cryptography.hazmat.primitives import serialization as form
 
@@ -4283,8 +4267,8 @@ class HostKeyCheck:
 
     def __init__(self, login: Login, options: Options) -> None:
         self.login, self.pins = login, options.host_key
-        self.files = [options.known_hosts] if options.known_hosts else KNOWN_HOSTS
-        self.files = [os.path.expanduser(file) for file in self.files]
+        system = [os.path.expanduser("~/.ssh/known_hosts"), "/etc/ssh/ssh_known_hosts"]
+        self.files = [options.known_hosts] if options.known_hosts else system
         host = login.host.lower()
         self.name = host if login.port == 22 else f"[{host}]:{login.port}"
         self.seen: list[Any] = []
@@ -4292,14 +4276,14 @@ class HostKeyCheck:
         names = [] if self.pins else dict.fromkeys([self.name, host])
         self.known = [known_keys(self.files, name) for name in names]
 
-    def attempts(self) -> list[list[str]]:
+    def attempts(self) -> list[Sequence[str]]:
         """The algorithms of host keys to ask for, one list a connection, the best first."""
         flat = list(itertools.chain(*HOST_KEY_TYPES))
         if self.pins and "any" not in self.pins:
             kinds = {pin.split()[0].replace("ssh-rsa", "rsa-sha2-512") for pin in self.pins}
             # a fingerprint does not say of what kind its key is
             every = any(kind.startswith("SHA256:") for kind in kinds)
-            return [list(some) for some in HOST_KEY_TYPES if every or kinds & set(some)] or [flat]
+            return [some for some in HOST_KEY_TYPES if every or kinds.intersection(some)] or [flat]
         kinds = {line.key.get_name() for lines in self.known[:1] for line in lines if not line.mark}
         if "ssh-ed25519" in kinds:  # the best is known, so ssh leaves the order as it is
             return [flat]
@@ -4308,10 +4292,10 @@ class HostKeyCheck:
     def verdict(self, key: Any) -> tuple[str, KnownKey | None]:
         """What known_hosts says of a key, and the line that says it."""
         for lines in self.known:
-            same = [line for line in lines if line.key.get_base64() == key.get_base64()]
-            for mark, told in (("@revoked", "revoked"), ("", "known")):
-                if line := next((line for line in same if line.mark == mark), None):
-                    return told, line
+            equal = [line for line in lines if line.key.get_base64() == key.get_base64()]
+            for mark, verdict in (("@revoked", "revoked"), ("", "known")):
+                if line := next((line for line in equal if line.mark == mark), None):
+                    return verdict, line
             if line := next((line for line in lines if not line.mark), None):
                 return "changed", line
         lines = [line for lines in self.known for line in lines if line.mark == "@cert-authority"]
@@ -4321,11 +4305,8 @@ class HostKeyCheck:
         """paramiko calls this for each connection, since it was given no keys to know."""
         self.seen.append(key)
         if "any" in self.pins:
-            log.warning(
-                "%s: its host key is not checked (--host-key any); pin %s",
-                self.login,
-                key.fingerprint,
-            )
+            what = f"its host key is not checked (--host-key any); pin {key.fingerprint}"
+            log.warning("%s: %s", self.login, what)
         elif self.pins:
             pinned = {pin.split()[:2][-1].rstrip("=") for pin in self.pins}
             if not {key.get_base64().rstrip("="), key.fingerprint} & pinned:
@@ -4338,31 +4319,31 @@ class HostKeyCheck:
         if not self.seen:
             return f"{self.login}: it has no host key of the kind of --host-key; check that"
         key, file = self.seen[0], self.files[0]
-        told = f"{self.login}: its host key {key.get_name()} {key.fingerprint}"
+        what = f"{self.login}: its host key {key.get_name()} {key.fingerprint}"
         kind = next((kind for kind in ("ed25519", "ecdsa", "rsa") if kind in key.get_name()), "*")
         compare = f"on the host: ssh-keygen -lf /etc/ssh/ssh_host_{kind}_key.pub"
         between = "somebody may be in between; only if the host was reinstalled and has this key"
         between += f" ({compare})"
         if self.pins:
             new = f'--host-key "{key.get_name()} {key.get_base64()}"'
-            return f"{told} is not the one of --host-key: {between}, give {new}"
+            return f"{what} is not the one of --host-key: {between}, give {new}"
         verdict, line = self.verdict(key)
         if line and verdict == "revoked":
-            return f"{told} is marked @revoked in {line.file}; connect to no such host"
+            return f"{what} is marked @revoked in {line.file}; connect to no such host"
         # the blank does no harm, and who looks for the line finds its first word alone
         add = f"{into_directory(file)}echo ' {self.name} {key.get_name()} {key.get_base64()}'"
         add += f" >>{shlex.quote(file)}"
         if line and verdict == "changed":
-            told += f" is not the one in {line.file}, line {line.number}: {between}"
+            what += f" is not the one in {line.file}, line {line.number}: {between}"
             # a pattern is for other hosts too, and the system's file for other users
             if line.file == file and not re.search("[*?]", line.names):
                 add = f"ssh-keygen -R {shlex.quote(self.name)} -f {shlex.quote(file)} && {add}"
-            return f"{told}, {RENEW if in_pod() else f'run: {add}'}"
-        told += f" is unknown to {file}" if line is None else f" is not in {line.file}"
+            return f"{what}, {RENEW if in_pod() else f'run: {add}'}"
+        what += f" is unknown to {file}" if line is None else f" is not in {line.file}"
         if line:
-            told += ", and epok cannot check a certificate by its @cert-authority"
-        same = f"compare it with that {compare}, and if it is the same, run: {add}"
-        return f"{told}; {RENEW if in_pod() else same}"
+            what += ", and epok cannot check a certificate by its @cert-authority"
+        check = f"compare it with that {compare}, and if it is the same, run: {add}"
+        return f"{what}; {RENEW if in_pod() else check}"
 
 
 Host = LocalHost | SshHost
@@ -4399,13 +4380,10 @@ def read_facts(host: Host, deadline: Deadline) -> Facts:
     links = host.run(Command.ADDRESSES.argv(host.sudo), "", deadline)
     words = [line.split() for line in links.out.splitlines()]
     if links.status != 0:
-        told = "it is BusyBox's" if "BusyBox" in links.err else links.said
-        log.warning(
-            "%s: ip -br addr: %s; so epok cannot tell all interfaces and addresses of the host, "
-            "and whether it is a node: apt-get install iproute2 (OpenWrt: ip-full)",
-            host.name,
-            told,
-        )
+        why = "it is BusyBox's" if "BusyBox" in links.err else links.said
+        what = "epok cannot tell all interfaces and addresses of the host, and whether it is a node"
+        cure = "apt-get install iproute2 (OpenWrt: ip-full)"
+        log.warning("%s: ip -br addr: %s; so %s: %s", host.name, why, what, cure)
         local = host.run(Command.LOCAL.argv(host.sudo), "", deadline).out
         # lines begin as "local 192.0.2.1 dev eth0"
         words = [[line[3], "", line[1]] for line in map(str.split, local.splitlines()) if line[3:]]
@@ -4428,20 +4406,18 @@ def login_port(host: Host, deadline: Deadline) -> int:
     # last, as a shell may say something first
     if ports := re.findall(r"(?m)^\S+ [0-9]+ \S+ ([0-9]{1,5})$", result.out):
         return int(ports[-1])
-    told = f"{host.name}: {Command.CONNECTION.text}: {result.said}; so epok keeps for itself only"
-    told += f" port {host.login.port}, and not the one that a router may have brought it to"
+    what = f"{host.name}: {Command.CONNECTION.value}: {result.said}; so epok keeps for itself only"
+    what += f" port {host.login.port}, and not the one that a router may have brought it to"
     if result.status == 127:  # as with some BusyBox, and nobody can mend that
-        log.info("%s", told)
+        log.info("%s", what)
     else:
-        log.warning("%s%s", told, ANOTHER_GATE)
+        log.warning("%s%s", what, ANOTHER_GATE)
     return 0
 
 
 def read_all_tables(host: Host, deadline: Deadline, counted: bool = False) -> Found:
-    return {
-        family.version: read_tables(host, family, list(BUILT_IN), deadline, counted)
-        for family in FAMILIES
-    }
+    names = list(BUILT_IN)
+    return {each.version: read_tables(host, each, names, deadline, counted) for each in FAMILIES}
 
 
 def read_tables(
@@ -4449,17 +4425,13 @@ def read_tables(
 ) -> Tables | None:
     """epok's part of some tables, None when the host has no such IP version. Raises Fatal."""
     meter = Meter(f"{host.name}: {family.tool}-save", RULES_LIMIT, RULES_LINES)
-    how = meter, deadline, counted
     reading = [
-        (name, Background(persist, deadline, read_table, host, family, name, *how))
+        Background(persist, deadline, read_table, host, family, name, meter, deadline, counted)
         for name in names
     ]
-    tables = {}
-    for name, thread in reading:
-        tables[name] = thread.result(deadline, f"{host.name}: reading its rules")
-        if tables[name] is None:
-            return None
-    return tables
+    doing = f"{host.name}: reading its rules"
+    tables = [thread.result(deadline, doing) for thread in reading]
+    return None if None in tables else dict(zip(names, tables, strict=True))
 
 
 def read_table(
@@ -4487,47 +4459,42 @@ def read_table(
 
 
 class Failure(NamedTuple):
-    """A command that failed, on a host, and the input that it had."""
+    """A command that failed on a host, and what it said."""
 
     host: Host
     argv: Sequence[str]
-    result: Result
-    text: str
+    err: str
 
 
-def how_to_install(failure: Failure) -> str:
-    if not re.search(r"\bsudo: (command )?not found", failure.result.err):
-        return "; install it on the host: apt-get install iptables"
+def how_to_have_sudo(failure: Failure) -> str:
     or_root = f", or {how_to_be_root('su -c')}" if isinstance(failure.host, LocalHost) else ""
     return f"; install it on the host: apt-get install sudo{or_root}"
 
 
 def how_to_allow_sudo(failure: Failure) -> str:
     """What lets a user run by sudo what epok needs, and no more where the gate stands."""
-    host, argv, result, _ = failure
+    host, argv, err = failure
     visudo = "as root on the host run visudo -f /etc/sudoers.d/epok and add: "
     tools = [family.tool for family in FAMILIES]
-    needed = [Command.SAVE.argv((), tool, table) for tool in tools for table in ("nat", "filter")]
-    needed += [Command.RESTORE.argv((), tool) for tool in tools]
-    paths = [f"/usr/sbin/{words}" for words in dict.fromkeys(map(shlex.join, [argv[2:], *needed]))]
-    line = f"{visudo}{host.user} ALL=(root) NOPASSWD: {', '.join(paths)}"
+    every = [argv[2:]]
+    every += [Command.SAVE.argv((), tool, table) for tool in tools for table in ("nat", "filter")]
+    every += [Command.RESTORE.argv((), tool) for tool in tools]
+    paths = ", ".join(f"/usr/sbin/{words}" for words in dict.fromkeys(map(shlex.join, every)))
+    line = f"{visudo}{host.user} ALL=(root) NOPASSWD: {paths}"
     if isinstance(host, LocalHost):
         return f"; {how_to_be_root('sudo -E')}; or {line}"
     if host.gated or host.user == "epok":
         return f"; {AGAIN}"
-    if "must have a tty" in result.err:
+    if "must have a tty" in err:
         return f"; {visudo}Defaults:{host.user} !requiretty"
-    safe = "run cron/setup-host on the host, which makes a user epok with a gate, and log in as it"
-    return f"; {safe}; or, if who has the key may change all of the firewall, {line}"
+    return f"; {GATE}; or, if who has the key may change all of the firewall, {line}"
 
 
 def how_to_be_able(failure: Failure) -> str:
     if isinstance(failure.host, LocalHost) and not failure.host.sudo and os.geteuid() != 0:
         return f"; {how_to_be_root('sudo -E')}"
-    return (
-        "; root lacks CAP_NET_ADMIN there, which a container gets by --cap-add NET_ADMIN"
-        " --network host"
-    )
+    gets = "a container gets by --cap-add NET_ADMIN --network host"
+    return f"; root lacks CAP_NET_ADMIN there, which {gets}"
 
 
 def how_to_be_root(by: str) -> str:
@@ -4536,34 +4503,29 @@ def how_to_be_root(by: str) -> str:
     return f"run epok as root: {by} {shlex.quote(words) if by == 'su -c' else words}"
 
 
-def named_line(failure: Failure) -> str:
-    """The line of the input that iptables names."""
-    number = re.search(r"line:? (\d+)", failure.result.err)
-    lines = failure.text.splitlines()
+def named_line(err: str, text: str) -> str:
+    number, lines = re.search(r"line:? (\d+)", err), text.splitlines()
     if number and 0 < int(number[1]) <= len(lines):
         return f": {quoted(lines[int(number[1]) - 1])}"
     return ""
 
 
-def no_syntax(failure: Failure) -> str:
-    return f"{named_line(failure)}; this is a defect of epok or an iptables that is too old"
-
-
 ANOTHER_GATE = "; run cron/setup-host of this epok on the host, with --mark if epok has that option"
 # What a failure means, by its exit status, the command's first word and what it says: the first
 # that fits counts. Then how often that is tried at most, 0 where it will not change; and what to
-# do, which ends the message.
+# do, which ends the message: LINE stands for the line of the input that iptables names.
 FAILURES: tuple[tuple[str, int, str | Callable[[Failure], str]], ...] = (
     # also seen while another process made the tables of a host that had none
     ("incompatible", 3, "; native nft rules share the table: move them to a table of their own"),
-    ("^127 |command not found", 0, how_to_install),
+    (r"\bsudo: (command )?not found", 0, how_to_have_sudo),
+    ("^127 |command not found", 0, "; install it on the host: apt-get install iptables"),
     ("epok-gate: ", 0, ANOTHER_GATE),
     ("^[0-9-]+ sudo (?s:.*)(sudo:|not allowed)", 0, how_to_allow_sudo),
     ("must be root|Permission denied|not permitted", 0, how_to_be_able),
     ("temporarily unavailable|xtables lock|^-", 1000, ""),
-    ("^2 ", 0, no_syntax),
+    ("^2 ", 0, "LINE; this is a defect of epok or an iptables that is too old"),
     # a race with another writer, which goes away, or something that the kernel refuses, which stays
-    ("", RACES, named_line),
+    ("", RACES, "LINE"),
 )
 
 
@@ -4576,7 +4538,8 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
         said += "incompatible"
     _, tries, advice = next(row for row in FAILURES if re.search(row[0], said))
     if not isinstance(advice, str):
-        advice = advice(Failure(host, argv, result, text))
+        advice = advice(Failure(host, argv, result.err))
+    advice = advice.replace("LINE", named_line(result.err, text))
     message = f"{host.name}: {shlex.join(argv)}: {result.said}{advice}"
     return Transient(message, attempts=tries) if tries else Fatal(message)
 
@@ -4758,9 +4721,18 @@ def track(host: Host, argv: Sequence[str], deadline: Deadline, take: Take | None
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     """Notes how long a step takes."""
-    start = time.monotonic()
+    began = time.monotonic()
     yield
-    seconds[step] = time.monotonic() - start
+    seconds[step] = time.monotonic() - began
+
+
+@contextlib.contextmanager
+def as_warning(then: str) -> Iterator[None]:
+    """What fails within is a warning, for the host is right without it."""
+    try:
+        yield
+    except Fatal as error:
+        log.warning("%s%s", error, then)
 
 
 def rendered(plan: Plan, options: Options) -> Wanted:
@@ -4791,15 +4763,11 @@ class Publisher:
     """Tells in the status of Services of epok's class what the hosts forward that are right."""
 
     def __init__(
-        self,
-        options: Options,
-        source: SnapshotFile | Cluster,
-        services: Iterable[Service],
-        plan: Callable[[Facts], Plan],
+        self, options: Options, source: SnapshotFile | Cluster, services: Iterable[Service]
     ) -> None:
-        self.options, self.source, self.plan = options, source, plan
+        self.options, self.source = options, source
         self.services = {service.key: service for service in services if service.balanced}
-        self.right: list[Facts] = []
+        self.right: list[tuple[Facts, Plan, dict[str, list[Forward]]]] = []
         self.lock = threading.Lock()
         self.failed = False
 
@@ -4812,10 +4780,10 @@ class Publisher:
         options = self.options
         if options.publish != ("auto",):
             own = {*map(str, facts.addresses)}
-            others = {str(address) for each in self.right for address in each.addresses}
+            others = {str(address) for host, *_ in self.right for address in host.addresses}
             # what is no host's own, like a router's address, is everybody's
-            shared = self.all_right or own.isdisjoint(options.publish)
-            return [n for n in options.publish if n in own or (shared and n not in others)]
+            any_host = self.all_right or own.isdisjoint(options.publish)
+            return [n for n in options.publish if n in own or (any_host and n not in others)]
         internal = not service.annotations.keys().isdisjoint(INTERNAL_ANNOTATIONS)
         closed = options.external_interface * internal
         return [
@@ -4826,35 +4794,34 @@ class Publisher:
             if options.covers(address)
         ]
 
-    def add(self, facts: Facts) -> list[Publication]:
-        """What is to be written now that one more host is right."""
+    def add(self, facts: Facts, plan: Plan) -> list[Publication]:
+        """What is to be written now that one more host is right, which forwards what is planned."""
         if not self.services or (self.options.publish == ("auto",) and not facts.interfaces):
             return []  # a host that does not tell its addresses keeps what was written
-        self.right.append(facts)
-        made, every = [], set()
-        plans = [self.plan(each) for each in self.right]
-        forwards = [grouped(plan.forwards) for plan in plans]
+        self.right.append((facts, plan, grouped(plan.forwards)))
+        news: list[Publication] = []
+        named: set[str] = set()
         for service in self.services.values():
             before = service.balanced.ingress if service.balanced else []
-            entries: dict[str, Ingress] = {}
-            known: set[str] = set()
-            for host, plan, its in zip(self.right, plans, forwards, strict=True):
-                names = self.names(host, service)
-                known.update(names)
-                for entry in ingress_of(service, its.get(service.key, ()), plan, names):
-                    other = entries.setdefault(entry.name, entry)
+            its: dict[str, Ingress] = {}
+            names: set[str] = set()
+            for host, plan, forwards in self.right:
+                own = self.names(host, service)
+                names.update(own)
+                for entry in ingress_of(service, forwards.get(service.key, ()), plan, own):
+                    other = its.setdefault(entry.name, entry)
                     for one, two in zip(other.ports, entry.ports, strict=True):
                         one.error = one.error or two.error
             if not self.all_right:  # a host that failed keeps what was written
-                entries |= {each.name: each for each in before if each.name not in known}
-            after = sorted(entries.values(), key=self.order)
-            every |= known
+                its |= {each.name: each for each in before if each.name not in names}
+            after = sorted(its.values(), key=self.order)
+            named |= names
             if after != before:
-                made.append(Publication(service, before, after))
-        if self.options.publish and not every:
+                news.append(Publication(service, before, after))
+        if self.options.publish and not named:
             where = f"-i {','.join(self.options.interfaces)}"
             log.warning("--publish auto: no global address on %s; give the addresses", where)
-        return made
+        return news
 
     def order(self, entry: Ingress) -> tuple[int, bool, str]:
         """The same whichever host was right first."""
@@ -4862,20 +4829,22 @@ class Publisher:
         place = given.index(entry.name) if entry.name in given else len(given)
         return place, ":" in entry.name, entry.name
 
-    def publish(self, facts: Facts, deadline: Deadline) -> None:
-        """Writes what differs. Raises Fatal."""
+    def publish(self, facts: Facts, plan: Plan, deadline: Deadline) -> list[Publication]:
+        """Writes what differs, and returns it; in a --dry-run only that. Raises Fatal."""
         seconds = min(STATUS_SECONDS, deadline.remaining() / 2)
         deadline = Deadline(seconds, "the time for the status of Services,")
         with self.lock:
-            tasks = [(each.service.key, self.write, each) for each in self.add(facts)]
-            if not tasks or self.failed:
-                return
+            news = self.add(facts, plan)
+            if not news or self.options.dry_run or self.failed:
+                return news
             self.failed = True
             if not isinstance(self.source, Cluster):
                 raise Fatal(f"{self.source.name} is a file; no new EXTERNAL-IP was written")
+            tasks = [(each.service.key, self.write, each) for each in news]
             writing = Background(self.source.write_all, "new EXTERNAL-IP", tasks, deadline)
             writing.result(deadline, f"{self.source.name}: writing the status of Services")
             self.failed = False
+            return news
 
     def write(self, publication: Publication, deadline: Deadline) -> None:
         service, _, ingress = publication
@@ -4888,8 +4857,7 @@ class Publisher:
 def cluster_to_clean(options: Options, deadline: Deadline) -> Publisher:
     """What --clean takes out of the status of Services. Raises Fatal."""
     reader = Reader(options, deadline)
-    services = reader.once_each(SERVICES, "key")
-    return Publisher(options, reader.source, services, lambda _: Plan())
+    return Publisher(options, reader.source, reader.once_each(SERVICES, "key"))
 
 
 def grouped(forwards: Iterable[Forward]) -> dict[str, list[Forward]]:
@@ -4926,8 +4894,7 @@ class Planner:
             self.snapshot = self.reader.snapshot(options.explain)
         self.publisher: Publisher | None = None
         if options.publish:
-            services = self.snapshot.services
-            self.publisher = Publisher(options, self.reader.source, services, self.plan)
+            self.publisher = Publisher(options, self.reader.source, self.snapshot.services)
         self.plans: dict[tuple[Set[str], int], Plan] = {}
         self.rulesets: dict[tuple[Set[str], int], Wanted] = {}
         self.announced: set[str] = set()
@@ -4978,22 +4945,19 @@ class Planner:
         lines += [f"rejected: {rejection}" for rejection in plan.rejections]
         lines = [line for line in lines if line not in self.announced]
         self.announced.update(lines)
-        more = len(lines) - MAX_LINES
-        if more > 0:
-            lines = in_turn(lines, lambda line: line.removeprefix("rejected: "))[:MAX_LINES]
-        for line in lines:
+        some = lines
+        if len(lines) > MAX_LINES:
+            some = in_turn(lines, lambda line: line.removeprefix("rejected: "))[:MAX_LINES]
+        for line in some:
             log.warning("%s", line)
-        if more > 0:
+        if more := len(lines) - len(some):
             log.warning("%d more warnings like these; --status shows all of them", more)
         events = [each.event("UnknownAnnotation") for each in plan.unknown]
         events += [each.event("ExternalPortRejected") for each in plan.rejections]
         self.untold |= dict.fromkeys(events)
 
     def tell(self, news: Iterable[Event]) -> None:
-        """Writes Events about a host, then those about rejections, which the first host takes.
-
-        That they cannot be written is a warning, since the host is right without them.
-        """
+        """Writes Events about a host, then those about rejections, which the first host takes."""
         with self.lock:
             untold, self.untold = [*self.untold], {}
         # in any order: where the time does not suffice for all, each gets its turn
@@ -5006,11 +4970,9 @@ class Planner:
         deadline = Deadline(seconds, "the time for Events,")
         uids = {service.key: service.uid for service in self.snapshot.services}
         tasks = [(event.service, source.record, event, uids) for event in events]
-        try:
+        with as_warning(""):
             writing = Background(source.write_all, "Events", tasks, deadline)
             writing.result(deadline, f"{source.name}: writing Events")
-        except Fatal as error:
-            log.warning("%s", error)
 
 
 def events_of(changes: Iterable[Change], machine: str) -> list[Event]:
@@ -5033,31 +4995,30 @@ def report_swap(
     taken: str = "",
 ) -> None:
     """Says what a run did, and which nodes the host was taken for."""
+    say, complain = (functools.partial(level, "%s%s", prefix) for level in (log.info, log.warning))
     if taken and inputs:
-        log.info("%s%s", prefix, taken)
+        say(taken)
     for change in changes:
-        log.info("%s%s %s to %s", prefix, VERBS[change.sign], change.live, change.text)
+        say(f"{VERBS[change.sign]} {change.live} to {change.text}")
     # each once, in both IP versions
     count = len({key for tables in wanted.values() for key in dispatches_in(tables)})
     total = f"{count} {plural(count, 'forward')}"
     older = 0 if wanted[4]["nat"].hooks else older_rules(before)
     if older:
-        log.info("%sremoved %d %s of the older epok", prefix, older, plural(older, "rule"))
+        say(f"removed {older} {plural(older, 'rule')} of the older epok")
     if not inputs:
-        log.info("%sin sync, %s, nothing changed%s", prefix, total, taken and f"; {taken}")
+        say(f"in sync, {total}, nothing changed{taken and '; '}{taken}")
     elif not changes and not older:
         lines = sum(inputs) - 2 * len(inputs)
-        done = f"put right with {lines} {plural(lines, 'line')}"
-        log.info("%srules of epok's were %s, %s", prefix, done, total)
+        say(f"rules of epok's were put right with {lines} {plural(lines, 'line')}, {total}")
     for version, name in itertools.product(wanted, BUILT_IN):
         held = (before[version] or NOTHING)[name].held - wanted[version][name].chains.keys()
         if held:
-            what = f"{prefix}kept these chains, empty, in table {name}: {enumerated(sorted(held))}"
-            log.warning("%s: a rule that is not epok's refers to them; delete it", what)
+            what = f"kept these chains, empty, in table {name}: {enumerated(sorted(held))}"
+            complain(f"{what}: a rule that is not epok's refers to them; delete it")
     old, new = (each["filter"].chains.get(FORWARD) for each in (before[4] or NOTHING, wanted[4]))
     if old and new and old != new:
-        what = "--mark is another one now: connections that were open have lost their way"
-        log.warning("%s%s", prefix, what)
+        complain("--mark is another one now: connections that were open have lost their way")
 
 
 def all_lives(tables: Found, counted: Found) -> list[Live]:
@@ -5118,8 +5079,8 @@ def metrics_text(
     for name, value, labels in samples:
         kind = "counter" if name.endswith("_total") else "gauge"
         head = f"# HELP epok_{name} {HELP[name]}\n# TYPE epok_{name} {kind}\n"
-        within = ",".join(f"{key}={json.dumps(str(text))}" for key, text in labels.items())
-        line = f"epok_{name}{within and f'{{{within}}}'} {value:.15g}\n"
+        words = ",".join(f"{key}={json.dumps(str(text))}" for key, text in labels.items())
+        line = f"epok_{name}{words and f'{{{words}}}'} {value:.15g}\n"
         metrics[name] = metrics.get(name, head) + line
     return "".join(metrics.values())
 
@@ -6824,11 +6785,11 @@ class OneLine(logging.Formatter):
         return printable(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
-def start_log(level: str) -> None:
+def start_log() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine())
     log.handlers, log.propagate = [handler], False
-    log.setLevel(level.upper())
+    log.setLevel("INFO")
     logging.captureWarnings(True)
     # or Python prints what libraries log, which comes as an exception too
     if not logging.getLogger().handlers:
@@ -6839,20 +6800,11 @@ def warn(visit: Visit, forwards: Sequence[Forward]) -> None:
     """Warns about what makes forwards fail without a word; not to be able to look is no failure."""
     seconds = min(LOOK_SECONDS, visit.deadline.remaining() / 2)
     visit.asker.deadline = Deadline(seconds, "the time for looking,")
-    try:
+    with as_warning("; so what else may be in the way was not checked"):
         visit.look_around()
         for check in check_host(visit, forwards):
             if check.problem and check.sure:
                 log.warning("%s", check.problem)
-    except Fatal as error:
-        log.warning("%s; so what else may be in the way was not checked", error)
-
-
-def check_taken(visit: Visit, planner: Planner) -> None:
-    """Raises Fatal for a host that is taken for a node and has no route to its pods."""
-    for check in check_pods(visit, planner):
-        if check.problem:
-            raise Fatal(f"{check.problem}; nothing was changed")
 
 
 def publish(
@@ -6862,21 +6814,30 @@ def publish(
 
     That it cannot is a warning, for the host is right. But a pod that cleans has a cluster.
     """
-    publisher, options = planner and planner.publisher, visit.options
+    publisher, clean = planner and planner.publisher, visit.options.clean
     try:
         if cleaning:
             publisher = cleaning.result(visit.deadline, "reading the cluster")
-        if publisher and options.dry_run:
-            with publisher.lock:
-                return publisher.add(visit.facts)
-        if publisher:
-            publisher.publish(visit.facts, visit.deadline)
+        plan = planner.plan(visit.facts) if planner else Plan()
+        return publisher.publish(visit.facts, plan, visit.deadline) if publisher else []
     except Fatal as error:
-        if options.clean and in_pod():
+        if clean and in_pod():
             raise Fatal(f"{error}; the rules are gone, but Services still have addresses") from None
-        left = "; Services may still have addresses" * options.clean
-        log.warning("%s%s", error, left)
-    return []
+        log.warning("%s%s", error, "; Services may still have addresses" * clean)
+        return []
+
+
+def check_node(visit: Visit, planner: Planner) -> None:
+    """Raises Fatal for a host that is taken, or was, for a node that it perhaps is not."""
+    for check in check_pods(visit, planner):
+        if check.problem:
+            raise Fatal(f"{check.problem}; nothing was changed")
+    found = visit.found
+    if not visit.facts.interfaces and any(live.direct for live in all_lives(found, found)):
+        raise Fatal(
+            f"{visit.host.name}: its rules are those of a node, and it does not tell whether it is "
+            "one any more: apt-get install iproute2; nothing was changed"
+        )
 
 
 def serve(visit: Visit, planner: Planner | None, cleaning: Background | None) -> Outcome:
@@ -6889,37 +6850,25 @@ def serve(visit: Visit, planner: Planner | None, cleaning: Background | None) ->
         facts = visit.facts
         if planner:
             wanted, forwards = planner.wanted(facts), planner.plan(facts).forwards
-            check_taken(visit, planner)
+            check_node(visit, planner)
         found = visit.found
-    if planner and not facts.interfaces and any(live.direct for live in all_lives(found, found)):
-        raise Fatal(
-            f"{host.name}: its rules are those of a node, and it does not tell whether it is one "
-            "any more: apt-get install iproute2; nothing was changed"
-        )
     if options.dry_run:
         warn(visit, forwards)
-        news = publish(visit, planner, cleaning)
-        outcome.shown = dry = DryRun(visit, wanted, news)
+        outcome.shown = dry = DryRun(visit, wanted, publish(visit, planner, cleaning))
         outcome.status = 3 if dry.inputs else 0
         return outcome
     with timed(outcome.seconds, "swap"):
         inputs = converge(host, wanted, found, options, deadline)
-    outcome.changes = changes_between(found, wanted) if inputs else []
+    outcome.changes = changes = changes_between(found, wanted) if inputs else []
     prefix = f"{host.name}: " if options.executor == "ssh" else ""
-    taken = planner.taken(facts) if planner else ""
-    report_swap(prefix, found, wanted, inputs, outcome.changes, taken)
+    report_swap(prefix, found, wanted, inputs, changes, planner.taken(facts) if planner else "")
     publish(visit, planner, cleaning)
     warn(visit, forwards)
     flows = Deadline(deadline.remaining() / 2, "the time for UDP flows,")
-    try:
-        changes = outcome.changes
+    with as_warning("; UDP clients from before may stay where they were until the next run"):
         persist(flows, end_stale_flows, host, forwards, changes, facts, options, flows)
-    except Fatal as error:
-        log.warning(
-            "%s; UDP clients from before may stay where they were until the next run", error
-        )
     if planner:
-        planner.tell(events_of(outcome.changes, host.machine))
+        planner.tell(events_of(changes, host.machine))
     if options.metrics_file:
         outcome.lives = all_lives(wanted, found)
     outcome.status = 0
@@ -6929,20 +6878,16 @@ def serve(visit: Visit, planner: Planner | None, cleaning: Background | None) ->
 def as_found(options: Options, found: Found) -> Options:
     """The options, and where they name no interfaces those, and addresses, of the live rules."""
     present = [tables for tables in found.values() if tables]
-    ways = [match.groups() for tables in present for match in entries_in(tables)]
+    ways = [match for tables in present for match in entries_in(tables)]
     if options.interfaces or not ways:
         return options
     rules = [rule for tables in present for rule in tables["nat"].chains.get(ROOT, ())]
-    returns = [
-        match[1] for rule in rules if (match := re.fullmatch(r"-[io] (\S+) -j RETURN", rule))
-    ]
-    names = dict.fromkeys([*(name for _, _, name, _ in ways), *returns[:1]])
-    addresses = ",".join(address for negated, address, _, _ in ways if address and not negated)
+    outer = re.findall(r"(?m)^-[io] (\S+) -j RETURN$", "\n".join(rules))[:1]
     return dataclasses.replace(
         options,
-        interfaces=tuple(names),
-        external_interface="".join(returns[:1]),
-        addresses=to_networks(addresses),
+        interfaces=tuple(dict.fromkeys([*(way[3] for way in ways), *outer])),
+        external_interface="".join(outer),
+        addresses=to_networks(",".join(way[2] for way in ways if way[2] and not way[1])),
     )
 
 
@@ -6955,12 +6900,12 @@ def look(visit: Visit, planning: Background) -> Outcome:
     if key:
         its = [live for live in lives if live.service == key]
         status = Story(host.name, found, its, key, max_nodes=options.max_nodes)
-    failed, planner = bool(key), None
+    failed, planner = False, None
     try:
         planner = planning.result(deadline, "reading the cluster")
         status.compare(planner, visit)
-        failed = False
     except Fatal as error:
+        failed = bool(key)
         status.cluster = f"not compared with the cluster: {error}"
     try:
         visit.look_around()
@@ -7005,30 +6950,27 @@ def print_outcomes(outcomes: Iterable[Outcome], options: Options) -> None:
 
 
 def run(options: Options) -> int:
-    started = time.monotonic()
-    deadline = Deadline(options.timeout)
-    hosts: list[Host] = [LocalHost()]
-    if options.executor == "ssh":
-        hosts = [SshHost(login, options) for login in options.host]
+    started, deadline = time.monotonic(), Deadline(options.timeout)
+    # what a host says must not wait for a cluster that does not answer
+    patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
+    remote = [SshHost(login, options) for login in options.host]
+    hosts: Sequence[Host] = remote or [LocalHost()]
     # the hosts are read while the API answers, and what shall be is computed
     visits = [Visit(host, options, deadline) for host in hosts]
-    planner: Planner | None = None
-    outcomes = [Outcome(host.name) for host in hosts]
+    planner, cleaning = None, None
     try:
         if options.looks:
-            # what a host says must not wait for a cluster that does not answer
-            patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
             planning = Background(Planner, options, patience)
             outcomes = everywhere(lambda visit: look(visit, planning), visits)
         else:
-            cleaning = None
-            if options.clean and at_hand(options):
-                patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
+            if not options.clean:
+                planner = Planner(options, deadline)
+            elif at_hand(options):
                 cleaning = Background(cluster_to_clean, options, patience)
-            planner = None if options.clean else Planner(options, deadline)
             outcomes = everywhere(lambda visit: serve(visit, planner, cleaning), visits)
     except Fatal as error:
         log.error("%s", error)
+        outcomes = [Outcome(host.name) for host in hosts]
     print_outcomes(outcomes, options)
     if options.metrics_file and not (options.looks or options.dry_run):
         took = time.monotonic() - started
@@ -7040,34 +6982,32 @@ def run(options: Options) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Does one run; returns the exit status."""
-    start_log("info")
+    start_log()
     try:
+        strange = list(strange_variables(os.environ))
         try:
             options = parse_options(argv, os.environ)
         except (SystemExit, BrokenPipeError):  # docopt has printed --help or --version
             show("")
             return 0
         except Fatal as error:  # perhaps for the lack of what such a variable was to say
-            told = [str(error), *strange_variables(os.environ)]
-            raise Fatal("; ".join(told), error.status) from None
-        start_log(options.log_level)
-        for text in strange_variables(os.environ):
+            raise Fatal("; ".join([str(error), *strange]), error.status) from None
+        log.setLevel(options.log_level.upper())
+        for text in strange:
             log.warning("%s", text)
         # a thread of its own, so that a signal breaks off nothing but the wait for it
         running = Background(run, options)
         while running.is_alive():
             running.join(0.1)  # by steps: a signal given to another thread ends no wait
-        status: int = running.result(Deadline(0), "epok")
-        return status
+        return int(running.result(Deadline(0), "epok"))
     except Fatal as error:
         log.error("%s", error)
         return error.status
     except ModuleNotFoundError as error:  # kubernetes and paramiko, imported where they are needed
         log.error("the Python package %s is missing: %s", error.name, HOW_TO_INSTALL)
-        return 1
     except KeyboardInterrupt:
         log.error("interrupted; run epok again to be sure that the host is right")
-        return 1
+    return 1
 
 
 def share_heap() -> None:
@@ -7090,9 +7030,10 @@ if __name__ == "__main__":
     for number in ends:
         if signal.getsignal(number) == signal.SIG_DFL:  # not if it is to be ignored, as of nohup
             signal.signal(number, signal.default_int_handler)
+    status = 1
+    # registered first, this comes last, behind what ends a login plugin that still runs: without
+    # it Python may crash while it takes down what a waiting thread still uses
+    atexit.register(lambda: os._exit(status))
     status = main(sys.argv[1:])
     for number in ends:
         signal.signal(number, signal.SIG_IGN)  # all is done, and the exit status says how
-    atexit._run_exitfuncs()  # ends a login plugin that still runs
-    # not SystemExit: Python may crash while it takes down what a waiting thread still uses
-    os._exit(status)

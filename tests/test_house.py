@@ -1,10 +1,13 @@
 """epok.py as a book: chapters that stand on those before them, tables that are right, and who relies on them."""
 
 import ast
+import inspect
 import itertools
 import re
 import symtable
 from collections.abc import Iterator
+
+import paramiko
 
 import epok
 from lab.gateway import gate
@@ -69,6 +72,19 @@ def test_the_contents_are_the_sections() -> None:
     assert re.findall(r"(?m)^#   (\w+) +(.+)$", contents) == list(SECTIONS.values())
 
 
+def test_the_private_names_of_other_packages_are_still_there() -> None:
+    """What epok knows of paramiko's insides, in one place; a new version may do it in another way."""
+    names = {node.attr for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Attribute)}
+    documented = {"_exit", "_fields", "_replace"}
+    private = {name for name in names if re.match("_[a-z]", name)} - documented
+    assert private == {"_send_eof", "_send_user_message"}
+    assert list(inspect.signature(paramiko.Transport._send_user_message).parameters) == ["self", "data"]
+    channel = paramiko.Channel(1)
+    with channel.lock:
+        assert isinstance(channel._send_eof(), paramiko.Message)
+        assert channel._send_eof() is None, "it is sent once"
+
+
 # ---- the table of commands
 
 VALUES = {
@@ -85,7 +101,7 @@ VALUES = {
 
 def forms(command: epok.Command) -> list[str]:
     """What epok may send of a command, without sudo."""
-    names = re.findall(r"\b[A-Z]{2,}\b", command.text)
+    names = re.findall(r"\b[A-Z]{2,}\b", command.value)
     every = [command.argv((), *values) for values in itertools.product(*(VALUES[name] for name in names))]
     flows = command in (epok.Command.END_FLOWS, epok.Command.END_FLOWS_6)
     own = VALUES["ADDRESS"][command is not epok.Command.END_FLOWS]
@@ -127,11 +143,11 @@ def test_the_readme_says_each_command_and_no_other() -> None:
     short = {"TOOL": ("iptables",), "BACKEND": VALUES["BACKEND"], "TABLE": VALUES["TABLE"]}
     expected = {}
     for command in epok.Command:
-        names = re.findall(r"\b[A-Z]{2,}\b", command.text)
+        names = re.findall(r"\b[A-Z]{2,}\b", command.value)
         given = {"FAMILY": ("FAMILY",), **short, **({"TABLE": ("TABLE",)} if "FAMILY" in names else {})}
         every = itertools.product(*(given.get(name, (name,)) for name in names))
         expected |= {
-            " ".join(command.argv((), *values)): command.as_root for values in every if "-f" not in command.text
+            " ".join(command.argv((), *values)): command.as_root for values in every if "-f" not in command.value
         }
     assert told == expected
 

@@ -1198,14 +1198,25 @@ NAMES = {
 }
 
 
-def publisher(publish: str, words: str, *objects: Object, before: Sequence[str] = ()) -> epok.Publisher:
+class Publisher(epok.Publisher):
+    """One for hosts that all have the same plan."""
+
+    plan: epok.Plan
+
+    def add(self, facts: epok.Facts, plan: "epok.Plan | None" = None) -> list[epok.Publication]:
+        return super().add(facts, plan or self.plan)
+
+
+def publisher(publish: str, words: str, *objects: Object, before: Sequence[str] = ()) -> Publisher:
     """For two hosts, and Services that have these addresses already."""
     argv = ["--publish", publish, *words.split(), "ssh", "--host", "root@left,root@right"]
     for made in objects:
         made["status"]["loadBalancer"]["ingress"] = [{"ip": ip, "ipMode": "Proxy"} for ip in before]
     plan, services = planned_for(*objects, node("n1", "10.0.0.11", "2001:db8:2::11"), argv=argv)
     source: Any = None
-    return epok.Publisher(epok.parse_options(argv, {}), source, services, lambda _: plan)
+    made = Publisher(epok.parse_options(argv, {}), source, services)
+    made.plan = plan
+    return made
 
 
 def after(found: Sequence[epok.Publication]) -> list[str]:
@@ -1262,5 +1273,5 @@ def test_what_kubernetes_before_1_30_keeps_is_what_was_written() -> None:
     made["status"]["loadBalancer"]["ingress"] = kept
     plan, services = planned_for(made)
     source: Any = None
-    again = epok.Publisher(again.options, source, services, lambda _: plan)
-    assert again.add(LEFT) == []
+    again = epok.Publisher(again.options, source, services)
+    assert again.add(LEFT, plan) == []

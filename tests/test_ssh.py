@@ -120,7 +120,7 @@ def check(run: Run) -> None:
 def kind(command: str) -> str:
     """The name of a command in epok's table, empty when there is none."""
     for each in epok.Command:
-        words = re.sub(r"\b[A-Z]{2,}\b", lambda name: VALUES.get(name[0], r"[\w.-]+"), each.text)
+        words = re.sub(r"\b[A-Z]{2,}\b", lambda name: VALUES.get(name[0], r"[\w.-]+"), each.value)
         if re.fullmatch(("(sudo -n )?" if each.as_root else "") + words, command):
             return each.name
     return ""
