@@ -190,7 +190,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 HOW_TO_INSTALL = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, "
@@ -260,18 +260,13 @@ class Fatal(Exception):
 
 
 class Transient(Exception):
-    """What may be gone when tried again; `after` is the least number of seconds to wait first.
-
-    `advice` is for when it stays.
-    """
+    """What may be gone when tried again `after` so many seconds; `advice` is for when it stays."""
 
     def __init__(
         self, message: str, after: float = 0, attempts: int = 1000, advice: str = ""
     ) -> None:
         super().__init__(message)
-        self.after = after
-        self.attempts = attempts
-        self.advice = advice
+        self.after, self.attempts, self.advice = after, attempts, advice
 
 
 def quoted(value: object) -> str:
@@ -344,38 +339,29 @@ class Deadline:
 def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
     """Calls `action` again while it raises Transient and time is left; the last one is Fatal."""
 
-    def cause(state: tenacity.RetryCallState) -> Any:
-        return state.outcome.exception() if state.outcome else None
-
-    # two that lost a race must not meet again, so chance may double the pause
-    longer, by_chance = tenacity.wait_exponential, tenacity.wait_random_exponential
-    backoff = longer(multiplier=0.2, max=5) + by_chance(multiplier=0.2, max=5)
-
-    def pause(state: tenacity.RetryCallState) -> float:
-        return float(cause(state).after + backoff(state))
-
-    def enough(state: tenacity.RetryCallState) -> bool:
+    def enough(state: Any) -> bool:
         # a try with less than half a second left would take too long, and hide the cause
         late = state.upcoming_sleep + 0.5 >= deadline.remaining()
-        return late or state.attempt_number >= cause(state).attempts
+        return bool(late or state.attempt_number >= state.outcome.exception().attempts)
 
-    def announce(state: tenacity.RetryCallState) -> None:
-        log.info("%s; trying again in %.1f s", cause(state), state.upcoming_sleep)
+    def announce(state: Any) -> None:
+        log.info("%s; trying again in %.1f s", state.outcome.exception(), state.upcoming_sleep)
 
-    retrying = tenacity.Retrying(
+    def give_up(state: Any) -> NoReturn:
+        error, tries = state.outcome.exception(), state.attempt_number
+        counted = f"gave up after {tries} {plural(tries, 'try', 'tries')}"
+        raise Fatal(f"{error} ({counted}){error.advice}") from error
+
+    # two that lost a race must not meet again, so chance may double the pause
+    by_chance = tenacity.wait_random_exponential(multiplier=0.2, max=5)
+    pause = tenacity.wait_exponential(multiplier=0.2, max=5) + by_chance
+    return tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Transient),
-        wait=pause,
+        wait=tenacity.wait_exception(operator.attrgetter("after")) + pause,
         stop=enough,
         before_sleep=announce,
-        reraise=True,
-    )
-    try:
-        return retrying(action, *args)
-    except Transient as error:
-        tries = retrying.statistics["attempt_number"]
-        raise Fatal(
-            f"{error} (gave up after {tries} {plural(tries, 'try', 'tries')}){error.advice}"
-        ) from error
+        retry_error_callback=give_up,
+    )(action, *args)
 
 
 class Background(threading.Thread):
@@ -397,9 +383,8 @@ class Background(threading.Thread):
     def result(self, deadline: Deadline, doing: str, grace: float = 0.2) -> Any:
         """What `work` returned; raises what it raised, or Fatal if it is not done at the deadline.
 
-        This holds whatever blocks: time limits of sockets count from byte to byte, and look-ups of
-        names have none.
-        `grace` seconds later, for what says by itself and better that it missed the deadline.
+        Limits of sockets do not do that: they count from byte to byte, and look-ups have none.
+        `grace` is for what says by itself and better that it missed the deadline.
         """
         self.join(deadline.remaining() + grace)
         if self.is_alive():
@@ -464,10 +449,9 @@ def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
 
 
 def collect(read: Callable[[int], bytes], doing: str, take: Take | None = None) -> Background:
-    """Takes what a command prints, while it comes; without `take` all of it, as text.
+    """Takes what a command prints, read a little ahead by another thread; else keeps it, as text.
 
-    Raises Fatal in result() when it has no end. It is read by a thread of its own, a little ahead
-    of who takes it.
+    Raises Fatal in result() when it has no end.
     """
     ready: queue.Queue[bytes] = queue.Queue(PIECES)
 
@@ -487,12 +471,10 @@ def collect(read: Callable[[int], bytes], doing: str, take: Take | None = None) 
         if reading.error:
             raise reading.error
 
-    def text() -> str:
-        if take:
-            return take(pieces())
-        return b"".join(Meter(doing, TEXT_LIMIT, TEXT_LIMIT).passing(pieces())).decode(*CODING)
+    def whole(pieces: Iterable[bytes]) -> str:
+        return b"".join(Meter(doing, TEXT_LIMIT, TEXT_LIMIT).passing(pieces)).decode(*CODING)
 
-    return Background(text)
+    return Background(take or whole, pieces())
 
 
 def feed(write: Callable[[bytes], object], close: Callable[[], object], text: str) -> Background:
@@ -500,8 +482,8 @@ def feed(write: Callable[[bytes], object], close: Callable[[], object], text: st
 
     def work() -> None:
         with contextlib.suppress(OSError):
-            for start in range(0, len(text), PIECE):
-                write(text[start : start + PIECE].encode(*CODING))
+            for begin in range(0, len(text), PIECE):
+                write(text[begin : begin + PIECE].encode(*CODING))
             close()  # only then: what is cut off must not look whole
 
     return Background(work)
@@ -568,10 +550,10 @@ def connect(host: str, port: int, deadline: Deadline) -> socket.socket:
     import aiohappyeyeballs  # RFC 8305
 
     look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    found = Background(look_up).result(deadline, f"looking up {host}")
-    race = aiohappyeyeballs.start_connection(found, happy_eyeballs_delay=0.25)
+    addresses = Background(look_up).result(deadline, f"looking up {host}")
+    race = aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=0.25)
     left = deadline.remaining()
-    patience = max(left - 0.5, left / 2)  # or who waits for it all knows no cause
+    patience = max(left - 0.5, left / 2)  # to end before the deadline, with the cause
     try:
         connection = asyncio.run(asyncio.wait_for(race, patience))
         connection.settimeout(deadline.remaining())
@@ -579,10 +561,10 @@ def connect(host: str, port: int, deadline: Deadline) -> socket.socket:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
     except OSError as error:
-        addresses = " and ".join(dict.fromkeys(address[0] for *_, address in found))
+        tried = " and ".join(dict.fromkeys(address[0] for *_, address in addresses))
         numbers = dict.fromkeys(re.findall(r"\[Errno (\d+)\]", str(error)))
         why = ", ".join(os.strerror(int(number)) for number in numbers) or "no answer"
-        raise OSError(f"{addresses} port {port}: {why}") from None
+        raise OSError(f"{tried} port {port}: {why}") from None
 
 
 # ------------------------------------------------ options: argv, environment -> Options
@@ -631,18 +613,18 @@ def one_of(*words: str, **older: str) -> Callable[[str], str]:
 
 def number_of(what: str, most: int = 999_999_999_999) -> Callable[[str], int]:
     """Converts to a whole number above zero, with no more digits than the largest one has."""
+    digits = f"[0-9]{{1,{len(str(most))}}}"
 
     def convert(text: str) -> int:
-        short = len(text) <= len(str(most)) and re.fullmatch("[0-9]+", text)
-        if not short or not 1 <= int(text) <= most:
-            raise ValueError(f"accepted is {what}")
+        if not (re.fullmatch(digits, text) and 1 <= int(text) <= most):
+            raise ValueError(f"accepted is {what} from 1 to {most}")
         return int(text)
 
     return convert
 
 
 to_level = one_of("debug", "info", "warning", "error", warn="warning", trace="debug")
-to_port = number_of("a port, 1 to 65535", 65535)
+to_port = number_of("a port", 65535)
 
 
 def to_seconds(text: str) -> float:
@@ -652,9 +634,8 @@ def to_seconds(text: str) -> float:
 
 
 def to_mark(text: str) -> Mark:
-    match = re.fullmatch(r"0[xX]([0-9A-Fa-f]{1,8})|([1-9][0-9]{0,9})", text)
-    value = (int(match[1], 16) if match[1] else int(match[2])) if match else 0
-    bits = [1 << n for n in range(32) if value >> n & 1]
+    value = int(text, 0) if re.fullmatch("0[xX][0-9A-Fa-f]{1,8}|[1-9][0-9]{0,9}", text) else 0
+    bits = [1 << n for n in range(value.bit_length()) if value >> n & 1]
     if len(bits) != 2 or value >> 32:
         raise ValueError("accepted is a number of 32 bits, two of them set, like 0x30000000")
     return Mark(*bits)
@@ -698,8 +679,7 @@ def to_ports(text: str) -> tuple[Allowed, ...]:
         external, slash, protocol = (part.strip(" \t\r\n") for part in item.lower().partition("/"))
         ports = to_range(external)
         if not ports or (slash and protocol not in PROTOCOLS):
-            accepted = "accepted are ones like 25, 8000-8999/tcp, 53/udp"
-            raise ValueError(f"{quoted(item)} is no port; {accepted}")
+            raise ValueError(f"{quoted(item)} is no port like 25, 8000-8999/tcp or 53/udp")
         allowed.append(Allowed(ports, protocol))
     return tuple(dict.fromkeys(allowed))
 
@@ -707,8 +687,7 @@ def to_ports(text: str) -> tuple[Allowed, ...]:
 def to_interfaces(text: str) -> tuple[str, ...]:
     for name in items(text):
         if not re.fullmatch(r"[A-Za-z0-9_.@][A-Za-z0-9_.@-]*\+?", name) or len(name) > 15:
-            accepted = "accepted are names like eth0, and eth+ for all of eth"
-            raise ValueError(f"{quoted(name)} is no interface; {accepted}")
+            raise ValueError(f"{quoted(name)} is no interface like eth0, or eth+ for all of eth")
     return tuple(dict.fromkeys(items(text)))
 
 
@@ -723,8 +702,9 @@ def to_networks(text: str) -> tuple[Network, ...]:
                 raise ValueError  # 0.0.0.255 is 255.255.255.0 to ipaddress, but not to iptables
             networks.append(network)
         except ValueError:
-            accepted = "accepted are ones like 192.0.2.0/24, 2001:db8::/32"
-            raise ValueError(f"{quoted(item)} is no CIDR; {accepted}") from None
+            raise ValueError(
+                f"{quoted(item)} is no CIDR like 192.0.2.0/24, 2001:db8::/32"
+            ) from None
     return tuple(dict.fromkeys(networks))
 
 
@@ -769,8 +749,7 @@ def to_logins(text: str) -> tuple[Login, ...]:
         user, where, port = match.groups() if match else ("", "", "")
         address = where.strip("[]")
         if not (re.fullmatch(name, where) or to_address(address)):
-            accepted = "accepted are user@host, user@host:port and user@[IPv6]:port"
-            raise ValueError(f"{quoted(item)}: {accepted}")
+            raise ValueError(f"{quoted(item)} is no user@host, user@host:port or user@[IPv6]:port")
         logins.append(Login(user, address, to_port(port) if port else 0))
     return tuple(logins)
 
@@ -779,8 +758,7 @@ def to_host_keys(text: str) -> tuple[str, ...]:
     key = r"any|SHA256:[A-Za-z0-9+/]{43}=?|[a-z0-9@.-]+ +[A-Za-z0-9+/]+={0,2}( .*)?"
     for item in items(text) or [text] * bool(text):
         if not re.fullmatch(key, item):
-            accepted = 'accepted are an "ssh-ed25519 AAAA..." line, "SHA256:..." and "any"'
-            raise ValueError(f"{quoted(item)}: {accepted}")
+            raise ValueError(f'{quoted(item)} is no "ssh-ed25519 AAAA...", "SHA256:..." or "any"')
     return tuple(items(text))
 
 
@@ -790,7 +768,7 @@ def to_service_name(text: str) -> str:
     return text
 
 
-def setting(variable: str, default: str, convert: Callable[[str], Any]) -> Any:
+def given_by(variable: str, default: str, convert: Callable[[str], Any]) -> Any:
     """A field of Options that is an option with a value: its variable, default and converter."""
     return field(metadata={"variable": variable, "default": default, "convert": convert})
 
@@ -803,31 +781,29 @@ class Options:
     dry_run: bool
     clean: bool
     status: bool
-    explain: str = setting("", "", to_service_name)
-    output: str = setting("", "text", one_of("text", "json"))
-    log_level: str = setting("EPOK_LOG_LEVEL", "info", to_level)
-    interfaces: tuple[str, ...] = setting("EPOK_INTERFACES", "", to_interfaces)
-    external_interface: str = setting("EPOK_EXTERNAL_INTERFACE", "", str)
-    addresses: tuple[Network, ...] = setting("EPOK_ADDRESSES", "", to_networks)
-    batch_commands: str = setting("EPOK_BATCH_COMMANDS", "true", one_of("true", "false"))
-    batch_size: int = setting(
-        "EPOK_BATCH_SIZE", "1677722", number_of("a number of bytes above zero")
-    )
-    max_nodes: int = setting("EPOK_MAX_NODES", "16", number_of("a number of nodes above zero"))
-    masquerade: str = setting("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
-    ports: tuple[Allowed, ...] = setting("EPOK_PORTS", ALL_BUT_SSH, to_ports)
-    publish: tuple[str, ...] = setting("EPOK_PUBLISH", "none", to_published)
-    mark: Mark = setting("EPOK_MARK", "0x30000000", to_mark)
-    kubeconfig: str = setting("KUBECONFIG", "", str)
-    context: str = setting("EPOK_CONTEXT", "", str)
-    snapshot: str = setting("EPOK_SNAPSHOT", "", str)
-    timeout: float = setting("EPOK_TIMEOUT", "50", to_seconds)
-    metrics_file: str = setting("EPOK_METRICS_FILE", "", os.path.expanduser)
-    host: tuple[Login, ...] = setting("EPOK_SSH_HOST", "", to_logins)
-    port: int = setting("EPOK_SSH_PORT", "22", to_port)
-    key: str = setting("EPOK_SSH_KEY", "", os.path.expanduser)
-    known_hosts: str = setting("EPOK_SSH_KNOWN_HOSTS", "", os.path.expanduser)
-    host_key: tuple[str, ...] = setting("EPOK_SSH_HOST_KEY", "", to_host_keys)
+    explain: str = given_by("", "", to_service_name)
+    output: str = given_by("", "text", one_of("text", "json"))
+    log_level: str = given_by("EPOK_LOG_LEVEL", "info", to_level)
+    interfaces: tuple[str, ...] = given_by("EPOK_INTERFACES", "", to_interfaces)
+    external_interface: str = given_by("EPOK_EXTERNAL_INTERFACE", "", str)
+    addresses: tuple[Network, ...] = given_by("EPOK_ADDRESSES", "", to_networks)
+    batch_commands: str = given_by("EPOK_BATCH_COMMANDS", "true", one_of("true", "false"))
+    batch_size: int = given_by("EPOK_BATCH_SIZE", "1677722", number_of("a number of bytes"))
+    max_nodes: int = given_by("EPOK_MAX_NODES", "16", number_of("a number of nodes"))
+    masquerade: str = given_by("EPOK_MASQUERADE", "auto", one_of("auto", "always", "never"))
+    ports: tuple[Allowed, ...] = given_by("EPOK_PORTS", ALL_BUT_SSH, to_ports)
+    publish: tuple[str, ...] = given_by("EPOK_PUBLISH", "none", to_published)
+    mark: Mark = given_by("EPOK_MARK", "0x30000000", to_mark)
+    kubeconfig: str = given_by("KUBECONFIG", "", str)
+    context: str = given_by("EPOK_CONTEXT", "", str)
+    snapshot: str = given_by("EPOK_SNAPSHOT", "", str)
+    timeout: float = given_by("EPOK_TIMEOUT", "50", to_seconds)
+    metrics_file: str = given_by("EPOK_METRICS_FILE", "", os.path.expanduser)
+    host: tuple[Login, ...] = given_by("EPOK_SSH_HOST", "", to_logins)
+    port: int = given_by("EPOK_SSH_PORT", "22", to_port)
+    key: str = given_by("EPOK_SSH_KEY", "", os.path.expanduser)
+    known_hosts: str = given_by("EPOK_SSH_KNOWN_HOSTS", "", os.path.expanduser)
+    host_key: tuple[str, ...] = given_by("EPOK_SSH_HOST_KEY", "", to_host_keys)
 
     @property
     def looks(self) -> bool:
@@ -888,18 +864,18 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     words = read_words(argv)
     if words["-v"] or words["-q"]:
         words["--log-level"] = "debug" if words["-v"] else "warning"
-    values: dict[str, Any] = {"executor": "ssh" if words["ssh"] else "local"}
-    values |= {"dry_run": words["--dry-run"], "clean": words["--clean"]}
-    values["status"] = words["--status"]
+    values = {name: words["--" + name.replace("_", "-")] for name in ("dry_run", "clean", "status")}
+    values["executor"] = "ssh" if words["ssh"] else "local"
     for setting in SETTINGS:
-        typed = words.get(setting.option)
-        if isinstance(typed, list):
-            typed = ",".join(typed) if typed else None
-        source = setting.option if typed is not None else f"{setting.variable} in the environment"
-        text = environ.get(setting.variable) or setting.default if typed is None else typed
+        source, text = setting.option, words.get(setting.option)
+        if isinstance(text, list):
+            text = ",".join(text) if text else None
+        if text is None:
+            source = f"{setting.variable} in the environment"
+            text = environ.get(setting.variable) or setting.default
+        elif not text:  # from an unset variable of a shell script, perhaps
+            raise Fatal(f"{source} needs a value", 2)
         try:
-            if typed == "":  # from an unset variable of a shell script, perhaps
-                raise ValueError("a value is needed")
             values[setting.name] = setting.convert(text)
         except ValueError as error:
             raise Fatal(f"{source}: {quoted(text)}: {error}", 2) from None
@@ -918,13 +894,9 @@ def read_words(argv: Sequence[str]) -> dict[str, Any]:
     valued = "".join(re.findall(r"-(\w), --[a-z-]+=<", usage))
     for word in argv:
         # docopt takes --cle for --clean, as any unique beginning of an option, and -:V for -V
-        if word.startswith("--"):
-            option = word.split("=")[0]
-            unknown = option not in options
-        else:
-            option = word
-            unknown = bool(re.match(rf"-[^-{valued}]*[^-{valued}\w]", word))
-        if unknown:
+        option = word.split("=")[0] if word.startswith("--") else word
+        odd = re.match(rf"-[^-{valued}]*[^-{valued}\w]", word)
+        if odd or (word.startswith("--") and option not in options):
             raise Fatal(f"unknown option {quoted(option)}; epok.py --help lists them all", 2)
     try:
         return dict(docopt.docopt(usage, list(argv), version=f"epok {VERSION}"))
@@ -944,10 +916,8 @@ def explain_usage(problem: str, argv: Sequence[str]) -> str:
     if not {"local", "ssh"} & set(arguments):
         ways = "epok.py [options] local, or epok.py [options] ssh --host=<user@host>"
         return f"say where the rules go: {ways}"
-    too_many = re.findall(
-        r"Option\((?:'-\w', )?(?:None, )?'?(--?[\w-]+)|Argument\(None, '(.*?)'\)", first
-    )
-    unexpected = ", ".join(quoted(option or word) for option, word in too_many)
+    parts = r"Option\((?:'-\w', )?(?:None, )?'?(--?[\w-]+)|Argument\(None, '(.*?)'\)"
+    unexpected = ", ".join(quoted(option or word) for option, word in re.findall(parts, first))
     return f"unexpected or repeated: {unexpected or quoted(' '.join(argv))}; see epok.py --help"
 
 
@@ -960,18 +930,16 @@ def check_combination(options: Options) -> None:
             ask = "give --interfaces (or EPOK_INTERFACES), like -i eth0; see ip -br addr"
             raise Fatal(f"which interfaces of the host? {ask}", 2)
         if outside and outside not in options.interfaces:
-            listed = ",".join(options.interfaces)
-            raise Fatal(f"--external-interface {quoted(outside)} is not one of -i {listed}", 2)
+            names = ",".join(options.interfaces)
+            raise Fatal(f"--external-interface {quoted(outside)} is not one of -i {names}", 2)
     if ssh and not options.host:
         raise Fatal("which host? give --host (or EPOK_SSH_HOST), like --host epok@192.0.2.1", 2)
     if ssh and len(hosts) < len(options.host):
         raise Fatal("--host names one host twice", 2)
     if bool(options.explain) + options.status + (options.dry_run or options.clean) > 1:
-        ways = "--status, --explain and --dry-run or --clean"
-        raise Fatal(f"{ways} show different things; give one of them", 2)
+        raise Fatal("give one of --status, --explain and --dry-run or --clean, not several", 2)
     if options.output == "json" and not (options.looks or options.dry_run):
-        ways = "--status, --explain and --dry-run"
-        raise Fatal(f"--output json is for {ways}; a run itself prints nothing", 2)
+        raise Fatal("--output json is for --status, --explain and --dry-run, which print", 2)
 
 
 # ------------------------------------------------ access: kubeconfigs, or a pod's account -> Access
@@ -1022,7 +990,7 @@ class UserEntry(msgspec.Struct, rename="kebab"):
     exec: Plugin | None = None
 
 
-class ContextEntry(msgspec.Struct):
+class ContextEntry(msgspec.Struct, frozen=True):
     cluster: str = ""
     user: str = ""
 
@@ -1033,7 +1001,7 @@ class Entry(msgspec.Struct):
     name: str = ""
     cluster: ClusterEntry = msgspec.field(default_factory=ClusterEntry)
     user: UserEntry = msgspec.field(default_factory=UserEntry)
-    context: ContextEntry = msgspec.field(default_factory=ContextEntry)
+    context: ContextEntry = ContextEntry()
 
 
 class Kubeconfig(msgspec.Struct, rename="kebab"):
@@ -1088,10 +1056,7 @@ class Access:
 
 
 def documents(data: bytes) -> Iterator[Any]:
-    """What is in JSON, or in each document of YAML; times as texts.
-
-    Raises ValueError, which tells no secret of it.
-    """
+    """What is in JSON, or in each document of YAML. Raises ValueError, which tells no secret."""
     try:
         yield json.loads(data)  # first, since PyYAML takes no tabs
         return
@@ -1102,6 +1067,7 @@ def documents(data: bytes) -> Iterator[Any]:
     class Loader(yaml.SafeLoader):
         pass
 
+    # times stay texts
     Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
     try:
         # from a file, since PyYAML's errors show the line of a text
@@ -1111,13 +1077,17 @@ def documents(data: bytes) -> Iterator[Any]:
         raise ValueError(re.sub(quotes, r"\1'...'", one_line(error))) from None
 
 
-def without_nulls(value: Any) -> Any:
-    """The value less all fields that are null, which to Kubernetes are absent."""
-    if isinstance(value, dict):
-        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+def without_nulls(value: Any, other: Any = None) -> Any:
+    """Leaves out null fields, but of labels and annotations; another null becomes `other`."""
     if isinstance(value, list):
-        return [without_nulls({} if each is None else each) for each in value]
-    return value
+        return [without_nulls(each, other) for each in value]
+    if not isinstance(value, dict):
+        return other if value is None else value
+    return {
+        name: each if name in ("labels", "annotations") else without_nulls(each, other)
+        for name, each in value.items()
+        if each is not None
+    }
 
 
 def read_kubeconfig(file: str) -> Kubeconfig | None:
@@ -1125,7 +1095,7 @@ def read_kubeconfig(file: str) -> Kubeconfig | None:
     try:
         with open(file, "rb") as opened:
             document = next(documents(opened.read()), None)
-        config = msgspec.convert({} if document is None else without_nulls(document), Kubeconfig)
+        config = msgspec.convert(without_nulls(document, {}), Kubeconfig)
         for entries in (config.clusters, config.users, config.contexts):
             names = sorted(quoted(entry.name) for entry in entries)
             if len(set(names)) < len(names):
@@ -1165,8 +1135,8 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
     """What the kubeconfigs say, read as kubectl reads them. Raises Fatal."""
     names = options.kubeconfig or "~/.kube/config"
     # the variable is a list; the option names one file, whatever is in its name
-    listed = names.split(os.pathsep) if names == os.environ.get("KUBECONFIG") else [names]
-    files = [os.path.expanduser(file) for file in listed if file]
+    several = names.split(os.pathsep) if names == os.environ.get("KUBECONFIG") else [names]
+    files = [os.path.expanduser(name) for name in several if name]
     file = files[0] if len(files) == 1 else ""
     origin = f"kubeconfig {file or names}"
     configs = [config for each in files if (config := read_kubeconfig(each))]
@@ -1181,8 +1151,7 @@ def kubeconfig_access(options: Options, deadline: Deadline) -> Access:
         return chosen_access(configs, options.context, access, deadline)
     except OSError as error:  # as under systemd, which copies the kubeconfig alone
         flat = f"{access.kubectl} config view --raw --flatten"
-        instead = f"what {flat} prints needs no such files"
-        raise Fatal(f"{origin}: {one_line(error)}; {instead}") from None
+        raise Fatal(f"{origin}: {one_line(error)}; what {flat} prints needs no files") from None
     except ValueError as error:
         raise Fatal(f"{origin}: {one_line(error)}") from None
 
@@ -1217,10 +1186,7 @@ def chosen(entries: Mapping[str, T], name: str, what: str, hint: str) -> T:
 
 
 def data_or_file(entry: msgspec.Struct, name: str) -> str:
-    """What stands in a field itself, in base64, or in the file that it names, as latin-1.
-
-    Raises ValueError, OSError.
-    """
+    """What a field has in base64, or its file, as latin-1. Raises ValueError, OSError."""
     data, file, word = getattr(entry, f"{name}_data"), getattr(entry, name), name.replace("_", "-")
     if data and file:
         raise ValueError(f"there are both {word} and {word}-data; take one of them out")
@@ -1245,8 +1211,7 @@ def to_url(text: str, what: str, *schemes: str) -> urllib.parse.SplitResult:
         if url.scheme in schemes and url.hostname and url.port != 0:
             return url
     ways = " or ".join(f"{scheme}://" for scheme in schemes)
-    accepted = f"accepted is {ways} with a host and maybe a port"
-    raise ValueError(f"{what} {quoted(hidden(text))}: {accepted}")
+    raise ValueError(f"{what} {quoted(hidden(text))}: accepted is {ways} and a host, maybe a port")
 
 
 def server_url(server: str) -> str:
@@ -1255,8 +1220,7 @@ def server_url(server: str) -> str:
         raise ValueError("the cluster has no server")
     url = to_url(server if "://" in server else f"http://{server}", "server", "https", "http")
     if "@" in url.netloc:
-        no = "user and password are not for its address"
-        raise ValueError(f"server {quoted(hidden(server))}: {no}")
+        raise ValueError(f"server {quoted(hidden(server))}: user and password do not belong there")
     return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}"
 
 
@@ -1265,8 +1229,7 @@ def cluster_access(cluster: ClusterEntry, access: Access) -> Access:
     server, proxy = server_url(cluster.server), cluster.proxy_url
     ca = data_or_file(cluster, "certificate_authority")
     if ca and cluster.insecure_skip_tls_verify:
-        both = "a certificate-authority and insecure-skip-tls-verify"
-        raise ValueError(f"there are both {both}; take one of them out")
+        raise ValueError("certificate-authority and insecure-skip-tls-verify: take one of them out")
     if proxy:
         to_url(proxy, "proxy-url", "http", "https", "socks5")
     return dataclasses.replace(
@@ -1275,48 +1238,38 @@ def cluster_access(cluster: ClusterEntry, access: Access) -> Access:
         ca=ca,
         verify=not cluster.insecure_skip_tls_verify,
         server_name=cluster.tls_server_name,
-        proxy=proxy or proxy_for(server, os.environ),
+        proxy=proxy or proxy_for(server),
     )
 
 
-def proxy_for(server: str, environ: Mapping[str, str]) -> str:
-    """The proxy that the environment has for a server: never one for the machine's own addresses.
-
-    As Go does it: golang.org/x/net/http/httpproxy.
-    """
+def proxy_for(server: str) -> str:
+    """The environment's proxy for a server, as Go has it: golang.org/x/net/http/httpproxy."""
     url = urllib.parse.urlsplit(server)
-    names = [f"{url.scheme}_proxy".upper(), f"{url.scheme}_proxy"]
-    proxy = next((environ[name] for name in names if environ.get(name)), "")
-    host, port = (url.hostname or "").lower(), url.port or {"http": 80, "https": 443}[url.scheme]
+    name = f"{url.scheme}_proxy"
+    proxy = os.environ.get(name.upper()) or os.environ.get(name)
+    host, port = url.hostname or "", url.port or {"http": 80, "https": 443}[url.scheme]
     address = to_address(host)
     if not proxy or host == "localhost" or (address and address.is_loopback):
-        return ""
-    without = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
-    if any(spares(entry.strip().lower(), host, port) for entry in without.split(",")):
+        return ""  # never for the machine's own addresses
+    spared = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+    if any(spares(entry.strip().lower(), host, port) for entry in spared.split(",")):
         return ""
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
 def spares(entry: str, host: str, port: int) -> bool:
-    """Whether an entry of NO_PROXY means a host.
-
-    It is *, a CIDR, or an address or a domain with all below it, these two maybe with a port.
-    """
+    """Whether an entry of NO_PROXY means a host: *, CIDR, or address or domain, maybe with port."""
     if entry == "*":
         return True
-    address = to_address(host)
-    if "/" in entry:
-        try:
-            return bool(address) and address in ipaddress.ip_network(entry, strict=False)
-        except ValueError:
-            return False
-    name, only = entry, ""
-    if match := re.fullmatch(r"(?:\[(.*)\]|([^:]*)):([^:]*)", entry):
-        name, only = match[1] or match[2], match[3]
+    match = re.fullmatch(r"(?:\[([^/]*)\]|([^:/]*)):([^:]*)", entry)
+    name, only = (match[1] or match[2], match[3]) if match else (entry, "")
     if not name or only not in ("", str(port)):
         return False
-    if address or to_address(name):
-        return address == to_address(name)
+    if address := to_address(host):
+        try:
+            return address in ipaddress.ip_network(name, strict=False)
+        except ValueError:
+            return False
     name = name.removeprefix("*")
     below = name if name.startswith(".") else f".{name}"
     return host == name or host.endswith(below)
@@ -1328,8 +1281,7 @@ def user_access(
     """Adds who epok is. Raises Fatal, ValueError, OSError."""
     if user.auth_provider:
         name = quoted(user.auth_provider.get("name", ""))
-        give = "give the user a token, or a login plugin (exec)"
-        raise ValueError(f"auth-provider {name} is not one of epok's; {give}")
+        raise ValueError(f"auth-provider {name}: give a token, or a login plugin (exec), instead")
     token, basic = bearer_token(user), bool(user.username or user.password)
     if token and basic:
         raise ValueError("there are both a token and a username; take one of them out")
@@ -1453,13 +1405,13 @@ def credentials_in(out: str, version: str) -> tuple[str, tuple[str, str] | None]
     answer = msgspec.convert(without_nulls(next(documents(out.encode(*CODING)), {})), PluginAnswer)
     if answer.api_version != version:
         raise ValueError(f"apiVersion {quoted(answer.api_version)}")
-    token = answer.status.token
-    pair = answer.status.client_certificate_data, answer.status.client_key_data
+    made = answer.status
+    pair = made.client_certificate_data, made.client_key_data
     if any(pair) and not all(pair):
         raise ValueError("half of a pair of certificate and key")
-    if not (token or any(pair)):
+    if not (made.token or any(pair)):
         raise ValueError("neither a token nor a certificate")
-    return token, pair if any(pair) else None
+    return made.token, pair if any(pair) else None
 
 
 def pod_access() -> Access:
@@ -1475,8 +1427,7 @@ def pod_access() -> Access:
         instead = "give --kubeconfig, or --snapshot to do without"
         raise Fatal(f"the pod's account: {one_line(error).rstrip('.')}; {instead}") from None
     headers = [("Authorization", each["value"].strip()) for each in pod.auth_settings().values()]
-    proxy = proxy_for(pod.host, os.environ)
-    return Access("the pod's account", pod.host, ca=ca, proxy=proxy, headers=headers)
+    return Access("the pod's account", pod.host, ca=ca, proxy=proxy_for(pod.host), headers=headers)
 
 
 def tls_context(access: Access) -> ssl.SSLContext:
@@ -1499,8 +1450,7 @@ def tls_context(access: Access) -> ssl.SSLContext:
         else:
             context.load_default_certs()
     except (ssl.SSLError, ValueError):
-        why = "its certificate-authority has no certificate, or a broken one"
-        raise Fatal(f"{access.origin}: {why}") from None
+        raise Fatal(f"{access.origin}: its certificate-authority is no PEM certificate") from None
     if access.certificate:
         certificate, secret = map(private_file, access.certificate)
         try:
@@ -1514,11 +1464,8 @@ def tls_context(access: Access) -> ssl.SSLContext:
 
 @contextlib.contextmanager
 def private_file(text: str) -> Iterator[str]:
-    """The path of a file without a name, which nothing can leave behind.
-
-    In memory, where the system can (Linux), since a pod may have no /tmp.
-    """
-    memory = getattr(os, "memfd_create", None)
+    """The path of a file without a name, which nothing can leave behind."""
+    memory = getattr(os, "memfd_create", None)  # of Linux; a pod may have no /tmp
     with open(memory("epok"), "wb") if memory else tempfile.TemporaryFile() as file:
         file.write(text.encode("latin-1"))
         file.flush()
@@ -1588,7 +1535,7 @@ class Port(msgspec.Struct, rename="camel", gc=False):
         self.protocol = self.protocol.lower()
 
 
-class ServiceSpec(msgspec.Struct, rename="camel"):
+class ServiceSpec(msgspec.Struct, frozen=True, rename="camel"):
     type: str = "ClusterIP"
     ports: list[Port] = []
     external_traffic_policy: str = ""
@@ -1622,22 +1569,22 @@ class Ingress(msgspec.Struct, omit_defaults=True, rename="camel"):
         return self.ip or self.hostname
 
     def __str__(self) -> str:
-        ports = (f"{p.protocol.lower()}/{p.port}{' ' * bool(p.error)}{p.error}" for p in self.ports)
+        ports = (f"{p.protocol.lower()}/{p.port} {p.error}".rstrip() for p in self.ports)
         return f"{self.name} ({enumerated(ports)})"
 
 
-class BalancerStatus(msgspec.Struct):
+class BalancerStatus(msgspec.Struct, frozen=True):
     ingress: list[Ingress] = []
 
 
-class ServiceStatus(msgspec.Struct, rename="camel"):
-    load_balancer: BalancerStatus = msgspec.field(default_factory=BalancerStatus)
+class ServiceStatus(msgspec.Struct, frozen=True, rename="camel"):
+    load_balancer: BalancerStatus = BalancerStatus()
 
 
 class ServiceObject(msgspec.Struct):
     metadata: NamespacedMetadata
-    spec: ServiceSpec = msgspec.field(default_factory=ServiceSpec)
-    status: ServiceStatus = msgspec.field(default_factory=ServiceStatus)
+    spec: ServiceSpec = ServiceSpec()
+    status: ServiceStatus = ServiceStatus()
 
 
 class NodeEntry(msgspec.Struct):
@@ -1649,22 +1596,22 @@ class NodeEntry(msgspec.Struct):
     status: str = ""
 
 
-class NodeSpec(msgspec.Struct):
+class NodeSpec(msgspec.Struct, frozen=True):
     taints: list[NodeEntry] = []
 
 
-class NodeStatus(msgspec.Struct):
+class NodeStatus(msgspec.Struct, frozen=True):
     addresses: list[NodeEntry] = []
     conditions: list[NodeEntry] = []
 
 
 class NodeObject(msgspec.Struct):
     metadata: Metadata
-    spec: NodeSpec = msgspec.field(default_factory=NodeSpec)
-    status: NodeStatus = msgspec.field(default_factory=NodeStatus)
+    spec: NodeSpec = NodeSpec()
+    status: NodeStatus = NodeStatus()
 
 
-class EndpointConditions(msgspec.Struct):
+class EndpointConditions(msgspec.Struct, frozen=True):
     ready: bool = True  # "a nil value should be interpreted as true": its API reference
     serving: bool | None = None
 
@@ -1672,7 +1619,7 @@ class EndpointConditions(msgspec.Struct):
 class SliceEndpoint(msgspec.Struct, rename="camel"):
     addresses: list[str] = []
     node_name: str = ""
-    conditions: EndpointConditions = msgspec.field(default_factory=EndpointConditions)
+    conditions: EndpointConditions = EndpointConditions()
 
 
 class EndpointSlice(msgspec.Struct):
@@ -1711,16 +1658,13 @@ class Service:
 
 @dataclass(frozen=True)
 class Node:
-    """What matters of a Node; at most one address of each IP version.
-
-    `excluded` says what keeps traffic away.
-    """
+    """What matters of a Node."""
 
     name: str
-    addresses: tuple[Address, ...]
+    addresses: tuple[Address, ...]  # at most one of each IP version
     ready: bool
-    excluded: str
-    labelled: bool
+    excluded: str  # by what
+    labelled: bool  # to be left out, if there are others
 
 
 class Endpoint(NamedTuple):
@@ -1779,10 +1723,10 @@ def to_service(item: ServiceObject, always: str = "") -> Service | None:
 
 def to_node(item: NodeObject) -> Node:
     meta, kinds = item.metadata, ("InternalIP", "ExternalIP")  # the first that can be used counts
-    listed = [each for kind in kinds for each in item.status.addresses if each.type == kind]
+    texts = [each.address for kind in kinds for each in item.status.addresses if each.type == kind]
     addresses: dict[int, Address] = {}
-    for address in (usable(each.address) for each in listed):
-        if address:
+    for text in texts:
+        if address := usable(text):
             addresses.setdefault(address.version, address)
     marks = [f"annotation {name}" for name in EXCLUDE_ANNOTATIONS if name in meta.annotations]
     if EXCLUDE_LABEL in meta.labels:
@@ -1824,18 +1768,15 @@ class Kind(NamedTuple):
 
 SERVICES = Kind("Service", "/api/v1/services", "", ServiceObject, to_service)
 NODES = Kind("Node", "/api/v1/nodes", "", NodeObject, to_node)
+DISCOVERY = "discovery.k8s.io"
 ENDPOINT_SLICES = Kind(
-    "EndpointSlice",
-    "/apis/discovery.k8s.io/v1/endpointslices",
-    "discovery.k8s.io",
-    EndpointSlice,
-    to_endpoints,
+    "EndpointSlice", f"/apis/{DISCOVERY}/v1/endpointslices", DISCOVERY, EndpointSlice, to_endpoints
 )
 
 
-def needed(kind: Kind, items: Iterable[Any]) -> list[Any]:
+def needed(kind: Kind, objects: Iterable[Any]) -> list[Any]:
     """What matters of objects of a kind, which are JSON (Raw), or were read from JSON or YAML."""
-    made = (kind.convert(typed(item, kind.type, kind.name)) for item in items)
+    made = (kind.convert(typed(each, kind.type, kind.name)) for each in objects)
     return [each for each in made if each]
 
 
@@ -1847,25 +1788,12 @@ def typed(item: Any, form: type[T], what: str) -> T:
     except (msgspec.DecodeError, RecursionError):
         pass  # by a null, perhaps
     try:
-        item = without_null_fields(json.loads(bytes(item)) if raw else item)
+        item = without_nulls(json.loads(bytes(item)) if raw else item)
         return msgspec.convert(item, form)
     except msgspec.ValidationError as error:
         raise wrong_field(item, str(error), what) from None
     except (ValueError, RecursionError) as error:
         raise Fatal(f"{what} in JSON or YAML: {one_line(error)}; nothing was changed") from None
-
-
-def without_null_fields(value: Any) -> Any:
-    """Leaves out fields that are null; no items of lists, and no labels and annotations."""
-    if isinstance(value, list):
-        return [without_null_fields(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        name: each if name in ("labels", "annotations") else without_null_fields(each)
-        for name, each in value.items()
-        if each is not None
-    }
 
 
 def wrong_field(item: Any, error: str, what: str) -> Fatal:
@@ -1895,21 +1823,19 @@ class SnapshotFile:
             with open(0 if name == "-" else name, "rb", buffering=0, closefd=name != "-") as file:
                 there = [each for each in documents(file.read()) if each is not None]
                 self.objects = list(flatten(there))
-        except OSError as error:
-            raise Fatal(f"{self.name}: {one_line(error)}; {HOW_TO_WRITE}") from None
-        except ValueError as error:
-            what = f"{self.name} is neither JSON nor YAML: {one_line(error)}"
+        except (OSError, ValueError) as error:
+            what = f"{self.name} cannot be read as JSON or YAML: {one_line(error)}"
             raise Fatal(f"{what}; {HOW_TO_WRITE}") from None
         except RecursionError:
             raise Fatal(f"{self.name}: nested too deeply; {HOW_TO_WRITE}") from None
 
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
         """All that the file has of a kind; a selector only saves the API work."""
-        chosen = [item for name, item in self.objects if name == kind.name]
-        if kind is ENDPOINT_SLICES and not chosen:
+        wanted = [item for name, item in self.objects if name == kind.name]
+        if kind is ENDPOINT_SLICES and not wanted:
             why = "which externalTrafficPolicy Local, and a host that is itself a node, need"
             raise Fatal(f"{self.name} has no EndpointSlices, {why}; {HOW_TO_WRITE}")
-        return needed(kind, chosen)
+        return needed(kind, wanted)
 
 
 class Document(msgspec.Struct):
@@ -2015,12 +1941,11 @@ class Cluster:
         words = urllib.parse.urlencode(query, quote_via=urllib.parse.quote, safe="/")
         limit = query.get("limit", 1)
         most = ANSWER_LIMIT if limit == 1 else PAGE_LIMIT
-        answer = self.request("GET", kind.path, deadline, f"?{words}", most=most)
+        answer = self.request("GET", f"{kind.path}?{words}", deadline, most=most)
         if len(answer.data) > most:
             if limit > 1:
                 return self.page(kind, {**query, "limit": -(-limit // 8)}, deadline)
-            what = f"more than {ANSWER_LIMIT >> 20} MiB in one answer"
-            raise Fatal(f"{self.name}: {what}; nothing was changed")
+            raise Fatal(f"{self.name}: more than {most >> 20} MiB in one answer; nothing changed")
         if answer.status == 410:
             return None
         if answer.status != 200:
@@ -2028,8 +1953,8 @@ class Cluster:
         version, name = f"{kind.group}/v1".lstrip("/"), f"{kind.name}List"
         page = self.decode(answer.data, Page, name)
         if (page.api_version, page.kind) != (version, name) or page.items is None:
-            told = quoted(status_message(answer.data))
-            raise Fatal(f"{self.name} answers no {name} of {version} in JSON, but {told}")
+            got = quoted(status_message(answer.data))
+            raise Fatal(f"{self.name} answers no {name} of {version} in JSON, but {got}")
         fitting = len(page.items) * PAGE_LIMIT // (2 * len(answer.data))
         following = max(1, min(fitting, PAGE_OBJECTS))
         return needed(kind, page.items), page.metadata or ListMetadata(), following
@@ -2039,59 +1964,51 @@ class Cluster:
         try:
             return msgspec.json.decode(body, type=form)
         except (msgspec.DecodeError, RecursionError) as error:
-            at = re.search(r"\(byte (\d+)\)", str(error))
-            told = status_message(body[max(0, int(at[1]) - 30) if at else 0 :])
+            place = re.search(r"\(byte (\d+)\)", str(error))
+            got = status_message(body[max(0, int(place[1]) - 30) if place else 0 :])
             why = one_line(error).replace("$", what)
             raise Fatal(
-                f"{self.name} answers no {what} in JSON, but {quoted(told)}: {why}"
+                f"{self.name} answers no {what} in JSON, but {quoted(got)}: {why}"
             ) from None
 
     def request(
-        self,
-        method: str,
-        path: str,
-        deadline: Deadline,
-        query: str = "",
-        body: Any = None,
-        most: int = PAGE_LIMIT,
+        self, method: str, path: str, deadline: Deadline, body: Any = None, most: int = PAGE_LIMIT
     ) -> Answer:
-        """The answer, whatever its status, cut off where it has more than `most` bytes.
-
-        PATCH merges the body in. Raises Transient or Fatal.
-        """
+        """The answer, of any status, cut off behind `most` bytes. Raises Transient or Fatal."""
         import urllib3
 
         # as UTF-8, which Go sends; http.client makes latin-1 of it
         sent = [(name, value.encode().decode("latin-1")) for name, value in self.access.headers]
         headers = urllib3.HTTPHeaderDict(sent)  # a name may stand there twice
         headers.update({"Accept": "application/json", "User-Agent": f"epok/{VERSION}"})
-        merge = "merge-patch+" if method == "PATCH" else ""
-        headers["Content-Type"] = f"application/{merge}json"
+        merging = "merge-patch+" if method == "PATCH" else ""
+        headers["Content-Type"] = f"application/{merging}json"
         left = deadline.remaining()
         timeout = urllib3.Timeout(connect=min(CONNECT_SECONDS, left), read=left)
         how = {"redirect": False, "preload_content": False, "timeout": timeout}
-        url = f"{self.access.server}{path}{query}"
+        url = f"{self.access.server}{path}"
         try:
             answer = self.pool.request(method, url, headers=headers, json=body, **how)
             content = self.body_of(answer, most)
-        except urllib3.exceptions.SSLError as error:
-            what = f"{self.name}: {one_line(error)}"
-            if "EOF" in str(error):  # a load balancer, say, whose API server is about to come back
-                raise Transient(what) from None
-            raise Fatal(f"{what}: {tls_trouble(error)}{self.how_to_reach()}") from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise self.unreachable(error) from None
         except ValueError:  # its text would show the token
             what = "the address, the token or an as has characters that no request can have"
             raise Fatal(f"{self.name}: {what}") from None
-        size = len(content)
-        log.debug("%s: %s %s: status %d, %d bytes", self.name, method, path, answer.status, size)
+        asked = f"{self.name}: {method} {path.partition('?')[0]}"
+        log.debug("%s: status %d, %d bytes", asked, answer.status, len(content))
         return Answer(answer.status, answer.headers, content)
 
     def unreachable(self, error: Exception) -> Exception:
         """What a connection that was not made, or that broke, means."""
-        proxy = r"Tunnel connection failed: (4[0-9][0-9])|SOCKS5 authentication"
-        refused = re.search(proxy, str(error))
+        import urllib3
+
+        said = str(error)
+        # EOF: by a load balancer, say, whose API server is about to come back
+        if isinstance(error, urllib3.exceptions.SSLError) and "EOF" not in said:
+            why = next(why for pattern, why in TLS_TROUBLES.items() if re.search(pattern, said))
+            return Fatal(f"{self.name}: {one_line(error)}: {why}{self.how_to_reach()}")
+        refused = re.search("Tunnel connection failed: (4[0-9][0-9])|SOCKS5 authentication", said)
         if not refused:
             return Transient(f"{self.name}: {one_line(error)}", advice=self.how_to_reach())
         what = f"answers {refused[1]}" if refused[1] else "lets nobody in like that"
@@ -2117,20 +2034,11 @@ class Cluster:
         told = f"{self.name} answers {answer.status} to {verb} {resource} ({said})"
         if answer.status == 429 or answer.status >= 500:
             return Transient(told, retry_after(answer.headers.get("Retry-After", "")))
-        advice = "; is this a Kubernetes API server (1.21 or newer)?"
-        if answer.status == 401 and not self.access.shows:
-            advice = f": no credentials were sent, since {self.access.origin} has none"
-        elif answer.status == 401:
-            advice = f": the {self.access.shows} is not accepted; renew it"
-            if self.access.kubectl:
-                advice += "; cron/kubeconfig makes one for epok alone; k3s: copy "
-                advice += "/etc/rancher/k3s/k3s.yaml anew; kubeadm: kubeadm certs renew admin.conf"
-        elif answer.status == 403:
-            allow = (
-                f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
-            )
-            advice = f": {mistaken(said, self.access) or allow + how_to_allow(resource, said)}"
-        return Fatal(told + advice)
+        if answer.status not in (401, 403):
+            return Fatal(f"{told}; is this a Kubernetes API server (1.21 or newer)?")
+        allow = f"allow verb {verb} on {resource} of apiGroup {quoted(group)} in its ClusterRole"
+        allow += how_to_allow(resource, said)
+        return Fatal(f"{told}: {mistaken(answer.status, said, self.access) or allow}")
 
     def how_to_reach(self) -> str:
         """What to do about an API server that does not answer."""
@@ -2155,9 +2063,9 @@ class Cluster:
     def publish(
         self, service: Service, ingress: list[Ingress], deadline: Deadline
     ) -> Service | None:
-        """Writes the status of a Service of epok's class; returns what it is then.
+        """Writes a Service's status; returns it then, None where it is not epok's, or gone.
 
-        None when it is gone, or of another class. Raises Transient or Fatal.
+        Raises Transient or Fatal.
         """
         namespace, _, name = service.key.partition("/")
         path = f"/api/v1/namespaces/{namespace}/services/{name}/status"
@@ -2182,10 +2090,9 @@ class Cluster:
         """Writes an Event, or counts up the one that says the same. Raises Transient or Fatal."""
         namespace, _, service = event.service.partition("/")
         if not (uid := uids.get(event.service)):
-            found = self.service(event.service, deadline)
-            if not found:
+            if not (its := self.service(event.service, deadline)):
                 return  # nobody would look for it
-            uid = found.uid
+            uid = its.uid
         name = f"{service}.{hashlib.sha256(repr((uid, event)).encode()).hexdigest()[:16]}"
         path = f"/api/v1/namespaces/{namespace}/events"
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -2224,10 +2131,7 @@ class Cluster:
             raise Fatal(f"{first}; no {what} in namespace {enumerated(failed)}")
 
     def send(self, method: str, path: str, body: Any, deadline: Deadline) -> KnownEvent | None:
-        """Creates or patches an Event.
-
-        None where it, or its namespace, is not there, or where it is there already.
-        """
+        """Creates or patches an Event; None where there is none to patch, or no place for it."""
         answer = self.request(method, path, deadline, body=body)
         ending = answer.status == 403 and b"is being terminated" in answer.data
         if answer.status in (404, 409) or ending:
@@ -2237,17 +2141,20 @@ class Cluster:
         return self.decode(answer.data, KnownEvent, "Event")
 
 
-def mistaken(message: str, access: Access) -> str:
-    """Why the server takes epok for somebody else, or nobody, if an answer with 403 says so."""
-    if re.search('User "system:(anonymous|unauthenticated)"', message):
-        # these are everybody: never grant them anything
-        if not access.shows:
-            return f"no credentials were sent, since {access.origin} has none"
-        if access.shows == "password":
-            why = "API servers take no username and password any more"
-            return f"{why}; give {access.origin} a token"
-        why = "is there something in between that ends TLS?"
-        return f"the {access.shows} of {access.origin} did not arrive; {why}"
+def mistaken(status: int, message: str, access: Access) -> str:
+    """Why the server takes epok for somebody else, or nobody; empty when it does not."""
+    # these are everybody: never grant them anything
+    nobody = re.search('User "system:(anonymous|unauthenticated)"', message)
+    if (status == 401 or nobody) and not access.shows:
+        return f"no credentials were sent, since {access.origin} has none"
+    if status == 401:
+        renew = "; cron/kubeconfig makes one for epok alone; k3s: copy /etc/rancher/k3s/k3s.yaml "
+        renew += "anew; kubeadm: kubeadm certs renew admin.conf"
+        return f"the {access.shows} is not accepted; renew it{renew if access.kubectl else ''}"
+    if nobody and access.shows == "password":
+        return f"API servers take no username and password any more; give {access.origin} a token"
+    if nobody:
+        return f"the {access.shows} of {access.origin} did not arrive; is TLS ended in between?"
     if "cannot impersonate" in message:
         return f"take as, as-uid, as-groups and as-user-extra out of {access.origin}"
     return ""
@@ -2282,14 +2189,8 @@ TLS_TROUBLES = {
     "verify failed": "its certificate is not by the certificate-authority (or this machine's)",
     "WRONG_VERSION_NUMBER|record layer|HTTP_REQUEST": "what answers there speaks no TLS",
     "alert": "it, or what is before it, refuses clients with this certificate, or with none",
+    "": "TLS failed",
 }
-
-
-def tls_trouble(error: Exception) -> str:
-    for pattern, why in TLS_TROUBLES.items():
-        if re.search(pattern, str(error)):
-            return why
-    return "TLS failed"
 
 
 def status_message(body: bytes) -> str:
@@ -2311,16 +2212,13 @@ def retry_after(text: str) -> float:
         return 0
 
 
-def open_source(options: Options, deadline: Deadline) -> SnapshotFile | Cluster:
-    return SnapshotFile(options.snapshot) if options.snapshot else Cluster(options, deadline)
-
-
 class Reader:
     """Reads a cluster, from the API or from a file, within the deadline."""
 
     def __init__(self, options: Options, deadline: Deadline) -> None:
         self.deadline = deadline
-        login = Background(open_source, options, deadline)
+        file = options.snapshot
+        login = Background(SnapshotFile, file) if file else Background(Cluster, options, deadline)
         doing = "logging in to the cluster, or reading the snapshot"
         self.source: SnapshotFile | Cluster = login.result(deadline, doing, 1)
 
@@ -2353,13 +2251,10 @@ class Reader:
         return tuple(unique.values())
 
     def with_endpoints(self, snapshot: Snapshot, on_node: bool, explained: str = "") -> Snapshot:
-        """Adds endpoints: on a host that is a node all Services', else those of policy Local.
-
-        Those of the Service that is explained come too, if they can be had.
-        """
+        """Adds endpoints: on a host that is a node all Services', else those of policy Local."""
         keys = {service.key for service in snapshot.services if on_node or service.local}
         if explained and explained not in keys:
-            with contextlib.suppress(Fatal):
+            with contextlib.suppress(Fatal):  # they may not be had
                 return self.having_endpoints(snapshot, {explained, *keys})
         return self.having_endpoints(snapshot, keys) if keys else snapshot
 

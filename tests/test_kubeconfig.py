@@ -51,7 +51,7 @@ for line in sys.stdin:
         options = epok.parse_options(["-i", "eth0", *question["args"], "local"], os.environ)
         deadline = epok.Deadline(question["seconds"])
         cluster = epok.Cluster(options, deadline)
-        reply = epok.persist(deadline, cluster.request, "POST", PATH, deadline, "", BODY)
+        reply = epok.persist(deadline, cluster.request, "POST", PATH, deadline, BODY)
         if reply.status == 201:
             answer = {{"who": json.loads(reply.data)["status"]["userInfo"]}}
         else:
