@@ -440,9 +440,9 @@ def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
     """The lines of an output, without their ends, while it comes."""
     begun: list[bytes] = []  # of the line whose end has not come yet
     for piece in pieces:
-        *ended, rest = piece.split(b"\n")
-        for part in ended:
-            yield b"".join([*begun, part]).decode(*CODING)
+        ended, end, rest = piece.rpartition(b"\n")
+        if end:
+            yield from b"".join([*begun, ended]).decode(*CODING).split("\n")
             begun = []
         begun.append(rest)
     yield b"".join(begun).decode(*CODING)
