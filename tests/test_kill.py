@@ -28,7 +28,7 @@ from lab.fake_api import TOKEN, FakeApi, write_kubeconfig
 from lab.gateway import Gateway, secret_data
 from lab.iptables import tables_in
 from lab.load import Load
-from lab.machine import BACKENDS, need, until
+from lab.machine import BACKENDS, need, stretched, until
 from lab.network import EPOK, HOST, PROGRAM, Lab, Namespace, bare_environment
 from lab.objects import port, service, snapshot
 from lab.relay import Relay
@@ -253,7 +253,7 @@ def clients(host: Host, tally: Tally) -> Iterator[None]:
     """Within, clients connect all the time, and none of them fails."""
     one, other = host.sets
     both = {number: [one.node_port, other.node_port] for number in sorted(one.ports & other.ports)}
-    with Load(host.lab.client, HOST, both, rate=300, held=sorted(host.now.ports)[::8]) as load:
+    with Load(host.lab.client, HOST, both, rate=300 / stretched(1), held=sorted(host.now.ports)[::8]) as load:
         yield
     tally("connections made meanwhile", load.result.attempted, load.result.failed)
     assert load.result.failed == 0, load.result

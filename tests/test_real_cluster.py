@@ -144,7 +144,9 @@ class World:
         self.kubectl("create", "-f", "-", input=yaml.safe_dump(made))
 
     def suspend(self, suspended: bool) -> None:
+        """When it is suspended no run is left that had begun before."""
         self.server.patch(CRONJOB, spec={"suspend": suspended})
+        until(lambda: not (suspended and any(map(unfinished, jobs(self)))), "the last run has ended", 120)
 
     def ask(self, port: int, protocol: str = "tcp") -> "Answer | None":
         try:
@@ -386,6 +388,10 @@ def test_status_and_explain_tell_the_same_in_the_cluster(world: World) -> None:
 def jobs(world: World) -> list[Object]:
     found: list[Object] = world.server.request("GET", JOBS)["items"]
     return found
+
+
+def unfinished(job: Object) -> bool:
+    return not {"Complete", "Failed"} & {condition["type"] for condition in job["status"].get("conditions", ())}
 
 
 def test_kustomize_as_edited_gives_what_is_there(world: World) -> None:

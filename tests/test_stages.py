@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from lab.load import Load
+from lab.machine import stretched
 from lab.network import HOST, Lab, inputs_shown
 from lab.objects import port, service, snapshot
 from test_traffic import NODES, nodes_without, refused
@@ -17,6 +18,7 @@ from test_traffic import NODES, nodes_without, refused
 NODE_PORT = 30080
 LIMIT = 4096
 OPEN = 20  # connections that stay open
+RATE = 2000  # new connections a second, where the machine is not busy: else they wait so long that SYNs are sent again
 # epok is killed when it hands over one input more than so many, and that one takes no effect.
 STOP = """
 mkdir /run/stopped
@@ -108,7 +110,10 @@ def test_no_connection_fails_while_a_swap_goes_in_stages(lab: Lab, count: int) -
     old, new = changed(lab, count)
     whole = in_one(lab, old, new)
     stay = dict.fromkeys(old.ports & new.ports, [NODE_PORT])
-    with sent(lab) as texts, Load(lab.client, HOST, stay, held=sorted(old.ports)[:: count // OPEN]) as load:
+    with (
+        sent(lab) as texts,
+        Load(lab.client, HOST, stay, rate=RATE / stretched(1), held=sorted(old.ports)[:: count // OPEN]) as load,
+    ):
         run(lab, new, "--batch-size", str(LIMIT))
     assert load.result.failed == 0, load.result
     assert load.result.answered == load.result.attempted
@@ -129,7 +134,10 @@ def test_a_swap_of_one_run_a_chain_ends_where_one_in_a_single_run_does(lab: Lab)
     old, new = changed(lab, 50)
     whole = in_one(lab, old, new)
     stay = dict.fromkeys(old.ports & new.ports, [NODE_PORT])
-    with sent(lab) as texts, Load(lab.client, HOST, stay, held=sorted(old.ports)[:OPEN]) as load:
+    with (
+        sent(lab) as texts,
+        Load(lab.client, HOST, stay, rate=RATE / stretched(1), held=sorted(old.ports)[:OPEN]) as load,
+    ):
         run(lab, new, "--batch-commands", "false")
     assert load.result.failed == 0, load.result
     assert rules(lab) == whole
