@@ -5599,7 +5599,8 @@ class Visit:
         """What nft lists of one kind, as in libnftables-json(5); None when that cannot be had."""
         asked = shlex.join(command.argv((), *names))
         if not all(re.fullmatch(NFT_NAME, name) for name in names):
-            self.blind.append(f"{quoted(asked)}: epok asks for no such name")
+            words = quoted(asked.removeprefix("nft "))
+            self.blind.append(f"nft {words}: epok asks for no such name")
             return None
         text = self.output(command, *names)
         if text is None:

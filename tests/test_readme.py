@@ -144,7 +144,7 @@ def test_what_a_run_costs(world: World) -> None:
     quick = {**os.environ, "EPOK_BENCH": "10"}
     done = subprocess.run(["sh", "-euc", script], cwd=EPOK.parent, env=quick, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.findall(r"(?m)^# (\w+)$", done.stdout) == ["path", "runs", "nodes", "stages", "swaps"]
+    assert re.findall(r"(?m)^# (\w+)$", done.stdout) == ["path", "runs", "memory", "nodes", "stages", "swaps"]
     assert re.findall(r"(?m)^failed connections in \d+ swaps +(\w+) +0 ", done.stdout) == list(BACKENDS)
     assert " MB  " in done.stdout and " outside " in done.stdout
     world.reader.ran.add((DEVELOPERS, 1))
