@@ -4645,11 +4645,11 @@ def end_stale_flows(
     routes = itertools.chain(*had.values(), *has.values())
     targets = {target.address.version for route in routes for target in route.targets}
     for version in sorted(targets & {own.version for own in facts.addresses}):
-        listing = Command.FLOWS if version == 4 else Command.FLOWS_6
+        listing = Command.FLOWS.of(version)
         if not track(host, listing.argv(host.sudo), deadline, take):
             return
     for flow in sorted(stale, key=str):
-        ending = Command.END_FLOWS if flow[0].version == 4 else Command.END_FLOWS_6
+        ending = Command.END_FLOWS.of(flow[0].version)
         if not track(host, ending.argv(host.sudo, *flow), deadline):
             return
 
