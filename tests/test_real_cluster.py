@@ -25,7 +25,7 @@ from lab.apiserver import CLUSTER_ADDRESS
 from lab.container import Store, scratch
 from lab.gateway import OLDER_RULE
 from lab.load import Load
-from lab.machine import lacking, need, need_lab, until
+from lab.machine import lacking, need, need_lab, stretched, until
 from lab.network import CLIENT, ECHO, EPOK, HOST, Answer
 from lab.objects import Object
 from lab.readme import BALANCER, BLOCKS, BROKEN, CLUSTER, IN_CLUSTER, OLDER, README, UNINSTALL, UPGRADE, Reader
@@ -122,7 +122,7 @@ class World:
         sleep_until(minute)
         found: set[str] = set()
         while not found:
-            assert time.time() < minute + 60, "no run logs in"
+            assert time.time() < minute + stretched(60), "no run logs in"
             found = self.cluster.gateway.logins()
         return found.pop()
 

@@ -28,7 +28,7 @@ import urllib3
 from lab.apiserver import CLUSTER_ADDRESS, ApiServer, asset
 from lab.container import CACHE, Store, output
 from lab.gateway import Gateway
-from lab.machine import need, until
+from lab.machine import need, stretched, until
 from lab.network import CHOOSE_BACKEND, FORWARDING, QUICK, Lab, Namespace
 from lab.objects import Object
 
@@ -386,7 +386,7 @@ class Watch:
 
     def done(self, job: str, seconds: float = 90) -> Run:
         """The last pod of that Job, when its end and its log are known; without what it asked for."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + stretched(seconds)
         while True:
             for pod in list(self.pods.values()):
                 if pod["metadata"]["labels"]["job-name"] == job and pod["metadata"]["uid"] in self.logs:
