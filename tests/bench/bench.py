@@ -7,8 +7,8 @@
     stages   a swap at once and in stages
     swaps    whether connections fail while epok swaps again and again
 
-Without a name all of them, which takes about 20 minutes. EPOK_BENCH=10 shows in a minute whether they run. Figures of
-one part are measured side by side, real iptables and a real kube-apiserver in the lab's network namespaces.
+Without a name all of them, which takes more than half an hour. EPOK_BENCH=10 shows in minutes whether they run. Figures
+of one part are measured side by side, real iptables and a real kube-apiserver in the lab's network namespaces.
 """
 
 import sys
