@@ -4488,9 +4488,10 @@ def refusal(host: Host, argv: Sequence[str], result: Result, text: str = "") -> 
     if "incompatible" in result.out:
         said += "incompatible"
     _, tries, advice = next(row for row in FAILURES if re.search(row[0], said))
-    if not isinstance(advice, str):
+    if isinstance(advice, str):
+        advice = advice.replace("LINE", named_line(result.err, text))
+    else:
         advice = advice(Failure(host, argv, result.err))
-    advice = advice.replace("LINE", named_line(result.err, text))
     message = f"{host.name}: {shlex.join(argv)}: {result.said}{advice}"
     return Transient(message, attempts=tries) if tries else Fatal(message)
 

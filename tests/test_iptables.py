@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -668,6 +669,14 @@ def test_what_is_missing_is_named_and_nothing_else(said: str, advice: str, other
     error = str(epok.refusal(epok.LocalHost(), ("sudo", "-n", "iptables-save", "-t", "nat"), result))
     assert advice in error
     assert other not in error
+
+
+def test_a_command_to_be_copied_has_the_words_that_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they are: LINE stands for something in epok's own texts."""
+    monkeypatch.setattr(sys, "argv", ["epok.py", "--kubeconfig", "ONLINE.yaml", "local"])
+    result = epok.Result(1, "", "bash: line 1: sudo: command not found")
+    error = str(epok.refusal(epok.LocalHost(), ("sudo", "-n", "iptables-restore"), result, "*nat\nCOMMIT\n"))
+    assert error.endswith("epok.py --kubeconfig ONLINE.yaml local'")
 
 
 def warnings(done: "subprocess.CompletedProcess[str]") -> list[str]:
