@@ -5418,6 +5418,8 @@ def nft_options(expression: Any) -> list[Option]:
     if marks and op in ("==", "!=") and isinstance(masked[1], int) and isinstance(right, int):
         return [Option("connmark --mark", [f"{right:#x}/{masked[1]:#x}"], op == "!=")]
     options, layer = [], at(left, "payload", "protocol")
+    if layer is None and at(left, "payload") is not None:
+        return [UNKNOWN]
     # a packet has such a field only when it is of that protocol
     if layer in ("ip", "ip6"):
         options = [Option("nfproto", ["ipv4" if layer == "ip" else "ipv6"])]
