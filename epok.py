@@ -4757,10 +4757,10 @@ class Publisher:
             before = service.balanced.ingress if service.balanced else []
             its: dict[str, Ingress] = {}
             names: set[str] = set()
-            for host, plan, forwards in self.right:
+            for host, planned, forwards in self.right:
                 own = self.names(host, service)
                 names.update(own)
-                for entry in ingress_of(service, forwards.get(service.key, ()), plan, own):
+                for entry in ingress_of(service, forwards.get(service.key, ()), planned, own):
                     other = its.setdefault(entry.name, entry)
                     for one, two in zip(other.ports, entry.ports, strict=True):
                         one.error = one.error or two.error
