@@ -226,6 +226,7 @@ MAX_NAME = 63  # characters of an annotation's name, behind the slash
 MAX_MAPPINGS = 1000  # of one Service, so that none can keep the others waiting
 MAX_SOURCES = 50_000  # of one Service, in the rules of all its ports
 MAX_RULES = 200_000  # of an IP version, for all Services
+MAX_ASKED = 1 << 24  # bytes of memory for what all Services ask for
 CHAIN_SOURCES = 1000  # of one chain: iptables-nft prints a chain in time that grows with its square
 MAX_BUCKETS = 4096  # of clients in one chain, which has two rules for each
 ROOT_RULES = 4096  # of EPOK, which each new connection meets
@@ -233,7 +234,7 @@ INPUT_BYTES, INPUT_CHAINS = 1 << 23, 10_000  # of one input at most; the gate ta
 HOST_RULES = 225_000  # of epok's in nat; of more, what is not needed goes before others come
 MAIL_PORTS = (25, 465, 587)
 CONNECT_SECONDS = 5  # to each address of an API server: of several, the first may drop all packets
-LOOK_SECONDS = 10  # that --status and --explain wait for the cluster, or for the nodes
+LOOK_SECONDS = 10  # of looking, at least; a fifth of --timeout, which is longer where all is slow
 PAGE_OBJECTS = 500  # of a list at once; fewer, where they would be more bytes than
 PAGE_LIMIT = 1 << 23
 ANSWER_LIMIT = 1 << 26  # bytes of any other answer, and of a page of one object
@@ -331,6 +332,11 @@ class Deadline:
     def remaining(self) -> float:
         """Seconds left, never less than a millisecond: zero means no limit to many functions."""
         return max(self.end - time.monotonic(), 0.001)
+
+    def to_look(self, part: float = 1) -> Deadline:
+        """For looking alone, and no more than this part of what is left."""
+        most = max(LOOK_SECONDS, self.seconds / 5)
+        return Deadline(round(min(most, self.remaining() * part), 1), "the time for looking,")
 
     def missed(self, doing: str) -> Fatal:
         return Fatal(f"{doing}: no answer within {self.name} {self.seconds:g} seconds")
@@ -1637,7 +1643,10 @@ class Balanced(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What matters of a Service, with the annotations that are, or look like, epok's."""
+    """What matters of a Service, with the annotations that are, or look like, epok's.
+
+    What it asks for is kept if it is not `beyond` what all may ask for.
+    """
 
     key: str
     uid: str
@@ -1650,10 +1659,17 @@ class Service:
     versions: tuple[int, ...]
     source_ranges: tuple[str, ...]
     balanced: Balanced | None
+    size: int = 0  # about how many bytes of memory it takes to know what it asks for
+    beyond: bool = False
 
     @property
     def mapped(self) -> bool:
         return not self.annotations.keys().isdisjoint(PORT_ANNOTATIONS)
+
+    @property
+    def age(self) -> tuple[str, str]:
+        """The older Service has less, and comes first where not all can have what they ask for."""
+        return self.created or "~", self.key
 
 
 @dataclass(frozen=True)
@@ -1706,6 +1722,7 @@ def to_service(item: ServiceObject, always: str = "") -> Service | None:
     if key != always and not balanced and not annotations.keys() & set(PORT_ANNOTATIONS):
         return None
     families = spec.ip_families or ["IPv6" if ":" in ip else "IPv4" for ip in spec.cluster_ips]
+    texts = *annotations, *annotations.values(), *spec.load_balancer_source_ranges
     return Service(
         key=key,
         uid=meta.uid,
@@ -1718,7 +1735,23 @@ def to_service(item: ServiceObject, always: str = "") -> Service | None:
         versions=tuple(6 if family == "IPv6" else 4 for family in families or ["IPv4"]),
         source_ranges=tuple(spec.load_balancer_source_ranges),
         balanced=balanced,
+        size=sum(map(sys.getsizeof, texts)) + 200 * len(spec.ports),
     )
+
+
+def within_limit(services: list[Service]) -> list[Service]:
+    """The same Services, of which the older ones keep what they ask for, up to MAX_ASKED."""
+    if sum(service.size for service in services) <= MAX_ASKED:
+        return services
+    left, kept = MAX_ASKED, []
+    for service in sorted(services, key=lambda each: each.age):
+        left -= service.size
+        if left < 0:
+            service = dataclasses.replace(
+                service, annotations={}, ports=(), source_ranges=(), beyond=True
+            )
+        kept.append(service)
+    return kept
 
 
 def to_node(item: NodeObject) -> Node:
@@ -1757,16 +1790,20 @@ def to_endpoints(item: EndpointSlice) -> list[Endpoint]:
 
 
 class Kind(NamedTuple):
-    """A kind of API object, its type, and what makes ours of one, or None when it is not needed."""
+    """A kind of API object, its type, and what makes ours of one, or None when it is not needed.
+
+    `limit` makes a list of ours smaller that takes too much memory.
+    """
 
     name: str
     path: str
     group: str
     type: Any
     convert: Callable[[Any], Any]
+    limit: Callable[[list[Any]], list[Any]] = list
 
 
-SERVICES = Kind("Service", "/api/v1/services", "", ServiceObject, to_service)
+SERVICES = Kind("Service", "/api/v1/services", "", ServiceObject, to_service, within_limit)
 NODES = Kind("Node", "/api/v1/nodes", "", NodeObject, to_node)
 DISCOVERY = "discovery.k8s.io"
 ENDPOINT_SLICES = Kind(
@@ -1835,7 +1872,7 @@ class SnapshotFile:
         if kind is ENDPOINT_SLICES and not wanted:
             why = "which externalTrafficPolicy Local, and a host that is itself a node, need"
             raise Fatal(f"{self.name} has no EndpointSlices, {why}; {HOW_TO_WRITE}")
-        return needed(kind, wanted)
+        return kind.limit(needed(kind, wanted))
 
 
 class Document(msgspec.Struct):
@@ -1925,7 +1962,7 @@ class Cluster:
             versions.add(meta.resource_version or "")
             if len(versions) > 1:  # what has moved to a page that was read before would be missing
                 raise Transient(f"{self.name}: the list of {kind.path} changed between two pages")
-            kept += objects
+            kept = kind.limit(kept + objects)
             if not meta.more:
                 return kept
             query["continue"] = meta.more
@@ -2485,6 +2522,9 @@ def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
 
 def check_annotations(service: Service, plan: Plan) -> None:
     """Finds unknown annotations. Raises ValueError where one may be a restriction, misspelt."""
+    if service.beyond:
+        limit = f"the {MAX_ASKED >> 20} MiB of what all Services may ask for, the older ones first"
+        raise ValueError(f"goes beyond {limit}; make annotations, ports and source ranges fewer")
     strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
     if not strange or not (service.mapped or service.balanced):
         return
@@ -2847,7 +2887,7 @@ def make_plan(
     """
     planning = Planning(snapshot, options, own, login_port)
     # the older Service wins a port that two ask for
-    for service in sorted(snapshot.services, key=lambda each: (each.created or "~", each.key)):
+    for service in sorted(snapshot.services, key=lambda each: each.age):
         planning.add(service)
     planning.plan.forwards.sort(key=lambda forward: (forward.first, forward.protocol))
     return planning.plan
@@ -6161,7 +6201,7 @@ def check_nodes(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Check]
     """Whether each target of TCP forwards answers, from the host."""
     tcp = [forward for forward in forwards if forward.protocol == "tcp"]
     some = list(dict.fromkeys(target for forward in tcp for target in forward.targets))[:64]
-    limit = Deadline(min(LOOK_SECONDS, visit.deadline.remaining()), "the time for looking,")
+    limit = visit.deadline.to_look()
     reach = visit.host.reach
     trying = [Background(persist, limit, reach, str(t.address), t.port, limit) for t in some]
     for target, thread in zip(some, trying, strict=True):
@@ -6672,8 +6712,7 @@ def start_log() -> None:
 
 def warn(visit: Visit, forwards: Sequence[Forward]) -> None:
     """Warns about what makes forwards fail without a word; not to be able to look is no failure."""
-    seconds = min(LOOK_SECONDS, visit.deadline.remaining() / 2)
-    visit.patience = Deadline(seconds, "the time for looking,")
+    visit.patience = visit.deadline.to_look(0.5)
     with as_warning("; so what else may be in the way was not checked"):
         visit.look_around()
         for check in check_host(visit, forwards):
@@ -6822,7 +6861,7 @@ def print_outcomes(outcomes: Iterable[Outcome], options: Options) -> None:
 def run(options: Options) -> int:
     started, deadline = time.monotonic(), Deadline(options.timeout)
     # what a host says must not wait for a cluster that does not answer
-    patience = Deadline(min(LOOK_SECONDS, options.timeout), "the time for looking,")
+    patience = deadline.to_look()
     remote = [SshHost(login, options) for login in options.host]
     hosts: Sequence[Host] = remote or [LocalHost()]
     # the hosts are read while the API answers, and what shall be is computed

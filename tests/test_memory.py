@@ -39,6 +39,20 @@ def heavy(number: int) -> Object:
     return service(f"s{number}", f"{10000 + number}:{20000 + number}", [port(80, 20000 + number)], selector=labels)
 
 
+def ranged(number: int) -> Object:
+    mapping, its = f"{10000 + number}:{20000 + number}", networks(number % 10).split(",")
+    ports = [port(80, 20000 + number)]
+    return service(f"s{number}", mapping, ports, type="LoadBalancer", loadBalancerSourceRanges=its)
+
+
+def ported(number: int) -> Object:
+    """Of a type that takes no NodePorts, of which there are not so many."""
+    ports = [port(1 + n, name=f"port-{n}") for n in range(2_000)]
+    made = service(f"s{number}", f"{10000 + number}", ports, type="ClusterIP")
+    del made["spec"]["clusterIP"]
+    return made
+
+
 def networks(number: int) -> str:
     return ",".join(f"1{number}.{n // 256}.{n % 256}.0/24" for n in range(18_000))
 
@@ -48,6 +62,13 @@ TENANTS: dict[str, Callable[[], list[Object]]] = {
     "300 with 256 KiB of an annotation": lambda: [annotated(n, "example.org/notes", "x" * 262_000) for n in range(300)],
     "100 of 1.4 MB": lambda: [heavy(n) for n in range(100)],
     "10 with 18,000 networks": lambda: [annotated(n, "getbetter.ro/allow-range", networks(n)) for n in range(10)],
+}
+# What 200 Services have, which together is more than all may ask for.
+GREEDY: dict[str, Callable[[int], Object]] = {
+    "256 KiB of mappings": lambda n: annotated(n, "getbetter.ro/externalports", "no-mapping," * 24_000),
+    "256 KiB of networks": lambda n: annotated(n, "getbetter.ro/allow-range", networks(n % 10)),
+    "18,000 source ranges": ranged,
+    "2,000 ports": ported,
 }
 # What iptables-save prints 250 MB of.
 ENDLESS = {
@@ -97,6 +118,21 @@ def test_tenants_do_not_fill_the_memory_nor_keep_others_out(
         figure(f"{len(made)} Services, {kind}: {peak}")
     saved = lab.saved()
     assert all(f'--comment "default/{each["metadata"]["name"]} ' in saved for each in (WEB, *made))
+
+
+@pytest.mark.parametrize("make", GREEDY.values(), ids=GREEDY)
+def test_what_all_services_ask_for_has_a_limit_that_the_older_ones_use_up_first(
+    lab: Lab, server: ApiServer, make: Callable[[int], Object], figure: Callable[[str], None]
+) -> None:
+    lab.flush()
+    others = "metadata.name!=kubernetes,metadata.name!=web"
+    server.request("DELETE", f"/api/v1/namespaces/default/services?fieldSelector={others}")
+    server.create(*map(make, range(200)))
+    status, log, peak = run(lab, server)
+    figure(f"200 Services that ask for too much: {peak}")
+    assert status == 0, log[-2000:]
+    assert '--comment "default/web ' in lab.saved()
+    assert "of what all Services may ask for" in log
 
 
 @pytest.mark.parametrize("line", ENDLESS.values(), ids=ENDLESS)

@@ -600,6 +600,46 @@ def test_older_services_get_the_rules_that_there_are_and_the_rest_is_rejected(mo
     assert plan.rejections[0].reason == f"{why}, which older Services get first; ask for fewer ports or networks"
 
 
+@given(st.data())
+def test_what_all_services_may_ask_for_is_used_up_by_the_older_ones_however_pages_come(data: st.DataObject) -> None:
+    days = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+    made = [
+        service(f"s{number}", f"{100 + number}:{20000 + number}", [port(80, 20000 + number)],
+                created=f"2026-01-0{day}T00:00:00Z", annotations={"getbetter.ro/notes": "x" * 1000 * (number % 3)})
+        for number, day in enumerate(days)
+    ]  # fmt: skip
+    read = epok.needed(epok.SERVICES, made)
+    most = data.draw(st.integers(0, sum(each.size for each in read)))
+    kept: list[epok.Service] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(epok, "MAX_ASKED", most)
+        for each in data.draw(st.permutations(read)):
+            kept = epok.within_limit([*kept, each])
+    ordered = sorted(read, key=lambda each: (each.created, each.key))
+    sums = itertools.accumulate(each.size for each in ordered)
+    asking = {each.key for each, used in zip(ordered, sums, strict=True) if used <= most}
+    assert {each.key for each in kept} == {each.key for each in read}
+    assert {each.key for each in kept if not each.beyond} == asking
+    assert all(each in read for each in kept if not each.beyond)
+    assert all(not (each.annotations or each.ports) for each in kept if each.beyond)
+
+
+def test_a_service_that_asks_for_more_than_is_left_for_all_is_rejected_and_the_older_ones_stand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old, new = (
+        service(name, f"{number}:{20000 + number}", [port(80, 20000 + number)], created=f"2026-01-0{number}T00:00:00Z")
+        for number, name in ((1, "zebra"), (2, "ape"))
+    )
+    monkeypatch.setattr(epok, "MAX_ASKED", epok.needed(epok.SERVICES, [old])[0].size)
+    plan = planned(new, old)
+    assert forwards(plan) == ["tcp 1 zebra 20001"]
+    [why] = reasons(plan)
+    assert re.fullmatch(
+        "default/ape: goes beyond the .* of what all Services may ask for, the older ones first; .*", why
+    )
+
+
 def test_a_mapping_that_there_are_no_rules_for_is_not_told_to_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(epok, "MAX_RULES", 3)
     argv = ["-i", "eth0", "--explain", "default/web", "local"]
