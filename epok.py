@@ -821,16 +821,16 @@ class Options:
         networks = self.addresses
         return not networks or any(address in network for network in networks)
 
+    def takes_from(self, interface: str) -> bool:
+        """Whether connections that come by this interface are forwarded."""
+        return any(like(pattern, interface) for pattern in self.interfaces)
+
 
 def like(pattern: str, interface: str) -> bool | None:
     """Whether an interface is the one meant, or begins as a pattern that ends in "+"."""
     if not interface:
         return None
     return interface.startswith(pattern[:-1]) if pattern.endswith("+") else interface == pattern
-
-
-def comes_in(interface: str, options: Options) -> bool:
-    return any(like(pattern, interface) for pattern in options.interfaces)
 
 
 class Setting(NamedTuple):
@@ -4781,7 +4781,7 @@ class Publisher:
         return [
             str(address)
             for interface, addresses in facts.interfaces.items()
-            if comes_in(interface, options) and not (closed and like(closed, interface))
+            if options.takes_from(interface) and not (closed and like(closed, interface))
             for address in addresses
             if options.covers(address)
         ]
@@ -5684,7 +5684,7 @@ class Visit:
     def entries(self) -> list[str]:
         """The host's interfaces that packets come in by to be forwarded."""
         names = self.facts.interfaces
-        return [name for name in names if name != "lo" and comes_in(name, self.options)]
+        return [name for name in names if name != "lo" and self.options.takes_from(name)]
 
 
 # Where what is forwarded meets tables of iptables: the chain's priority among those of nft, and the
@@ -5804,7 +5804,8 @@ class Firewall(NamedTuple):
             some = f"--dport {some}" if len(ports) == 1 else f"-m multiport --dports {some}"
             early = f"-i {name} -p {protocol} {some} -m addrtype --dst-type LOCAL"
             late = f"-m connmark {marked(mark)}"
-        return self.cure.replace("MATCH", early if self.before_nat else late)
+        # the last one: before it are somebody's names
+        return (early if self.before_nat else late).join(self.cure.rsplit("MATCH", 1))
 
     def loss(self, forward: Forwarding, interface: str) -> tuple[str, str, bool] | None:
         """What it does to a forward, if anything, by which rule, and whether that is sure."""
@@ -6141,7 +6142,7 @@ def check_listeners(visit: Visit, forwards: Iterable[Forwarding]) -> Iterator[Ch
     if visit.listeners is None:
         return
     what = "no program of the host listens on an external port"
-    inner = [name for name in interfaces if not comes_in(name, options)]
+    inner = [name for name in interfaces if not options.takes_from(name)]
     elsewhere = {ip for name in inner for ip in interfaces[name] if "lo" not in options.interfaces}
     hidden = [
         (listener, forward)

@@ -19,7 +19,7 @@ from bench.measure import cluster
 from lab.gateway import OLDER_RULE, Done, Gateway, check, gate, secret_data
 from lab.machine import BACKENDS, need, stretched, until
 from lab.manifests import CRON
-from lab.network import EPOK, HOST, HOST6, PROGRAM, Lab
+from lab.network import EPOK, HOST, HOST6, PROGRAM, Lab, bare_environment
 from lab.objects import endpoint, endpoint_slice, port, service, slice_port
 from lab.sshd import make_key
 
@@ -80,7 +80,8 @@ class Client:
     def epok(self, *args: str, services: Any = (MAIL,), interfaces: str = "eth0") -> Answer:
         argv = [*PROGRAM, "--snapshot", "-", "-i", interfaces, "ssh"]
         argv += ["--host", self.login, "--key", str(self.key), "--known-hosts", str(self.known_hosts), *args]
-        done = self.lab.client.run(argv, json.dumps(self.lab.cluster(*services)), check=False)
+        text, env = json.dumps(self.lab.cluster(*services)), bare_environment()
+        done = self.lab.client.run(argv, text, check=False, env=env)
         return Answer(done.returncode, done.stdout, done.stderr)
 
 

@@ -74,8 +74,9 @@ HOSTS = {
                               drops("nft table inet wall, chain c, handle")),
     "native prerouting, translated": Host(NATIVE.format("filter", "prerouting", 0, "tcp dport 2025 drop"),
                                           drops("nft table inet wall, chain c, handle")),
-    "native postrouting": Host(NATIVE.format("filter", "postrouting", 0, "tcp dport 2025 ct state new drop"),
-                               drops("nft table inet wall, chain c, handle")),
+    "native postrouting, of an odd name": Host(
+        NATIVE.replace("wall", "MATCH").format("filter", "postrouting", 0, "tcp dport 2025 ct state new drop"),
+        drops("nft table inet MATCH, chain c, handle")),
     "native nat, made later": Host(
         NATIVE.format("nat", "prerouting", "dstnat", "tcp dport 25 dnat ip to 10.0.0.12:30080"),
         "this host takes tcp/25 from eth0 by nft table inet wall, chain c", backends="nft"),
