@@ -1776,9 +1776,12 @@ def to_node(item: NodeObject) -> Node:
     )
 
 
-def to_endpoints(item: EndpointSlice) -> list[Endpoint]:
+def to_endpoints(item: EndpointSlice, services: Container[str]) -> list[Endpoint]:
+    """Those of some Services, as only these matter."""
     meta = item.metadata
     service = f"{meta.namespace}/{meta.labels.get('kubernetes.io/service-name', '')}"
+    if service not in services:
+        return []
     ports = {(port.name, port.protocol): port.port for port in item.ports or ()}
     endpoints = []
     for each in item.endpoints or ():
@@ -1806,9 +1809,13 @@ class Kind(NamedTuple):
 SERVICES = Kind("Service", "/api/v1/services", "", ServiceObject, to_service, within_limit)
 NODES = Kind("Node", "/api/v1/nodes", "", NodeObject, to_node)
 DISCOVERY = "discovery.k8s.io"
-ENDPOINT_SLICES = Kind(
-    "EndpointSlice", f"/apis/{DISCOVERY}/v1/endpointslices", DISCOVERY, EndpointSlice, to_endpoints
-)
+SLICES = "EndpointSlice"
+SLICES_PATH = f"/apis/{DISCOVERY}/v1/endpointslices"
+
+
+def endpoint_slices(services: Container[str]) -> Kind:
+    convert = functools.partial(to_endpoints, services=services)
+    return Kind(SLICES, SLICES_PATH, DISCOVERY, EndpointSlice, convert)
 
 
 def needed(kind: Kind, objects: Iterable[Any]) -> list[Any]:
@@ -1869,7 +1876,7 @@ class SnapshotFile:
     def read(self, kind: Kind, selector: str = "") -> list[Any]:
         """All that the file has of a kind; a selector only saves the API work."""
         wanted = [item for name, item in self.objects if name == kind.name]
-        if kind is ENDPOINT_SLICES and not wanted:
+        if kind.name == SLICES and not wanted:
             why = "which externalTrafficPolicy Local, and a host that is itself a node, need"
             raise Fatal(f"{self.name} has no EndpointSlices, {why}; {HOW_TO_WRITE}")
         return kind.limit(needed(kind, wanted))
@@ -2300,7 +2307,7 @@ class Reader:
         # a long selector would not fit into a URL; then all are listed
         selector = f"kubernetes.io/service-name in ({','.join(names)})" if len(names) <= 50 else ""
         endpoints: dict[str, list[Endpoint]] = {}
-        for endpoint in itertools.chain.from_iterable(self.read(ENDPOINT_SLICES, selector)):
+        for endpoint in itertools.chain.from_iterable(self.read(endpoint_slices(keys), selector)):
             endpoints.setdefault(endpoint.service, []).append(endpoint)
         return dataclasses.replace(snapshot, endpoints=endpoints)
 
