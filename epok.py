@@ -1740,15 +1740,20 @@ def to_service(item: ServiceObject, always: str = "") -> Service | None:
 
 
 def within_limit(services: list[Service]) -> list[Service]:
-    """The same Services, of which the older ones keep what they ask for, up to MAX_ASKED."""
+    """The same Services, of which the older ones keep what they ask for, up to MAX_ASKED.
+
+    Of the others --explain shows how it begins.
+    """
     if sum(service.size for service in services) <= MAX_ASKED:
         return services
     left, kept = MAX_ASKED, []
     for service in sorted(services, key=lambda each: each.age):
         left -= service.size
         if left < 0:
+            names = service.annotations.keys() & set(SERVICE_ANNOTATIONS)
+            begin = {name: service.annotations[name][:MAX_NAME] for name in sorted(names)}
             service = dataclasses.replace(
-                service, annotations={}, ports=(), source_ranges=(), beyond=True
+                service, annotations=begin, ports=(), source_ranges=(), beyond=True
             )
         kept.append(service)
     return kept

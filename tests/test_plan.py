@@ -621,7 +621,7 @@ def test_what_all_services_may_ask_for_is_used_up_by_the_older_ones_however_page
     assert {each.key for each in kept} == {each.key for each in read}
     assert {each.key for each in kept if not each.beyond} == asking
     assert all(each in read for each in kept if not each.beyond)
-    assert all(not (each.annotations or each.ports) for each in kept if each.beyond)
+    assert all(each.mapped and len(each.annotations) == 1 and not each.ports for each in kept if each.beyond)
 
 
 def test_a_service_that_asks_for_more_than_is_left_for_all_is_rejected_and_the_older_ones_stand(
