@@ -769,7 +769,8 @@ def test_every_block_of_the_readme_for_a_cluster_was_run(world: World) -> None:
     assert world.desk.ran >= IN_CLUSTER
 
 
-def test_the_figures(world: World, figure: Figure) -> None:
+def test_runs_stay_small(world: World, figure: Figure) -> None:
+    """An idle one lists Services and nodes, and EndpointSlices where they are needed; pods have 192 MiB."""
     runs = [run for run in world.succeeded() if run.minute and run.begun]
     idle = [run for run in runs if "in sync" in run.log]
     for what, found in (
@@ -779,3 +780,5 @@ def test_the_figures(world: World, figure: Figure) -> None:
         ("API requests of an idle run", [len(run.requests) for run in idle]),
     ):
         figure(f"{what}: {statistics.median(found):.1f} (median), {max(found):.1f} (worst) of {len(found)}")
+    assert statistics.median(len(run.requests) for run in idle) <= 3
+    assert max(run.peak for run in runs) < 128e6
