@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.measure import SMALL, Figure
+from bench.measure import FEW, SMALL, Figure
 from bench.runs import USUAL, Bed
 from lab.meter import metered
 from lab.network import EPOK, Lab
 from lab.sshd import Sshd, make_key
 
 SERVICES = 20 if SMALL else 10_000
-FORWARDS = (10, 20) if SMALL else (10, 2700, 10_000)  # of these Services
+FORWARDS = (10,) if SMALL else (10, 2700, 10_000)  # of these Services
 # MB by forwards and way: all new, and in sync
 GOALS = {
     (10, "local"): (60, 60),
@@ -40,7 +40,7 @@ def measure_way(bed: Bed, way: str, words: Sequence[str]) -> list[Figure]:
         return metered(bed.lab.host, [sys.executable, str(EPOK), *options], timeout=900)[1].megabytes
 
     bed.lab.flush()
-    new, sync = peak(), max(peak() for _ in range(3))
+    new, sync = peak(), max(peak() for _ in range(FEW))
     bed.change(True)
     change = peak()
     bed.change(False)

@@ -23,8 +23,8 @@ from lab.objects import Object
 
 STEPS = Path(__file__).resolve().parent / "steps.py"
 RIVAL = Path(__file__).resolve().parent / "rival.sh"
-NODES = (3, 10, 100)
 USUAL, BUDGET = 10, 2700  # nodes and forwards that the budget is for
+NODES = (USUAL,) if SMALL else (3, USUAL, 100)
 IMPORT = [sys.executable, "-c", "import kubernetes.config, kubernetes.client"]
 # What a script would begin with, whatever it did then.
 READ = """$1 --kubeconfig "$2" get services,nodes -A -o json | jq '[.items[] |
