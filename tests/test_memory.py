@@ -65,7 +65,6 @@ TENANTS: dict[str, Callable[[], list[Object]]] = {
 }
 # What 200 Services have, which together is more than all may ask for.
 GREEDY: dict[str, Callable[[int], Object]] = {
-    "256 KiB of mappings": lambda n: annotated(n, "getbetter.ro/externalports", "no-mapping," * 24_000),
     "256 KiB of networks": lambda n: annotated(n, "getbetter.ro/allow-range", networks(n % 10)),
     "18,000 source ranges": ranged,
     "2,000 ports": ported,
