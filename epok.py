@@ -227,6 +227,7 @@ MAX_MAPPINGS = 1000  # of one Service, so that none can keep the others waiting
 MAX_SOURCES = 50_000  # of one Service, in the rules of all its ports
 MAX_RULES = 200_000  # of an IP version, for all Services
 MAX_ASKED = 1 << 24  # bytes of memory for what all Services ask for
+MAX_SHARE = MAX_ASKED // 8  # for what one does
 CHAIN_SOURCES = 1000  # of one chain: iptables-nft prints a chain in time that grows with its square
 MAX_BUCKETS = 4096  # of clients in one chain, which has two rules for each
 ROOT_RULES = 4096  # of EPOK, which each new connection meets
@@ -234,7 +235,8 @@ INPUT_BYTES, INPUT_CHAINS = 1 << 23, 10_000  # of one input at most; the gate ta
 HOST_RULES = 225_000  # of epok's in nat; of more, what is not needed goes before others come
 MAIL_PORTS = (25, 465, 587)
 CONNECT_SECONDS = 5  # to each address of an API server: of several, the first may drop all packets
-LOOK_SECONDS = 10  # of looking, at least; a fifth of --timeout, which is longer where all is slow
+LOOK_SECONDS = 10  # for looking; a fifth of --timeout, if that is more
+LOOK_LIMIT = 30
 PAGE_OBJECTS = 500  # of a list at once; fewer, where they would be more bytes than
 PAGE_LIMIT = 1 << 23
 ANSWER_LIMIT = 1 << 26  # bytes of any other answer, and of a page of one object
@@ -335,11 +337,11 @@ class Deadline:
 
     def to_look(self, part: float = 1) -> Deadline:
         """For looking alone, and no more than this part of what is left."""
-        most = max(LOOK_SECONDS, self.seconds / 5)
-        return Deadline(round(min(most, self.remaining() * part), 1), "the time for looking,")
+        most = min(max(LOOK_SECONDS, self.seconds / 5), LOOK_LIMIT)
+        return Deadline(min(most, self.remaining() * part), "the time for looking,")
 
     def missed(self, doing: str) -> Fatal:
-        return Fatal(f"{doing}: no answer within {self.name} {self.seconds:g} seconds")
+        return Fatal(f"{doing}: no answer within {self.name} {round(self.seconds, 2):g} seconds")
 
 
 def persist(deadline: Deadline, action: Callable[..., T], *args: object) -> T:
@@ -1645,7 +1647,8 @@ class Balanced(NamedTuple):
 class Service:
     """What matters of a Service, with the annotations that are, or look like, epok's.
 
-    What it asks for is kept if it is not `beyond` what all may ask for.
+    `size` is about how many bytes of memory it takes to know what it asks for, 0 if that is
+    nothing; `beyond` is whether that is more than there is room for, see within_limit.
     """
 
     key: str
@@ -1657,19 +1660,25 @@ class Service:
     local: bool
     sticky: bool
     versions: tuple[int, ...]
-    source_ranges: tuple[str, ...]
+    source_ranges: str | None  # separated by commas
     balanced: Balanced | None
-    size: int = 0  # about how many bytes of memory it takes to know what it asks for
-    beyond: bool = False
+    size: int = field(default=0, compare=False)
+    beyond: bool = field(default=False, compare=False)
 
     @property
     def mapped(self) -> bool:
         return not self.annotations.keys().isdisjoint(PORT_ANNOTATIONS)
 
     @property
-    def age(self) -> tuple[str, str]:
-        """The older Service has less, and comes first where not all can have what they ask for."""
+    def seniority(self) -> tuple[str, str]:
+        """Sorts the older Service first, and one without a date last."""
         return self.created or "~", self.key
+
+    def refused(self, whole: str) -> Service:
+        """It as one that is beyond; only the one named `whole` keeps what it asks for."""
+        if self.key == whole:
+            return dataclasses.replace(self, beyond=True)
+        return dataclasses.replace(self, beyond=True, annotations={}, ports=(), source_ranges=None)
 
 
 @dataclass(frozen=True)
@@ -1719,10 +1728,13 @@ def to_service(item: ServiceObject, always: str = "") -> Service | None:
     balanced = None
     if spec.type == "LoadBalancer" and spec.load_balancer_class == BALANCER_CLASS:
         balanced = Balanced(item.status.load_balancer.ingress, meta.resource_version)
-    if key != always and not balanced and not annotations.keys() & set(PORT_ANNOTATIONS):
+    asks = balanced or annotations.keys() & set(PORT_ANNOTATIONS)
+    if not asks and key != always:
         return None
     families = spec.ip_families or ["IPv6" if ":" in ip else "IPv4" for ip in spec.cluster_ips]
-    texts = *annotations, *annotations.values(), *spec.load_balancer_source_ranges
+    ranges = spec.load_balancer_source_ranges
+    source_ranges = ",".join(ranges) if ranges else None
+    texts = *annotations, *annotations.values(), source_ranges
     return Service(
         key=key,
         uid=meta.uid,
@@ -1733,30 +1745,29 @@ def to_service(item: ServiceObject, always: str = "") -> Service | None:
         local=spec.external_traffic_policy == "Local",
         sticky=spec.session_affinity == "ClientIP",
         versions=tuple(6 if family == "IPv6" else 4 for family in families or ["IPv4"]),
-        source_ranges=tuple(spec.load_balancer_source_ranges),
+        source_ranges=source_ranges,
         balanced=balanced,
-        size=sum(map(sys.getsizeof, texts)) + 200 * len(spec.ports),
+        size=500 + sum(map(sys.getsizeof, texts)) + 300 * len(spec.ports) if asks else 0,
     )
 
 
-def within_limit(services: list[Service]) -> list[Service]:
-    """The same Services, of which the older ones keep what they ask for, up to MAX_ASKED.
+def within_limit(services: list[Service], whole: str = "") -> list[Service]:
+    """The Services, of which those that ask for too much are `beyond`, and keep nothing of it.
 
-    Of the others --explain shows how it begins.
+    The older ones have what they ask for, up to the first that does not fit, so that it does not
+    matter in which order pages come. What the one named `whole` asks for is kept, to be explained.
     """
-    if sum(service.size for service in services) <= MAX_ASKED:
+    sizes = [service.size for service in services]
+    if sum(sizes) <= MAX_ASKED and max(sizes, default=0) <= MAX_SHARE:
         return services
-    left, kept = MAX_ASKED, []
-    for service in sorted(services, key=lambda each: each.age):
-        left -= service.size
-        if left < 0:
-            names = service.annotations.keys() & set(SERVICE_ANNOTATIONS)
-            begin = {name: service.annotations[name][:MAX_NAME] for name in sorted(names)}
-            service = dataclasses.replace(
-                service, annotations=begin, ports=(), source_ranges=(), beyond=True
-            )
-        kept.append(service)
-    return kept
+    left, limited, last = MAX_ASKED, [], ""
+    for service in sorted(services, key=lambda each: each.seniority):
+        # a file may have it twice
+        left -= service.size if service.size <= MAX_SHARE and service.key != last else 0
+        last = service.key
+        fits = service.size <= MAX_SHARE and (left >= 0 or not service.size)
+        limited.append(service if fits or service.beyond else service.refused(whole))
+    return limited
 
 
 def to_node(item: NodeObject) -> Node:
@@ -1800,7 +1811,7 @@ def to_endpoints(item: EndpointSlice, services: Container[str]) -> list[Endpoint
 class Kind(NamedTuple):
     """A kind of API object, its type, and what makes ours of one, or None when it is not needed.
 
-    `limit` makes a list of ours smaller that takes too much memory.
+    `limit` takes out of a list of ours what is too much for the memory; `list` takes out nothing.
     """
 
     name: str
@@ -2278,7 +2289,8 @@ class Reader:
     def snapshot(self, explained: str = "") -> Snapshot:
         """Services with mappings, and the one that is explained, and all nodes; no endpoints."""
         convert = functools.partial(to_service, always=explained)
-        services = self.once_each(SERVICES._replace(convert=convert), "key")
+        limit = functools.partial(within_limit, whole=explained)
+        services = self.once_each(SERVICES._replace(convert=convert, limit=limit), "key")
         nodes = self.once_each(NODES, "name")
         if not nodes:
             why = "has no node at all, so it cannot be whole"
@@ -2301,7 +2313,8 @@ class Reader:
 
     def with_endpoints(self, snapshot: Snapshot, on_node: bool, explained: str = "") -> Snapshot:
         """Adds endpoints: on a host that is a node all Services', else those of policy Local."""
-        keys = {service.key for service in snapshot.services if on_node or service.local}
+        some = [service for service in snapshot.services if not service.beyond]
+        keys = {service.key for service in some if on_node or service.local}
         if explained and explained not in keys:
             with contextlib.suppress(Fatal):  # they may not be had
                 return self.having_endpoints(snapshot, {explained, *keys})
@@ -2314,7 +2327,7 @@ class Reader:
         endpoints: dict[str, list[Endpoint]] = {}
         for endpoint in itertools.chain.from_iterable(self.read(endpoint_slices(keys), selector)):
             endpoints.setdefault(endpoint.service, []).append(endpoint)
-        return dataclasses.replace(snapshot, endpoints=endpoints)
+        return dataclasses.replace(snapshot, endpoints={**snapshot.endpoints, **endpoints})
 
 
 # ------------------------------------------------ plan: Snapshot -> Forwards and Rejections
@@ -2535,8 +2548,12 @@ def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
 def check_annotations(service: Service, plan: Plan) -> None:
     """Finds unknown annotations. Raises ValueError where one may be a restriction, misspelt."""
     if service.beyond:
-        limit = f"the {MAX_ASKED >> 20} MiB of what all Services may ask for, the older ones first"
-        raise ValueError(f"goes beyond {limit}; make annotations, ports and source ranges fewer")
+        what = f"finds no room left in the {MAX_ASKED >> 20} MiB of memory for what all Services "
+        what += "ask for, the older ones first"
+        if service.size > MAX_SHARE:
+            what = f"asks for more than fits into {MAX_SHARE >> 20} MiB of memory; make its "
+            what += "annotations, ports or source ranges fewer"
+        raise ValueError(what)
     strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
     if not strange or not (service.mapped or service.balanced):
         return
@@ -2590,9 +2607,9 @@ def allowed_sources(service: Service) -> Networks | None:
     if len({service.annotations[name] for name in given}) > 1:
         why = "say different things; until one of them is gone nobody may"
         raise ValueError(f"{' and '.join(given)} {why}")
-    if not given and not service.source_ranges:
+    if not given and service.source_ranges is None:
         return None
-    name, text = "spec.loadBalancerSourceRanges", ",".join(service.source_ranges)
+    name, text = "spec.loadBalancerSourceRanges", service.source_ranges or ""
     if given:
         name, text = given[0], service.annotations[given[0]].strip(" \t\r\n,")
     if text.count(",") >= MAX_SOURCES:
@@ -2890,6 +2907,17 @@ class Planning:
             self.plan.claims = [c for c in claims if (c.port.protocol, c.external) in mappings]
 
 
+def crowding(services: Iterable[Service]) -> Iterator[str]:
+    """Says which Services take the room that others find none in."""
+    ordered = sorted(services, key=lambda each: -each.size)
+    count = sum(service.beyond and service.size <= MAX_SHARE for service in ordered)
+    if count:
+        largest = [service for service in ordered if not service.beyond][:3]
+        names = enumerated(f"{service.key} ({service.size >> 10} KiB)" for service in largest)
+        what = f"{count} {plural(count, 'Service finds', 'Services find')} no room left"
+        yield f"{what} for what Services ask for; most of it is taken by {names}"
+
+
 def make_plan(
     snapshot: Snapshot, options: Options, own: Set[str] = frozenset(), login_port: int = 0
 ) -> Plan:
@@ -2899,8 +2927,9 @@ def make_plan(
     """
     planning = Planning(snapshot, options, own, login_port)
     # the older Service wins a port that two ask for
-    for service in sorted(snapshot.services, key=lambda each: each.age):
+    for service in sorted(snapshot.services, key=lambda each: each.seniority):
         planning.add(service)
+    planning.plan.warnings += crowding(snapshot.services)
     planning.plan.forwards.sort(key=lambda forward: (forward.first, forward.protocol))
     return planning.plan
 
@@ -4854,7 +4883,9 @@ class Publisher:
         service, _, ingress = publication
         assert isinstance(self.source, Cluster)
         if now := self.source.publish(service, ingress, deadline):
-            self.services[now.key] = now
+            # its ports, and what it asks for, stay those that were planned
+            was = self.services[now.key]
+            self.services[now.key] = dataclasses.replace(was, balanced=now.balanced)
             log.info("%s", publication.line)
 
 
@@ -5816,7 +5847,7 @@ class Firewall(NamedTuple):
             some = f"--dport {some}" if len(ports) == 1 else f"-m multiport --dports {some}"
             early = f"-i {name} -p {protocol} {some} -m addrtype --dst-type LOCAL"
             late = f"-m connmark {marked(mark)}"
-        # the last one: before it are somebody's names
+        # a table or a chain, whose names stand before, may be called so too
         return (early if self.before_nat else late).join(self.cure.rsplit("MATCH", 1))
 
     def loss(self, forward: Forwarding, interface: str) -> tuple[str, str, bool] | None:
@@ -6638,8 +6669,9 @@ class Story(Status):
         for name, text in service.annotations.items():
             strange = " (not one that epok knows)" * (name not in SERVICE_ANNOTATIONS)
             lines.append(f"{name}: {quoted(text)}{strange}")
-        if service.source_ranges:
-            lines.append(f"loadBalancerSourceRanges: {enumerated(service.source_ranges)}")
+        if service.source_ranges is not None:
+            ranges = service.source_ranges.split(",")
+            lines.append(f"loadBalancerSourceRanges: {enumerated(ranges)}")
         lines += [f"EXTERNAL-IP: {ips(found)}" for found in self.published.values()]
         lines += [f"pods: {self.pods()}"] if self.pods() else []
         lines += [self.taken] if self.taken else []

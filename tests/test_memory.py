@@ -131,7 +131,7 @@ def test_what_all_services_ask_for_has_a_limit_that_the_older_ones_use_up_first(
     figure(f"200 Services that ask for too much: {peak}")
     assert status == 0, log[-2000:]
     assert '--comment "default/web ' in lab.saved()
-    assert "of what all Services may ask for" in log
+    assert "MiB of memory for what all Services ask for, the older ones first" in log
 
 
 @pytest.mark.parametrize("line", ENDLESS.values(), ids=ENDLESS)

@@ -41,15 +41,19 @@ def planned_for(
     *objects: Object, argv: Sequence[str] = LOCAL, own: Sequence[str] = (), login_port: int = 0
 ) -> tuple[epok.Plan, list[epok.Service]]:
     """And the Services of epok's class."""
+    nodes = [] if any(item["kind"] == "Node" for item in objects) else [NODE]
+    options, reader = reader_of(*objects, *nodes, argv=argv)
+    read = reader.with_endpoints(reader.snapshot(), bool(own))
+    plan = epok.make_plan(read, options, frozenset(own), login_port)
+    return plan, [each for each in read.services if each.balanced]
+
+
+def reader_of(*objects: Object, argv: Sequence[str] = LOCAL) -> tuple[epok.Options, epok.Reader]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        nodes = [] if any(item["kind"] == "Node" for item in objects) else [NODE]
-        json.dump(snapshot(*objects, *nodes), file)
+        json.dump(snapshot(*objects), file)
         file.flush()
         options = epok.parse_options(["--snapshot", file.name, *argv], {})
-        reader = epok.Reader(options, epok.Deadline(50))
-        read = reader.with_endpoints(reader.snapshot(), bool(own))
-        plan = epok.make_plan(read, options, frozenset(own), login_port)
-        return plan, [each for each in read.services if each.balanced]
+        return options, epok.Reader(options, epok.Deadline(50))
 
 
 def span(first: int, size: int) -> str:
@@ -605,39 +609,90 @@ def test_what_all_services_may_ask_for_is_used_up_by_the_older_ones_however_page
     days = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=12))
     made = [
         service(f"s{number}", f"{100 + number}:{20000 + number}", [port(80, 20000 + number)],
-                created=f"2026-01-0{day}T00:00:00Z", annotations={"getbetter.ro/notes": "x" * 1000 * (number % 3)})
+                created=f"2026-01-0{day}T00:00:00Z", annotations={"getbetter.ro/notes": "x" * 1000 * (number % 4)})
         for number, day in enumerate(days)
     ]  # fmt: skip
     read = epok.needed(epok.SERVICES, made)
     most = data.draw(st.integers(0, sum(each.size for each in read)))
+    share = data.draw(st.integers(0, 5000))
     kept: list[epok.Service] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(epok, "MAX_ASKED", most)
+        patch.setattr(epok, "MAX_SHARE", share)
         for each in data.draw(st.permutations(read)):
-            kept = epok.within_limit([*kept, each])
-    ordered = sorted(read, key=lambda each: (each.created, each.key))
-    sums = itertools.accumulate(each.size for each in ordered)
-    asking = {each.key for each, used in zip(ordered, sums, strict=True) if used <= most}
+            kept = epok.within_limit([*kept, each], whole="default/s0")
+    modest = sorted((each for each in read if each.size <= share), key=lambda each: (each.created, each.key))
+    sums = itertools.accumulate(each.size for each in modest)
+    asking = {each.key for each, used in zip(modest, sums, strict=True) if used <= most}
     assert {each.key for each in kept} == {each.key for each in read}
     assert {each.key for each in kept if not each.beyond} == asking
-    assert all(each in read for each in kept if not each.beyond)
-    assert all(each.mapped and len(each.annotations) == 1 and not each.ports for each in kept if each.beyond)
+    before = {each.key: each for each in read}
+    for each in kept:
+        if each.beyond and each.key != "default/s0":
+            assert not (each.annotations or each.ports or each.source_ranges)
+        else:
+            assert each == before[each.key]
 
 
-def test_a_service_that_asks_for_more_than_is_left_for_all_is_rejected_and_the_older_ones_stand(
+def aged(name: str, number: int, day: int, ports: Sequence[Object] = (), **kw: Any) -> Object:
+    its = [port(80, 20000 + number), *ports]
+    return service(name, f"{number}:{20000 + number}", its, created=f"2026-01-0{day}T00:00:00Z", **kw)
+
+
+def test_a_service_that_there_is_no_room_for_is_rejected_and_the_older_ones_stand(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    old, new = (
-        service(name, f"{number}:{20000 + number}", [port(80, 20000 + number)], created=f"2026-01-0{number}T00:00:00Z")
-        for number, name in ((1, "zebra"), (2, "ape"))
-    )
-    monkeypatch.setattr(epok, "MAX_ASKED", epok.needed(epok.SERVICES, [old])[0].size)
+    old, new = aged("zebra", 1, 1), aged("ape", 2, 2)
+    size = epok.needed(epok.SERVICES, [old])[0].size
+    assert planned(new, old).warnings == []
+    monkeypatch.setattr(epok, "MAX_ASKED", size)
     plan = planned(new, old)
     assert forwards(plan) == ["tcp 1 zebra 20001"]
     [why] = reasons(plan)
-    assert re.fullmatch(
-        "default/ape: goes beyond the .* of what all Services may ask for, the older ones first; .*", why
-    )
+    assert re.fullmatch(r"default/ape: finds no room left in the \d+ MiB of memory for what all Services .*", why)
+    [warning] = plan.warnings
+    assert "1 Service finds no room left" in warning and warning.endswith("taken by default/zebra (0 KiB)")
+
+
+@pytest.mark.parametrize("hog", [
+    {"loadBalancerSourceRanges": [f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}/32" for n in range(150_000)]},
+    {"annotations": {"getbetter.ro/notes": "x" * (1 << 21)}},
+    {"ports": [port(1 + n, name=f"port-{n}") for n in range(8000)]},
+], ids=["source ranges", "annotations", "ports"])  # fmt: skip
+def test_services_that_ask_for_more_than_one_may_take_no_room_from_younger_ones(hog: dict[str, Any]) -> None:
+    hogs = [aged(f"hog{number}", number, 1, **hog) for number in range(1, 10)]
+    plan = planned(*hogs, aged("web", 80, 2))
+    assert forwards(plan) == ["tcp 80 web 20080"]
+    assert len(plan.rejections) == 9 and not plan.warnings
+    assert all("asks for more than fits into 2 MiB of memory; make" in each.reason for each in plan.rejections)
+
+
+def test_what_is_there_twice_is_no_difference_when_there_is_room_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [aged(f"s{number}", number, 1) for number in range(1, 4)]
+    monkeypatch.setattr(epok, "MAX_ASKED", sum(each.size for each in epok.needed(epok.SERVICES, made)))
+    assert len(forwards(planned(*made))) == 3
+    assert forwards(planned(*made, *made)) == forwards(planned(*made))
+
+
+def test_what_the_service_that_is_explained_asks_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epok, "MAX_ASKED", 0)
+    _, reader = reader_of(NODE, aged("web", 1, 1), aged("ape", 2, 2), service("bare", None, [port(80, 20080)]))
+    read = {each.key: each for each in reader.snapshot("default/web").services}
+    assert read["default/web"].beyond and read["default/web"].annotations and read["default/web"].ports
+    assert read["default/ape"].beyond and not read["default/ape"].annotations
+    # one that asks for nothing cannot ask for too much
+    read = {each.key: each for each in reader.snapshot("default/bare").services}
+    assert not read["default/bare"].beyond and read["default/bare"].ports
+
+
+def test_endpoints_that_were_read_for_one_host_stay_for_another() -> None:
+    local = service("loc", "26:2026", [port(26, 2026)], policy="Local")
+    web = service("web", "25:2025", [port(25, 2025)])
+    slices = [endpoint_slice(name, [endpoint("n1", "10.1.0.1")], [slice_port(25)]) for name in ("loc", "web")]
+    _, reader = reader_of(NODE, local, web, *slices)
+    read = reader.with_endpoints(reader.snapshot(), on_node=True)
+    again = reader.with_endpoints(read, on_node=False)
+    assert set(read.endpoints) == set(again.endpoints) == {"default/loc", "default/web"}
 
 
 def test_a_mapping_that_there_are_no_rules_for_is_not_told_to_stand(monkeypatch: pytest.MonkeyPatch) -> None:
