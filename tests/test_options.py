@@ -547,3 +547,13 @@ def test_the_messages_that_the_readme_tells_of_are_epoks() -> None:
     for words in told:
         made = re.escape(words).replace("tcp/25", r"\{some\}").replace("eth0", r"\{name\}").replace("IPv4", "IPv.*")
         assert words == SAID_BY_SUDO or re.search(made, program), words
+
+
+@pytest.mark.parametrize("timeout, seconds", [(5, 5), (50, 10), (100, 20), (600, 30)])
+def test_looking_has_ten_seconds_or_a_fifth_of_the_whole_time(timeout: float, seconds: float) -> None:
+    deadline = epok.Deadline(timeout)
+    looking = deadline.to_look()
+    assert seconds / 2 < looking.seconds <= seconds
+    assert deadline.to_look(0.5).seconds <= timeout / 2
+    told = str(looking.missed("reading"))
+    assert re.fullmatch(r"reading: no answer within the time for looking, [0-9]+(\.[0-9]{1,2})? seconds", told)
