@@ -2913,9 +2913,9 @@ def crowding(services: Iterable[Service]) -> Iterator[str]:
     count = sum(service.beyond and service.size <= MAX_SHARE for service in ordered)
     if count:
         largest = [service for service in ordered if not service.beyond][:3]
-        names = enumerated(f"{service.key} ({service.size >> 10} KiB)" for service in largest)
+        names = enumerated(f"{each.key} ({(each.size >> 10) + 1} KiB)" for each in largest)
         what = f"{count} {plural(count, 'Service finds', 'Services find')} no room left"
-        yield f"{what} for what Services ask for; most of it is taken by {names}"
+        yield f"{what} for what Services ask for; the most is taken by {names}"
 
 
 def make_plan(

@@ -651,7 +651,7 @@ def test_a_service_that_there_is_no_room_for_is_rejected_and_the_older_ones_stan
     [why] = reasons(plan)
     assert re.fullmatch(r"default/ape: finds no room left in the \d+ MiB of memory for what all Services .*", why)
     [warning] = plan.warnings
-    assert "1 Service finds no room left" in warning and warning.endswith("taken by default/zebra (0 KiB)")
+    assert "1 Service finds no room left" in warning and warning.endswith("the most is taken by default/zebra (1 KiB)")
 
 
 @pytest.mark.parametrize("hog", [
