@@ -119,6 +119,19 @@ def test_tenants_do_not_fill_the_memory_nor_keep_others_out(
     assert all(f'--comment "default/{each["metadata"]["name"]} ' in saved for each in (WEB, *made))
 
 
+@pytest.mark.parametrize("line", ENDLESS.values(), ids=ENDLESS)
+def test_a_host_that_prints_250_mb_does_not_fill_the_memory(
+    lab: Lab, server: ApiServer, tmp_path: Path, line: str, figure: Callable[[str], None]
+) -> None:
+    tool = tmp_path / "iptables-save"
+    tool.write_text(f"#!/bin/sh\necho \"*$2\"; seq 1 99999999 | sed 's/.*/{line}/' | head -c 250000000\n")
+    tool.chmod(0o755)
+    status, log, peak = run(lab, server, str(tmp_path))
+    assert status == 1, log[-2000:]
+    assert re.match("error: this host: iptables-save: more than 64 MiB, or 700,000 lines", log)
+    figure(f"250 MB printed: {peak}")
+
+
 @pytest.mark.parametrize("make", GREEDY.values(), ids=GREEDY)
 def test_what_all_services_ask_for_has_a_limit_that_the_older_ones_use_up_first(
     lab: Lab, server: ApiServer, make: Callable[[int], Object], figure: Callable[[str], None]
@@ -132,16 +145,3 @@ def test_what_all_services_ask_for_has_a_limit_that_the_older_ones_use_up_first(
     assert status == 0, log[-2000:]
     assert '--comment "default/web ' in lab.saved()
     assert "MiB of memory for what all Services ask for, the older ones first" in log
-
-
-@pytest.mark.parametrize("line", ENDLESS.values(), ids=ENDLESS)
-def test_a_host_that_prints_250_mb_does_not_fill_the_memory(
-    lab: Lab, server: ApiServer, tmp_path: Path, line: str, figure: Callable[[str], None]
-) -> None:
-    tool = tmp_path / "iptables-save"
-    tool.write_text(f"#!/bin/sh\necho \"*$2\"; seq 1 99999999 | sed 's/.*/{line}/' | head -c 250000000\n")
-    tool.chmod(0o755)
-    status, log, peak = run(lab, server, str(tmp_path))
-    assert status == 1, log[-2000:]
-    assert re.match("error: this host: iptables-save: more than 64 MiB, or 700,000 lines", log)
-    figure(f"250 MB printed: {peak}")
