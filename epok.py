@@ -235,7 +235,7 @@ INPUT_BYTES, INPUT_CHAINS = 1 << 23, 10_000  # of one input at most; the gate ta
 HOST_RULES = 225_000  # of epok's in nat; of more, what is not needed goes before others come
 MAIL_PORTS = (25, 465, 587)
 CONNECT_SECONDS = 5  # to each address of an API server: of several, the first may drop all packets
-LOOK_SECONDS = 10  # for looking; a fifth of --timeout, if that is more
+LOOK_SECONDS = 10  # for looking; a fifth of --timeout, if that is more, and no more than
 LOOK_LIMIT = 30
 PAGE_OBJECTS = 500  # of a list at once; fewer, where they would be more bytes than
 PAGE_LIMIT = 1 << 23
@@ -2545,15 +2545,19 @@ def claims_of(service: Service, plan: Plan) -> Iterator[Claim]:
             yield from (Claim(text, external, port) for port in wanted)
 
 
-def check_annotations(service: Service, plan: Plan) -> None:
-    """Finds unknown annotations. Raises ValueError where one may be a restriction, misspelt."""
+def check_room(service: Service) -> None:
+    """Raises ValueError where a Service asks for more than there is room for."""
+    if service.size > MAX_SHARE:
+        what = f"asks for more than fits into {MAX_SHARE >> 20} MiB of memory"
+        raise ValueError(f"{what}; ask for fewer ports or networks")
     if service.beyond:
         what = f"finds no room left in the {MAX_ASKED >> 20} MiB of memory for what all Services "
-        what += "ask for, the older ones first"
-        if service.size > MAX_SHARE:
-            what = f"asks for more than fits into {MAX_SHARE >> 20} MiB of memory; make its "
-            what += "annotations, ports or source ranges fewer"
+        what += "ask for, the older ones first; epok's log names those that ask for most"
         raise ValueError(what)
+
+
+def check_annotations(service: Service, plan: Plan) -> None:
+    """Finds unknown annotations. Raises ValueError where one may be a restriction, misspelt."""
     strange = sorted(service.annotations.keys() - set(SERVICE_ANNOTATIONS))
     if not strange or not (service.mapped or service.balanced):
         return
@@ -2787,6 +2791,7 @@ class Planning:
         """Plans what a Service asks for and can have."""
         plan = self.plan
         try:
+            check_room(service)
             check_annotations(service, plan)
             sources = allowed_sources(service)
         except ValueError as error:
@@ -2907,15 +2912,16 @@ class Planning:
             self.plan.claims = [c for c in claims if (c.port.protocol, c.external) in mappings]
 
 
-def crowding(services: Iterable[Service]) -> Iterator[str]:
+def crowding(services: Sequence[Service]) -> Iterator[str]:
     """Says which Services take the room that others find none in."""
-    ordered = sorted(services, key=lambda each: -each.size)
-    count = sum(service.beyond and service.size <= MAX_SHARE for service in ordered)
+    count = sum(service.beyond and service.size <= MAX_SHARE for service in services)
     if count:
-        largest = [service for service in ordered if not service.beyond][:3]
+        having = (service for service in services if not service.beyond)
+        largest = sorted(having, key=lambda each: -each.size)[:3]
         names = enumerated(f"{each.key} ({(each.size >> 10) + 1} KiB)" for each in largest)
-        what = f"{count} {plural(count, 'Service finds', 'Services find')} no room left"
-        yield f"{what} for what Services ask for; the most is taken by {names}"
+        what = f"{count} {plural(count, 'Service finds', 'Services find')} no room left for what "
+        what += "Services ask for; let those that ask for most ask for fewer ports or networks"
+        yield f"{what}: {names}"
 
 
 def make_plan(
