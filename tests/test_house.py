@@ -3,8 +3,11 @@
 import ast
 import inspect
 import itertools
+import os
 import re
+import subprocess
 import symtable
+import sys
 from collections.abc import Iterator
 
 import paramiko
@@ -173,3 +176,10 @@ def test_no_command_stands_beside_the_table() -> None:
     for node in ast.walk(ast.parse(SOURCE)):
         words = node.elts[:2] if isinstance(node, ast.Tuple | ast.List) else []
         assert tuple(getattr(word, "value", None) for word in words) not in beginnings, ast.dump(node)
+
+
+def test_what_tests_try_runs_needs_no_package_of_the_tests() -> None:
+    """It installs those of requirements.txt alone."""
+    absent = "import sys, importlib; sys.modules |= dict.fromkeys(('pytest', 'hypothesis', 'prometheus_client')); "
+    argv = [sys.executable, "-B", "-c", f"{absent}importlib.import_module('lab.try')"]
+    subprocess.run(argv, env={**os.environ, "PYTHONPATH": str(EPOK.parent / "tests")}, check=True)

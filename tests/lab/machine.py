@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 BACKENDS = ("nft", "legacy")
 
 
@@ -19,6 +17,8 @@ def need(tool: str, how: str) -> str:
 
 
 def lacking(why: str) -> str:
+    import pytest  # which tests/try and the benchmarks run without
+
     if os.environ.get("EPOK_TEST_ALL") == "1":
         pytest.fail(why, pytrace=False)
     pytest.skip(why)
