@@ -388,11 +388,12 @@ class Background(threading.Thread):
         except BaseException as error:  # raised again by result()
             self.error = error
 
-    def result(self, deadline: Deadline, doing: str, grace: float = 0.2) -> Any:
+    def result(self, deadline: Deadline, doing: str, grace: float = 1) -> Any:
         """What `work` returned; raises what it raised, or Fatal if it is not done at the deadline.
 
         Limits of sockets do not do that: they count from byte to byte, and look-ups have none.
-        `grace` is for what says by itself and better that it missed the deadline.
+        `grace` is for what says by itself and better that it missed the deadline; so who waits
+        for a thread that waits for another has more of it.
         """
         self.join(deadline.remaining() + grace)
         if self.is_alive():
@@ -2280,7 +2281,7 @@ class Reader:
         file = options.snapshot
         login = Background(SnapshotFile, file) if file else Background(Cluster, options, deadline)
         doing = "logging in to the cluster, or reading the snapshot"
-        self.source: SnapshotFile | Cluster = login.result(deadline, doing, 1)
+        self.source: SnapshotFile | Cluster = login.result(deadline, doing)
 
     def read(self, kind: Kind, selector: str = "") -> Any:
         reading = Background(self.source.read, kind, selector)
@@ -3995,7 +3996,7 @@ class SshHost:
         else:
             end_input(channel)
         taking = [collect(channel.recv, doing, take), collect(channel.recv_stderr, doing)]
-        out, err = (each.result(deadline, doing) for each in taking)
+        out, err = (each.result(deadline, doing, 0.2) for each in taking)
         if not channel.status_event.wait(deadline.remaining()):
             raise self.missed(deadline, doing)
         if channel.exit_status == -1:
@@ -6893,7 +6894,7 @@ def everywhere(task: Callable[[Visit], Outcome], visits: Sequence[Visit]) -> lis
     outcomes = []
     for visit, thread in [(visit, Background(work, visit)) for visit in visits]:
         try:
-            outcomes.append(thread.result(visit.deadline, visit.name, grace=1))
+            outcomes.append(thread.result(visit.deadline, visit.name, grace=2))
         except Fatal as error:
             log.error("%s", error)
             outcomes.append(Outcome(visit.name, error.status))

@@ -1,7 +1,6 @@
 """What a message says, done word for word, where it is read: behind the gate, by hand, in a pod."""
 
 import contextlib
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -42,17 +41,6 @@ def has_no_more_than_the_gate_gives(somebody: Client) -> None:
     for command in ("id", "sudo -n id", "sudo -n iptables -S", "iptables-save -f /run/stolen"):
         answer = somebody.ssh(command)
         assert answer.status == 126 and "epok-gate: refused" in answer.err, (command, answer)
-
-
-@contextlib.contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name in values.keys() - before.keys():
-            del os.environ[name]
 
 
 def somebody(lab: Lab, host: Gateway, folder: Path, user: str = "epok") -> Client:
@@ -127,13 +115,10 @@ def test_in_a_pod_setup_host_and_a_new_secret_are_the_cure(
         "unknown": {"known_hosts": ""},
         "changed": {"known_hosts": f"{HOST} {stranger.with_suffix('.pub').read_text()}"},
     }[what]
-    with environment(POD):
-        answer = Client(lab, bare, {**secret, **stale}, tmp_path).epok()
-        printed = types(
-            bare, told(answer, "run (cron/setup-host) on the host, .* replace the Secret by what it prints$")
-        )
-        me = Client(lab, bare, secret_data(printed), tmp_path)
-        assert me.epok().status == 0
+    answer = Client(lab, bare, {**secret, **stale}, tmp_path).epok(env=POD)
+    printed = types(bare, told(answer, "run (cron/setup-host) on the host, .* replace the Secret by what it prints$"))
+    me = Client(lab, bare, secret_data(printed), tmp_path)
+    assert me.epok(env=POD).status == 0
     has_no_more_than_the_gate_gives(me)
 
 

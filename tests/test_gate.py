@@ -77,11 +77,13 @@ class Client:
         options = ["-F", "none", "-oBatchMode=yes", "-oIdentitiesOnly=yes", f"-oLogLevel={level}", *files]
         return self.lab.client.command(["ssh", *options, self.login, *words])
 
-    def epok(self, *args: str, services: Any = (MAIL,), interfaces: str = "eth0") -> Answer:
+    def epok(
+        self, *args: str, services: Any = (MAIL,), interfaces: str = "eth0", env: "dict[str, str] | None" = None
+    ) -> Answer:
         argv = [*PROGRAM, "--snapshot", "-", "-i", interfaces, "ssh"]
         argv += ["--host", self.login, "--key", str(self.key), "--known-hosts", str(self.known_hosts), *args]
-        text, env = json.dumps(self.lab.cluster(*services)), bare_environment()
-        done = self.lab.client.run(argv, text, check=False, env=env)
+        text = json.dumps(self.lab.cluster(*services))
+        done = self.lab.client.run(argv, text, check=False, env={**bare_environment(), **(env or {})})
         return Answer(done.returncode, done.stdout, done.stderr)
 
 
