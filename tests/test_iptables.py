@@ -325,8 +325,24 @@ def inputs(printed: str) -> Iterator[tuple[str, str]]:
 def test_verbose_names_every_command_and_quiet_nothing_that_is_well(lab: Lab) -> None:
     log = apply(lab, MAIL, argv=("-v", *LOCAL))
     assert log.count("debug: this host: iptables-restore --noflush --wait 5: exit status 0\n") == 1
-    assert "debug: this host: ip6tables-save -t filter: exit status 0\n" in log
+    saves = re.findall(r"debug: this host: (ip\S+-save.*): exit status 0\n", apply(lab, MAIL, argv=("-v", *LOCAL)))
+    assert set(saves) == {"iptables-save", "ip6tables-save"}, "one an IP version tells all"
     assert apply(lab, MAIL, argv=("-q", *LOCAL)) == ""
+
+
+@only_nft
+def test_beside_a_table_that_iptables_cannot_print_each_of_epoks_is_read_by_itself(lab: Lab) -> None:
+    apply(lab, MAIL)
+    native = (
+        "add table ip raw; add chain ip raw mine { type filter hook input priority 5; }; add rule ip raw mine accept"
+    )
+    lab.host.run(["nft", native])
+    try:
+        log = apply(lab, MAIL, OTHER, argv=("-v", *LOCAL))
+        assert log.count("debug: this host: iptables-save -t nat: exit status 0\n") == 2, "once before, once behind"
+        assert "now forwarding tcp/26" in log and lab.ask(26).port == 30001
+    finally:
+        lab.host.run(["nft", "delete table ip raw"])
 
 
 def fails(lab: Lab, *says: str, argv: Sequence[str] = (), env: "dict[str, str] | None" = None, limit: int = 20) -> None:
