@@ -440,9 +440,13 @@ class Meter:
         for piece in pieces:
             self.left[0] -= len(piece)
             self.left[1] -= piece.count(b"\n")
-            if min(self.left) < 0:
+            if self.exceeded:
                 raise Fatal(self.complaint)
             yield piece
+
+    @property
+    def exceeded(self) -> bool:
+        return min(*self.left, self.chains) < 0
 
 
 def lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
@@ -3643,7 +3647,7 @@ class Saved:
             if owned(chain):
                 self.table.chains[chain] = NO_RULES
                 self.meter.chains -= 1
-                if self.meter.chains < 0:
+                if self.meter.exceeded:
                     raise Fatal(f"{self.meter.complaint}, or {RULES_CHAINS:,} chains of epok's")
             else:
                 self.policies[chain] = policy.split(" ")[0]
@@ -4500,7 +4504,12 @@ def read_at_once(
             saved.setdefault(name, Saved(name, meter)).read(lines)
         return ""
 
-    result = host.run(Command.SAVE_ALL.argv(host.sudo, family.tool), "", deadline, take)
+    try:
+        result = host.run(Command.SAVE_ALL.argv(host.sudo, family.tool), "", deadline, take)
+    except Fatal:
+        if meter.exceeded:  # perhaps by tables that are not epok's
+            return None
+        raise
     head = saved.pop("")
     whole = {name: each.whole for name, each in saved.items()}
     odd = result.status != 0 or head.broken or "incompatible" in result.err

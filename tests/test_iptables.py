@@ -417,6 +417,20 @@ def test_a_tool_that_is_broken_leaves_the_rules_alone(
     fails(lab, says, argv=["prlimit", "--data=2000000000"], env=env, limit=limit)
 
 
+@any_version
+@only_nft
+def test_a_table_that_is_never_epoks_may_have_any_size(lab: Lab, tmp_path: Path) -> None:
+    apply(lab, MAIL)
+    for tool in ("iptables-save", "ip6tables-save"):
+        huge = "echo '*raw'; yes -- '-A PREROUTING -j ACCEPT' | head -n 1000000; echo COMMIT"
+        real = lab.host.run(["sh", "-c", f"command -v {tool}"]).stdout.strip()
+        (tmp_path / tool).write_text(f'#!/bin/sh\n[ "$*" ] || {{ {huge}; }}\nexec {real} "$@"\n')
+        (tmp_path / tool).chmod(0o755)
+    done = lab.epok(*LOCAL, snapshot=lab.cluster(MAIL, OTHER), env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert done.returncode == 0 and lab.ask(26).port == 30001, done.stderr
+    assert warnings(done) == []
+
+
 FULL = """mkdir -p /run/full; mount -t tmpfs -o nr_inodes=1 none /run/full; export TMPDIR=/run/full
 export XTABLES_LOCKFILE=/run/full/lock EPOK_METRICS_FILE=/run/full/epok.prom; exec "$@" """
 
