@@ -388,7 +388,7 @@ class Background(threading.Thread):
         except BaseException as error:  # raised again by result()
             self.error = error
 
-    def result(self, deadline: Deadline, doing: str, grace: float = 1) -> Any:
+    def result(self, deadline: Deadline, doing: str, grace: float = 0.2) -> Any:
         """What `work` returned; raises what it raised, or Fatal if it is not done at the deadline.
 
         Limits of sockets do not do that: they count from byte to byte, and look-ups have none.
@@ -2285,7 +2285,7 @@ class Reader:
         file = options.snapshot
         login = Background(SnapshotFile, file) if file else Background(Cluster, options, deadline)
         doing = "logging in to the cluster, or reading the snapshot"
-        self.source: SnapshotFile | Cluster = login.result(deadline, doing)
+        self.source: SnapshotFile | Cluster = login.result(deadline, doing, 1)
 
     def read(self, kind: Kind, selector: str = "") -> Any:
         reading = Background(self.source.read, kind, selector)
@@ -3057,8 +3057,8 @@ class Table:
     `older` the (chain, rule) pairs of the older epok. Of a table that was read, `counts` are the
     packets that met each rule of a chain, where they were asked for, `origin` is what printed it,
     `foreign` are the rules of all other chains, as Saved has them, and `beside` is whether the host
-    has tables of iptables-legacy too. `neighbours` are the rules of those tables that are never
-    epok's, None where they were not read with it.
+    has tables of iptables-legacy too. `neighbours`, of the filter table, are the rules of those
+    that are never epok's, None where they were not read with it.
     """
 
     chains: dict[str, Sequence[str]] = field(default_factory=dict)
@@ -4007,7 +4007,7 @@ class SshHost:
         else:
             end_input(channel)
         taking = [collect(channel.recv, doing, take), collect(channel.recv_stderr, doing)]
-        out, err = (each.result(deadline, doing, 0.2) for each in taking)
+        out, err = (each.result(deadline, doing) for each in taking)
         if not channel.status_event.wait(deadline.remaining()):
             raise self.missed(deadline, doing)
         if channel.exit_status == -1:
@@ -4466,35 +4466,34 @@ def login_port(host: Host, deadline: Deadline) -> int:
 
 
 def read_all_tables(host: Host, deadline: Deadline, counted: bool = False) -> Found:
-    names = list(BUILT_IN)
-    return {each.version: read_tables(host, each, names, deadline, counted) for each in FAMILIES}
+    """epok's part of a host's rules, by IP version. Raises Fatal."""
+    found: dict[int, Tables | None] = {}
+    # elsewhere an older gate, or sudoers, may refuse what reads all at once, in each run
+    fast = isinstance(host, LocalHost) and not (host.sudo or counted)
+    for each in FAMILIES:
+        tables = persist(deadline, read_at_once, host, each, deadline) if fast else None
+        found[each.version] = tables or read_tables(host, each, [*BUILT_IN], deadline, counted)
+    return found
 
 
 def read_tables(
     host: Host, family: Family, names: Sequence[str], deadline: Deadline, counted: bool = False
 ) -> Tables | None:
     """epok's part of some tables, None when the host has no such IP version. Raises Fatal."""
-    # elsewhere an older gate, or sudoers, may refuse it, in each run
-    if isinstance(host, LocalHost) and not (host.sudo or counted) and names[1:]:
-        at_once = persist(deadline, read_at_once, host, family, names, deadline)
-        if at_once:
-            return at_once
     meter = Meter(f"{host.name}: {family.tool}-save", RULES_LIMIT, RULES_LINES)
     reading = [
         Background(persist, deadline, read_table, host, family, name, meter, deadline, counted)
         for name in names
     ]
     doing = f"{host.name}: reading its rules"
-    tables = [thread.result(deadline, doing) for thread in reading]
+    tables = [thread.result(deadline, doing, 0.5) for thread in reading]
     return None if None in tables else dict(zip(names, tables, strict=True))
 
 
-def read_at_once(
-    host: Host, family: Family, names: Sequence[str], deadline: Deadline
-) -> Tables | None:
-    """The same by one command, since nft's iptables-save gets all tables to print one.
+def read_at_once(host: Host, family: Family, deadline: Deadline) -> Tables | None:
+    """epok's part of all tables by one command, since nft's iptables-save gets all to print one.
 
-    None where it does not tell all. Raises Transient, Fatal.
+    None where that does not tell all. Raises Transient, Fatal.
     """
     meter = Meter(f"{host.name}: {family.tool}-save", RULES_LIMIT, RULES_LINES)
     saved: dict[str, Saved] = {"": Saved("", meter)}
@@ -4511,14 +4510,15 @@ def read_at_once(
             return None
         raise
     head = saved.pop("")
-    whole = {name: each.whole for name, each in saved.items()}
-    odd = result.status != 0 or head.broken or "incompatible" in result.err
-    if odd or None in whole.values() or not whole.keys() >= {*names}:
+    complaint = result.status != 0 or head.broken or "incompatible" in result.err
+    if complaint or not (saved.keys() >= BUILT_IN.keys() and all(t.whole for t in saved.values())):
+        log.debug("%s: %s-save does not tell all at once", host.name, family.tool)
         return None
-    tables = {name: saved[name].table for name in names}
+    tables = {name: saved[name].table for name in BUILT_IN}
     for table in tables.values():
         table.origin, table.beside = head.table.origin, "legacy tables present" in result.err
-        table.neighbours = {name: saved[name].others for name in saved.keys() - tables.keys()}
+    around = {name: each.others for name, each in saved.items() if name not in tables}
+    tables["filter"].neighbours = around
     return tables
 
 
@@ -5481,9 +5481,14 @@ def at(value: Any, *path: str) -> Any:
 
 
 def without_inner_chains(part: dict[str, Any]) -> dict[str, Any] | None:
-    """Forgets a chain that is at no hook as soon as it is read: epok makes thousands of them."""
+    """Forgets a chain that is at no hook as soon as it is read: epok makes thousands of them.
+
+    But for EPOK, which tells where they are.
+    """
     chain = part.get("chain")
-    return None if len(part) == 1 and isinstance(chain, dict) and "hook" not in chain else part
+    if len(part) > 1 or not isinstance(chain, dict) or chain.get("name") == ROOT:
+        return part
+    return part if "hook" in chain else None
 
 
 class BaseChain(NamedTuple):
@@ -5668,6 +5673,7 @@ class Visit:
     idle: Set[str] | None = None  # those that do not forward IPv4
     listeners: Sequence[Listener] | None = None  # the programs that listen
     bases: Sequence[BaseChain] | None = None  # the chains of nft that what is forwarded passes
+    rooted = False  # whether nft has a chain EPOK
 
     def __init__(self, host: Host, options: Options, deadline: Deadline) -> None:
         self.host, self.name, self.options = host, host.name, options
@@ -5690,7 +5696,7 @@ class Visit:
 
     def arrived(self) -> tuple[Facts, Background]:
         doing = f"{self.name}: reading its addresses"
-        return self.arriving.result(self.deadline, doing)  # type: ignore[no-any-return]
+        return self.arriving.result(self.deadline, doing, 1)  # type: ignore[no-any-return]
 
     @property
     def facts(self) -> Facts:
@@ -5700,7 +5706,7 @@ class Visit:
     def found(self) -> Found:
         """Its rules. Raises Fatal."""
         doing = f"{self.name}: reading its rules"
-        return self.arrived()[1].result(self.deadline, doing)  # type: ignore[no-any-return]
+        return self.arrived()[1].result(self.deadline, doing, 1)  # type: ignore[no-any-return]
 
     def look_around(self) -> None:
         """Learns what else is there. Raises Fatal."""
@@ -5718,6 +5724,7 @@ class Visit:
             self.listeners = [each for each in read if each]
         if chains is not None:
             self.bases = [each for each in map(to_base_chain, chains) if each]
+            self.rooted = any(chain.get("name") == ROOT for chain in chains)
 
     def output(self, command: Command, *values: object, take: Take | None = None) -> str | None:
         """What a command prints, None when it cannot be had. Raises Fatal."""
@@ -5787,6 +5794,17 @@ class Visit:
         """How routes are chosen."""
         return self.output(Command.RULES) or ""
 
+    @property
+    def is_nft(self) -> bool:
+        """Whether the host's iptables is nft's."""
+        found = [tables for tables in self.found.values() if tables]
+        origin = found[0]["filter"].origin if found else ""
+        if not re.search(r"-save v1\.8\.[3-7] ", origin):  # these do not tell
+            return bool(re.search("nf_tables|xtables-save", origin))
+        if any(ROOT in tables["nat"].chains for tables in found):
+            return self.rooted
+        return any(of_iptables(base, 4, 6) for base in self.bases or ())
+
     @functools.cached_property
     def backends(self) -> list[Backend]:
         """The rules of iptables, by IP version and backend. Raises Fatal."""
@@ -5831,27 +5849,23 @@ def backends_of(visit: Visit, family: Family) -> Iterator[Backend]:
     if own is None:
         return
     here = {base.table for base in bases or () if of_iptables(base, family.version)}
+    nft = visit.is_nft
     tables = own["filter"].neighbours
     # legacy makes a table that is only asked for, so it is asked for all that there are
-    if tables is None and (not is_nft(own) or bases is None or here - BUILT_IN.keys()):
+    if tables is None and (not nft or bases is None or here - BUILT_IN.keys()):
         tables = read_saved(visit, BUILT_IN, Command.SAVE_ALL, family.tool)
     tables = {**(tables or {}), **{name: table.foreign for name, table in own.items()}}
     yield Backend(family.version, family.tool, tables, own)
-    if own["filter"].beside if is_nft(own) else here:
-        name = "legacy" if is_nft(own) else "nft"
+    if own["filter"].beside if nft else here:
+        name = "legacy" if nft else "nft"
         saved = read_saved(visit, (), Command.OTHER_SAVE, family.tool, name)
         yield Backend(family.version, f"{family.tool}-{name}", saved)
 
 
-def is_nft(tables: Tables) -> bool:
-    """By the first line that iptables-save prints."""
-    return bool(re.search("nf_tables|xtables-save", tables["filter"].origin))
-
-
-def of_iptables(base: BaseChain, version: int) -> bool:
-    """Whether iptables made a chain of nft, by its name."""
-    layer = "ip" if version == 4 else "ip6"
-    return base.family == layer and (base.table, base.name) in HOOKED
+def of_iptables(base: BaseChain, *versions: int) -> bool:
+    """Whether iptables made a chain of nft, of one of these IP versions, by its name."""
+    layers = {4: "ip", 6: "ip6"}
+    return base.family in map(layers.get, versions) and (base.table, base.name) in HOOKED
 
 
 def read_saved(
@@ -5960,7 +5974,7 @@ def firewalls(visit: Visit) -> list[Firewall]:
     """What connections meet that is not epok's, in the order in which they do. Raises Fatal."""
     walls = [wall for backend in visit.backends for wall in of_backend(visit, backend)]
     for version, own in visit.found.items():
-        walls += of_nft(visit, version, is_nft(own)) if own else ()
+        walls += of_nft(visit, version) if own else ()
     order = ("prerouting", "forward", "postrouting")
     return sorted(walls, key=lambda wall: (order.index(wall.hook), wall.priority))
 
@@ -5989,8 +6003,8 @@ def of_backend(visit: Visit, backend: Backend) -> Iterator[Firewall]:
             yield Firewall(*place, iptables_rules(behind), ("nat",), rivals=ports_in(behind))
 
 
-def of_nft(visit: Visit, version: int, nft: bool) -> Iterator[Firewall]:
-    """Chains of nft that iptables did not make; with `nft` epok's own are there too."""
+def of_nft(visit: Visit, version: int) -> Iterator[Firewall]:
+    """Chains of nft that iptables did not make."""
     layer = "ip" if version == 4 else "ip6"
     bases = [base for base in visit.bases or () if base.family in ("inet", layer)]
     own_came = False  # epok's, of those with the same priority
@@ -6005,7 +6019,7 @@ def of_nft(visit: Visit, version: int, nft: bool) -> Iterator[Firewall]:
             cure += "after firewall-cmd --reload"
         if base.type == "nat" and base.hook == "prerouting":
             # of chains with the same priority, the kernel comes first to the one made later
-            sure = nft or base.priority != TRANSLATED
+            sure = visit.is_nft or base.priority != TRANSLATED
             behind = sure and (base.priority, not own_came) > (TRANSLATED, False)
             loses, rivals = ("drop", "nat"), [(0, 65535)] if behind else None
         rules = nft_rules(visit, base)
@@ -6424,7 +6438,8 @@ class Status:
     """
 
     def __init__(self, visit: Visit) -> None:
-        self.host, self.tables, self.options = visit.name, visit.found, visit.options
+        self.visit, self.host = visit, visit.name
+        self.tables, self.options = visit.found, visit.options
         self.key = visit.options.explain
         lives = all_lives(visit.found, visit.found)
         self.lives = [live for live in lives if self.concerns(live.service)]
@@ -6476,7 +6491,7 @@ class Status:
     def backend(self) -> str:
         tables = next(filter(None, self.tables.values()), NOTHING)
         version = re.search(r"v([0-9.]+)", tables["filter"].origin)
-        kind = "nft" if is_nft(tables) else "legacy"
+        kind = "nft" if self.visit.is_nft else "legacy"
         return f"iptables {version[1] if version else '?'} ({kind})"
 
     def title(self) -> str:
@@ -6843,7 +6858,7 @@ def publish(
     publisher, clean = planner and planner.publisher, visit.options.clean
     try:
         if cleaning:
-            publisher = cleaning.result(visit.deadline, "reading the cluster")
+            publisher = cleaning.result(visit.deadline, "reading the cluster", 1.5)
         plan = planner.plan(visit.facts) if planner else Plan()
         return publisher.publish(visit.facts, plan, visit.deadline) if publisher else []
     except Fatal as error:
@@ -6924,7 +6939,7 @@ def look(visit: Visit, planning: Background) -> Outcome:
     status = Story(visit) if explains else Status(visit)
     failed, planner = False, None
     try:
-        planner = planning.result(visit.deadline, "reading the cluster")
+        planner = planning.result(visit.deadline, "reading the cluster", 1.5)
         status.compare(planner, visit.facts)
     except Fatal as error:
         failed = explains

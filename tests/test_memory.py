@@ -132,6 +132,28 @@ def test_a_host_that_prints_250_mb_does_not_fill_the_memory(
     figure(f"250 MB printed: {peak}")
 
 
+def test_tables_full_of_others_rules_do_not_fill_the_memory(
+    lab: Lab, server: ApiServer, figure: Callable[[str], None]
+) -> None:
+    """As many in each as epok looks at."""
+    lab.flush()
+    tables = ("raw", "mangle", "nat", "filter", "security")
+    lines = {4: [f"-A MINE -s 10.0.{n >> 8}.{n & 255} -j RETURN\n" for n in range(59_000)]}
+    lines[6] = [f"-A MINE -s 2001:db8::{n:x} -j RETURN\n" for n in range(59_000)]
+    try:
+        for version, tool in ((4, "iptables"), (6, "ip6tables")):
+            text = "".join(f"*{table}\n:MINE - [0:0]\n{''.join(lines[version])}COMMIT\n" for table in tables)
+            lab.host.run([f"{tool}-legacy-restore"], text)
+        for kind in ("all new", "in sync"):
+            status, log, peak = run(lab, server)
+            assert status == 0, log[-2000:]
+            figure(f"{len(lines) * len(tables) * 59_000:,} rules of others, {kind}: {peak}")
+        assert '--comment "default/web ' in lab.saved()
+    finally:
+        for tool in ("iptables", "ip6tables"):
+            lab.host.run([f"{tool}-legacy-restore"], "".join(f"*{table}\nCOMMIT\n" for table in tables))
+
+
 @pytest.mark.parametrize("make", GREEDY.values(), ids=GREEDY)
 def test_what_all_services_ask_for_has_a_limit_that_the_older_ones_use_up_first(
     lab: Lab, server: ApiServer, make: Callable[[int], Object], figure: Callable[[str], None]
