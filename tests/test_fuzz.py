@@ -483,6 +483,8 @@ def test_a_table_that_is_not_whole_is_not_acted_on(driver: Driver, tally: Tally)
         with tried.one():
             pairs = list(zip(each, drawn, strict=True))
             fakes = {f"{tool}-save {c}-t {name}": (0, text, "") for (tool, name), text in pairs for c in ("", "-c ")}
+            for tool in ("iptables", "ip6tables"):
+                fakes[f"{tool}-save"] = (0, "".join(text for (its, _), text in pairs if its == tool), "")
             done = driver.run([*filter(None, [mode]), *argv], file_of(JOBS["every form"]), fakes=fakes)
             must_be_well_formed(done)
             whole = all(WHOLE[name].search(text) for (_, name), text in pairs)
