@@ -3593,11 +3593,12 @@ class Saved:
     """A table that iptables-save prints, read line by line while it comes: the text is never whole.
 
     `table` is what is epok's. `others` are the lines of all other rules, by chain, and then the
-    chain's policy. `said` is for messages: how it begins, and what nft says of rules that it cannot
-    print.
+    chain's policy; none with `own`. `said` is for messages: how it begins, and what nft says of
+    rules that it cannot print.
     """
 
-    def __init__(self, name: str, meter: Meter | None = None) -> None:
+    def __init__(self, name: str, meter: Meter | None = None, own: bool = False) -> None:
+        self.own = own
         self.others: dict[str, list[str]] = {}
         self.name, self.table, self.said = name, Table(foreign=self.others), ""
         self.meter = meter or Meter("rules", RULES_LIMIT, RULES_LINES)
@@ -3609,6 +3610,11 @@ class Saved:
     def whole(self) -> Table | None:
         """The table, None when there was none from its beginning to its end."""
         return self.table if self.seen and not (self.inside or self.broken) else None
+
+    @property
+    def kept(self) -> bool:
+        """Whether the rules of others are."""
+        return not self.own and self.count <= OTHERS
 
     def take(self, pieces: Iterable[bytes]) -> str:
         """Reads all that a command prints; returns what a message needs of it."""
@@ -3625,7 +3631,7 @@ class Saved:
                     self.read_line(match[5])
                 elif self.inside:
                     self.read_other(*match.groups()[1:4])
-        for chain, policy in self.policies.items() if self.count <= OTHERS else ():
+        for chain, policy in self.policies.items() if self.kept else ():
             self.others.setdefault(chain, []).append(f"-P {chain} {policy}")
         return self
 
@@ -3664,9 +3670,9 @@ class Saved:
 
     def read_other(self, line: str, chain: str, rule: str) -> None:
         self.count += 1
-        if self.count <= OTHERS:
+        if self.kept:
             self.others.setdefault(chain, []).append(line)
-        elif self.count == OTHERS + 1:
+        elif self.count == OTHERS + 1 and not self.own:
             log.info("table %s has more than %d rules of others: not looked at", self.name, OTHERS)
             self.others.clear()
         words = split(rule) if ROOT in rule or "epok_rule_id" in rule else []
@@ -4477,12 +4483,20 @@ def read_all_tables(host: Host, deadline: Deadline, counted: bool = False) -> Fo
 
 
 def read_tables(
-    host: Host, family: Family, names: Sequence[str], deadline: Deadline, counted: bool = False
+    host: Host,
+    family: Family,
+    names: Sequence[str],
+    deadline: Deadline,
+    counted: bool = False,
+    own: bool = False,
 ) -> Tables | None:
-    """epok's part of some tables, None when the host has no such IP version. Raises Fatal."""
+    """epok's part of some tables, None when the host has no such IP version. Raises Fatal.
+
+    With `own` the rules of others are left out.
+    """
     meter = Meter(f"{host.name}: {family.tool}-save", RULES_LIMIT, RULES_LINES)
     reading = [
-        Background(persist, deadline, read_table, host, family, name, meter, deadline, counted)
+        Background(persist, deadline, read_table, host, family, name, meter, deadline, counted, own)
         for name in names
     ]
     doing = f"{host.name}: reading its rules"
@@ -4536,17 +4550,23 @@ def by_table(lines: Iterable[str]) -> Iterator[tuple[str, Iterator[str]]]:
 
 
 def read_table(
-    host: Host, family: Family, name: str, meter: Meter, deadline: Deadline, counted: bool
+    host: Host,
+    family: Family,
+    name: str,
+    meter: Meter,
+    deadline: Deadline,
+    counted: bool = False,
+    own: bool = False,
 ) -> Table | None:
     """epok's part of a table, None when the host lacks the IP version. Raises Transient, Fatal."""
     argv = asked = Command.SAVE.argv(host.sudo, family.tool, name)
     if counted and name == "nat":
         asked = Command.COUNTS.argv(host.sudo, family.tool)
-    saved = Saved(name, meter)
+    saved = Saved(name, meter, own)
     result = host.run(asked, "", deadline, saved.take)
     if asked != argv and result.status not in (0, 127):  # of an older gate, or sudoers
         log.debug("%s: %s: %s; so there are no counts", host.name, shlex.join(asked), result.said)
-        return read_table(host, family, name, meter, deadline, counted=False)
+        return read_table(host, family, name, meter, deadline, own=own)
     lacking = r"command not found|Address family not supported|Table does not exist"
     if family.version == 6 and (
         result.status == 127 or (result.status != 0 and re.search(lacking, result.err))
@@ -4713,7 +4733,7 @@ def read_changed(
     after = dict(before)
     for family in FAMILIES:
         names = [name for name in BUILT_IN if (f"{family.tool}-restore", name) in changed]
-        tables, again = before[family.version], read_tables(host, family, names, deadline)
+        tables, again = before[family.version], read_tables(host, family, names, deadline, own=True)
         after[family.version] = None if tables is None or again is None else {**tables, **again}
     return after
 

@@ -69,6 +69,7 @@ GREEDY: dict[str, Callable[[int], Object]] = {
     "18,000 source ranges": ranged,
     "2,000 ports": ported,
 }
+OTHERS = "/api/v1/namespaces/default/services?fieldSelector=metadata.name!=kubernetes,metadata.name!=web"
 # What iptables-save prints 250 MB of.
 ENDLESS = {
     "the same rule": "-A INPUT -j ACCEPT",
@@ -137,6 +138,7 @@ def test_tables_full_of_others_rules_do_not_fill_the_memory(
 ) -> None:
     """As many in each as epok looks at."""
     lab.flush()
+    server.request("DELETE", OTHERS)
     tables = ("raw", "mangle", "nat", "filter", "security")
     lines = {4: [f"-A MINE -s 10.0.{n >> 8}.{n & 255} -j RETURN\n" for n in range(59_000)]}
     lines[6] = [f"-A MINE -s 2001:db8::{n:x} -j RETURN\n" for n in range(59_000)]
@@ -159,8 +161,7 @@ def test_what_all_services_ask_for_has_a_limit_that_the_older_ones_use_up_first(
     lab: Lab, server: ApiServer, make: Callable[[int], Object], figure: Callable[[str], None]
 ) -> None:
     lab.flush()
-    others = "metadata.name!=kubernetes,metadata.name!=web"
-    server.request("DELETE", f"/api/v1/namespaces/default/services?fieldSelector={others}")
+    server.request("DELETE", OTHERS)
     server.create(*map(make, range(200)))
     status, log, peak = run(lab, server)
     figure(f"200 Services that ask for too much: {peak}")
