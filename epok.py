@@ -4510,11 +4510,10 @@ def read_at_once(host: Host, family: Family, deadline: Deadline) -> Tables | Non
     None where that does not tell all. Raises Transient, Fatal.
     """
     meter = Meter(f"{host.name}: {family.tool}-save", RULES_LIMIT, RULES_LINES)
-    saved: dict[str, Saved] = {"": Saved("", meter)}
+    saved: dict[str, Saved] = {}
 
     def take(pieces: Iterable[bytes]) -> str:
-        for name, lines in by_table(lines_of(meter.passing(pieces))):
-            saved.setdefault(name, Saved(name, meter)).read(lines)
+        saved.update(saved_by_table(pieces, meter))
         return ""
 
     try:
@@ -4523,7 +4522,7 @@ def read_at_once(host: Host, family: Family, deadline: Deadline) -> Tables | Non
         if meter.exceeded:  # perhaps by tables that are not epok's
             return None
         raise
-    head = saved.pop("")
+    head = saved.pop("", Saved(""))
     complaint = result.status != 0 or head.broken or "incompatible" in result.err
     if complaint or not (saved.keys() >= BUILT_IN.keys() and all(t.whole for t in saved.values())):
         log.debug("%s: %s-save does not tell all at once", host.name, family.tool)
@@ -4536,9 +4535,14 @@ def read_at_once(host: Host, family: Family, deadline: Deadline) -> Tables | Non
     return tables
 
 
-def by_table(lines: Iterable[str]) -> Iterator[tuple[str, Iterator[str]]]:
-    """What iptables-save prints, by the name of its table; and what is before the first."""
-    name = ""
+def saved_by_table(
+    pieces: Iterable[bytes], meter: Meter, known: Container[str] = ()
+) -> dict[str, Saved]:
+    """All tables that iptables-save prints, and as "" what is before the first.
+
+    Those that are known are not read, but for what says that nft cannot print all.
+    """
+    name, saved = "", dict[str, Saved]()
 
     def table(line: str) -> str:
         nonlocal name
@@ -4546,7 +4550,10 @@ def by_table(lines: Iterable[str]) -> Iterator[tuple[str, Iterator[str]]]:
             name = line[1:]
         return name
 
-    return itertools.groupby(lines, table)
+    for each, lines in itertools.groupby(lines_of(meter.passing(pieces)), table):
+        wanted = tells_of_more if each in known else None  # or all that are not empty
+        saved.setdefault(each, Saved(each, meter)).read(filter(wanted, lines))
+    return saved
 
 
 def read_table(
@@ -5815,13 +5822,16 @@ class Visit:
         return self.output(Command.RULES) or ""
 
     @property
+    def origin(self) -> str:
+        """The first line that iptables-save prints."""
+        return next(filter(None, self.found.values()), NOTHING)["filter"].origin
+
+    @property
     def is_nft(self) -> bool:
         """Whether the host's iptables is nft's."""
-        found = [tables for tables in self.found.values() if tables]
-        origin = found[0]["filter"].origin if found else ""
-        if not re.search(r"-save v1\.8\.[3-7] ", origin):  # these do not tell
-            return bool(re.search("nf_tables|xtables-save", origin))
-        if any(ROOT in tables["nat"].chains for tables in found):
+        if not re.search(r"-save v1\.8\.[3-7] ", self.origin):  # these do not tell
+            return bool(re.search("nf_tables|xtables-save", self.origin))
+        if any(tables and ROOT in tables["nat"].chains for tables in self.found.values()):
             return self.rooted
         return any(of_iptables(base, 4, 6) for base in self.bases or ())
 
@@ -5895,18 +5905,12 @@ def read_saved(
     tables: dict[str, Chains] = {}
 
     def take(pieces: Iterable[bytes]) -> str:
-        name, said = "", ""
-        lines: list[str] = []
         meter = Meter(f"{visit.name}: {words[0]}-save", 2 * RULES_LIMIT, 2 * RULES_LINES)
-        for line in lines_of(meter.passing(pieces)):
-            said += line if tells_of_more(line) else ""
-            if line.startswith("*"):
-                name, lines = line[1:], []
-            if name not in known:
-                lines.append(line)
-            if line == "COMMIT" and lines:
-                tables[name] = Saved(name).read(lines).others
-        return said
+        saved = saved_by_table(pieces, meter, known)
+        whole = (name for name, each in saved.items() if each.seen and not each.inside)
+        tables.update({name: saved[name].others for name in whole})
+        said = "".join(each.said for each in saved.values()).splitlines()
+        return "".join(filter(tells_of_more, said))
 
     if said := visit.output(command, *words, take=take):
         visit.blind.append(f"{shlex.join(command.argv((), *words))}: {one_line(said)}")
@@ -6509,8 +6513,7 @@ class Status:
 
     @property
     def backend(self) -> str:
-        tables = next(filter(None, self.tables.values()), NOTHING)
-        version = re.search(r"v([0-9.]+)", tables["filter"].origin)
+        version = re.search(r"v([0-9.]+)", self.visit.origin)
         kind = "nft" if self.visit.is_nft else "legacy"
         return f"iptables {version[1] if version else '?'} ({kind})"
 
